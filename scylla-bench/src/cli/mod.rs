@@ -1,0 +1,186 @@
+//! The command line.
+
+mod assets;
+mod bench;
+mod generate;
+mod inspect;
+
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use clap::{Args, Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::{Error, Registry, Result};
+
+/// Speculative decoding: compose, compare, inspect.
+#[derive(Parser)]
+#[command(name = "scylla", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Decode one prompt.
+    Generate(generate::Generate),
+    /// Compare decoders on a prompt set.
+    Bench(bench::Bench),
+    /// Look inside a model.
+    #[command(subcommand)]
+    Inspect(inspect::Inspect),
+    /// The default model: fetch it, or say where it lies.
+    #[command(subcommand)]
+    Assets(assets::Assets),
+}
+
+/// Options of every command that runs a model.
+#[derive(Args, Clone)]
+struct ModelOptions {
+    /// cpu, cuda or cuda:n
+    #[arg(long)]
+    device: Option<String>,
+    /// Threads on a CPU; 0 takes the number of cores
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Form of the weights: f32, q8_0 or as-is
+    #[arg(long)]
+    weights: Option<String>,
+}
+
+impl ModelOptions {
+    /// The same as overrides of an experiment.
+    fn overrides(&self) -> Vec<String> {
+        let text = |key: &str, v: &Option<String>| v.as_ref().map(|v| format!("{key}={v:?}"));
+        let threads = self.threads.map(|v| format!("run.threads={v}"));
+        [
+            text("run.device", &self.device),
+            threads,
+            text("target.weights", &self.weights),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+}
+
+/// Runs the command line with the drafts and rules of a registry; returns the exit status.
+pub fn run(registry: &Registry, args: impl IntoIterator<Item = OsString>) -> i32 {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(e) => {
+            let _ = e.print();
+            return e.exit_code();
+        }
+    };
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&stop);
+    let handler = ctrlc::set_handler(move || {
+        // The second Ctrl-C does not wait.
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+    });
+    if let Err(e) = handler {
+        eprintln!("warning: Ctrl-C will end the program at once: {e}");
+    }
+    let done = match cli.command {
+        Command::Generate(c) => c.run(registry, &stop),
+        Command::Bench(c) => c.run(registry, &stop),
+        Command::Inspect(c) => c.run(),
+        Command::Assets(c) => c.run(),
+    };
+    match done {
+        Ok(()) => 0,
+        Err(Error::Interrupted(what)) => {
+            eprintln!("interrupted{what}");
+            130
+        }
+        Err(e) => {
+            eprintln!("error: {e}");
+            1
+        }
+    }
+}
+
+/// Prints one JSON object on standard output.
+fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    let text = serde_json::to_string(value).map_err(|e| Error::Experiment(e.to_string()))?;
+    print_text(&(text + "\n"))
+}
+
+/// Prints to standard output; a reader that left (`| head`) is no error.
+fn print_text(text: &str) -> Result<()> {
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::file(
+            &PathBuf::from("standard output"),
+            e.to_string(),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// A bar on a terminal, a plain line now and then elsewhere.
+struct Progress {
+    bar: ProgressBar,
+    what: String,
+    terminal: bool,
+    last_tenth: u64,
+}
+
+impl Progress {
+    fn new(what: &str, bytes: bool) -> Self {
+        let bar = ProgressBar::hidden();
+        let form = match bytes {
+            true => "{msg} {wide_bar} {bytes}/{total_bytes} {eta}",
+            false => "{msg} {wide_bar} {pos}/{len} {eta}",
+        };
+        if let Ok(style) = ProgressStyle::with_template(form) {
+            bar.set_style(style);
+        }
+        bar.set_message(what.to_string());
+        Self {
+            bar,
+            what: what.into(),
+            terminal: std::io::stderr().is_terminal(),
+            last_tenth: 0,
+        }
+    }
+
+    fn set(&mut self, done: u64, total: u64) {
+        if self.terminal {
+            if self.bar.is_hidden() {
+                self.bar
+                    .set_draw_target(indicatif::ProgressDrawTarget::stderr());
+            }
+            self.bar.set_length(total);
+            self.bar.set_position(done);
+            return;
+        }
+        let tenth = done * 10 / total.max(1);
+        if tenth > self.last_tenth {
+            self.last_tenth = tenth;
+            eprintln!("{} {}%", self.what, tenth * 10);
+        }
+    }
+
+    fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// Runs `body` with a download progress that shows once something is fetched.
+fn with_download<T>(
+    body: impl FnOnce(scylla_core::assets::OnProgress<'_>) -> Result<T>,
+) -> Result<T> {
+    let mut progress = Progress::new("downloading", true);
+    let result = body(&mut |done, total| progress.set(done, total.unwrap_or(done)));
+    progress.finish();
+    result
+}

@@ -1,0 +1,26 @@
+//! Experiments over decoders: the registry of plugins by name, prompt sets, the runner, and the `scylla` command
+//! line. It implements no draft, no rule and no aligner.
+//!
+//! A program of your own that registers more drafts or rules gets the whole command line with them:
+//!
+//! ```no_run
+//! let mut registry = scylla_bench::Registry::default();
+//! // registry.draft("mine", |context, settings| ...);
+//! std::process::exit(scylla_bench::cli::run(&registry, std::env::args_os()));
+//! ```
+
+pub mod bench;
+pub mod cli;
+mod environment;
+mod error;
+pub mod experiment;
+pub mod prompts;
+mod registry;
+mod session;
+pub mod stats;
+mod table;
+
+pub use environment::Environment;
+pub use error::{Error, Result};
+pub use registry::{AUTO, DraftContext, PLAIN, Registry, parse as parse_settings};
+pub use session::Session;

@@ -1,0 +1,161 @@
+//! Drafts and rules by name. A new method is one file in its crate and one line here.
+
+use std::path::PathBuf;
+
+use scylla_core::plugin::{DraftModel, TargetShape, Verifier};
+use scylla_core::sampling::Sampling;
+use scylla_draft::Ngram;
+use scylla_verify::{Chain, Greedy};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use crate::{Error, Result};
+
+/// What a draft may want to know when it is made.
+#[derive(Debug, Clone)]
+pub struct DraftContext {
+    /// Sizes of the target.
+    pub target: TargetShape,
+    /// Its sha256.
+    pub target_hash: String,
+    /// Directory of the draft's weights, where one was given.
+    pub dir: Option<PathBuf>,
+}
+
+type MakeDraft = dyn Fn(&DraftContext, toml::Table) -> Result<Box<dyn DraftModel>> + Send + Sync;
+type MakeRule = dyn Fn(toml::Table) -> Result<Box<dyn Verifier>> + Send + Sync;
+
+/// Everything that can be named in an experiment.
+pub struct Registry {
+    drafts: Vec<(String, Box<MakeDraft>)>,
+    rules: Vec<(String, Box<MakeRule>)>,
+}
+
+/// Name of plain decoding, wherever a draft is named.
+pub const PLAIN: &str = "plain";
+
+/// Name of the rule that fits the sampling: `greedy` at temperature 0, else `chain`.
+pub const AUTO: &str = "auto";
+
+impl Default for Registry {
+    fn default() -> Self {
+        let mut registry = Self::empty();
+        registry.draft("ngram", |_, settings| {
+            let s: NgramSettings = parse("draft", settings)?;
+            Ok(Box::new(Ngram::new(s.shortest, s.longest)?))
+        });
+        registry.rule("greedy", |settings| no_settings(settings, Greedy));
+        registry.rule("chain", |settings| no_settings(settings, Chain));
+        registry
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct NgramSettings {
+    shortest: usize,
+    longest: usize,
+}
+
+impl Default for NgramSettings {
+    fn default() -> Self {
+        Self {
+            shortest: 2,
+            longest: 4,
+        }
+    }
+}
+
+/// Reads the settings that stand beside a name in an experiment.
+pub fn parse<T: DeserializeOwned>(what: &str, settings: toml::Table) -> Result<T> {
+    T::deserialize(settings).map_err(|e| Error::Experiment(format!("[{what}]: {}", e.message())))
+}
+
+fn no_settings<V: Verifier + 'static>(settings: toml::Table, rule: V) -> Result<Box<dyn Verifier>> {
+    match settings.keys().next() {
+        Some(key) => Err(Error::Experiment(format!(
+            "[verifier]: rule `{}` has no setting `{key}`",
+            rule.name()
+        ))),
+        None => Ok(Box::new(rule)),
+    }
+}
+
+impl Registry {
+    /// A registry that knows nothing.
+    pub fn empty() -> Self {
+        Self {
+            drafts: Vec::new(),
+            rules: Vec::new(),
+        }
+    }
+
+    /// Registers a draft under a name; a later one of the same name replaces it.
+    pub fn draft(
+        &mut self,
+        name: &str,
+        make: impl Fn(&DraftContext, toml::Table) -> Result<Box<dyn DraftModel>> + Send + Sync + 'static,
+    ) {
+        self.drafts.retain(|(n, _)| n != name);
+        self.drafts.push((name.into(), Box::new(make)));
+    }
+
+    /// Registers a rule under a name; a later one of the same name replaces it.
+    pub fn rule(
+        &mut self,
+        name: &str,
+        make: impl Fn(toml::Table) -> Result<Box<dyn Verifier>> + Send + Sync + 'static,
+    ) {
+        self.rules.retain(|(n, _)| n != name);
+        self.rules.push((name.into(), Box::new(make)));
+    }
+
+    /// Names of the drafts, plain decoding first.
+    pub fn draft_names(&self) -> Vec<&str> {
+        std::iter::once(PLAIN)
+            .chain(self.drafts.iter().map(|(n, _)| n.as_str()))
+            .collect()
+    }
+
+    /// Names of the rules.
+    pub fn rule_names(&self) -> Vec<&str> {
+        self.rules.iter().map(|(n, _)| n.as_str()).collect()
+    }
+
+    /// Makes a draft; `None` for plain decoding.
+    pub fn make_draft(
+        &self,
+        name: &str,
+        context: &DraftContext,
+        settings: toml::Table,
+    ) -> Result<Option<Box<dyn DraftModel>>> {
+        if name == PLAIN {
+            return Ok(None);
+        }
+        match self.drafts.iter().find(|(n, _)| n == name) {
+            Some((_, make)) => make(context, settings).map(Some),
+            None => Err(scylla_core::Error::unknown("draft", name, self.draft_names()).into()),
+        }
+    }
+
+    /// Makes a rule.
+    pub fn make_rule(
+        &self,
+        name: &str,
+        sampling: &Sampling,
+        settings: toml::Table,
+    ) -> Result<Box<dyn Verifier>> {
+        let name = match name {
+            AUTO if sampling.is_greedy() => "greedy",
+            AUTO => "chain",
+            name => name,
+        };
+        match self.rules.iter().find(|(n, _)| n == name) {
+            Some((_, make)) => make(settings),
+            None => {
+                let known = std::iter::once(AUTO).chain(self.rule_names());
+                Err(scylla_core::Error::unknown("rule", name, known).into())
+            }
+        }
+    }
+}

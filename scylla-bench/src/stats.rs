@@ -1,0 +1,131 @@
+//! Numbers of a run: acceptance by depth, medians and spreads.
+
+use scylla_core::decode::{Cycle, Output, Phases};
+use serde::Serialize;
+
+/// Median, smallest and largest of repeated measurements.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Spread {
+    /// The middle value; of an even number, the mean of the middle two.
+    pub median: f64,
+    /// The smallest.
+    pub min: f64,
+    /// The largest.
+    pub max: f64,
+}
+
+/// Summarises measurements; `None` when there is none.
+pub fn spread(values: &[f64]) -> Option<Spread> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let (&min, &max) = (sorted.first()?, sorted.last()?);
+    let n = sorted.len();
+    let median = (sorted[(n - 1) / 2] + sorted[n / 2]) / 2.0;
+    Some(Spread { median, min, max })
+}
+
+/// Acceptance rate of each depth given that the depth above it was accepted; `None` where nothing was offered.
+///
+/// Offered means that the tree had a node that deep. Of a cycle that ended its sequence only the accepted depths
+/// count: what was cut off was neither accepted nor rejected.
+pub fn alpha<'a>(cycles: impl Iterator<Item = &'a Cycle> + Clone) -> Vec<Option<f64>> {
+    let deepest = cycles.clone().map(|c| c.depth).max().unwrap_or(0);
+    let rate = |depth: usize| {
+        let offered = cycles.clone().filter(|c| {
+            let reached = c.accepted >= depth && c.depth > depth;
+            reached && !(c.cut && c.accepted == depth)
+        });
+        let (mut tried, mut accepted) = (0usize, 0usize);
+        for c in offered {
+            tried += 1;
+            accepted += usize::from(c.accepted > depth);
+        }
+        (tried > 0).then(|| accepted as f64 / tried as f64)
+    };
+    (0..deepest).map(rate).collect()
+}
+
+/// Sums over sequences.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Totals {
+    /// New tokens, the first of each sequence included.
+    pub tokens: usize,
+    /// Tokens committed in cycles.
+    pub decoded: usize,
+    /// Cycles.
+    pub cycles: usize,
+    /// Tokens of prompts.
+    pub prompt_tokens: usize,
+    /// Time.
+    pub ms: Phases,
+}
+
+impl Totals {
+    /// Adds a sequence.
+    pub fn add(&mut self, output: &Output) {
+        self.tokens += output.ids.len();
+        self.prompt_tokens += output.prompt_tokens;
+        self.cycles += output.cycles.len();
+        self.decoded += output.cycles.iter().map(|c| c.committed).sum::<usize>();
+        self.ms.add(&output.ms);
+    }
+
+    /// Tokens of cycles over the time of cycles; the prefill and its token are apart.
+    pub fn tokens_per_s(&self) -> Option<f64> {
+        let ms = self.ms.decode();
+        (self.decoded > 0 && ms > 0.0).then(|| self.decoded as f64 / ms * 1e3)
+    }
+
+    /// Prompt tokens over the time of the prefill.
+    pub fn prefill_per_s(&self) -> Option<f64> {
+        (self.ms.prefill > 0.0).then(|| self.prompt_tokens as f64 / self.ms.prefill * 1e3)
+    }
+
+    /// Mean tokens per cycle, bonus included.
+    pub fn tau(&self) -> Option<f64> {
+        (self.cycles > 0).then(|| self.decoded as f64 / self.cycles as f64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cycle(depth: usize, accepted: usize, cut: bool) -> Cycle {
+        Cycle {
+            nodes: depth + 1,
+            depth,
+            accepted,
+            committed: accepted + 1,
+            cut,
+            ms: Phases::default(),
+        }
+    }
+
+    #[test]
+    fn medians_of_even_and_odd_counts() {
+        let s = spread(&[3.0, 1.0, 2.0]).expect("some");
+        assert_eq!((s.median, s.min, s.max), (2.0, 1.0, 3.0));
+        assert_eq!(spread(&[1.0, 2.0]).expect("some").median, 1.5);
+        assert_eq!(spread(&[]), None);
+    }
+
+    #[test]
+    fn alpha_is_conditional_on_the_depth_above() {
+        let cycles = [
+            cycle(2, 2, false),
+            cycle(2, 0, false),
+            cycle(2, 1, false),
+            cycle(1, 1, false),
+            cycle(0, 0, false),
+        ];
+        let a = alpha(cycles.iter());
+        assert_eq!(a, [Some(3.0 / 4.0), Some(1.0 / 2.0)]);
+    }
+
+    #[test]
+    fn what_a_cut_cycle_never_tried_does_not_count() {
+        let cycles = [cycle(2, 2, false), cycle(2, 1, true)];
+        assert_eq!(alpha(cycles.iter()), [Some(1.0), Some(1.0)]);
+    }
+}

@@ -1,0 +1,54 @@
+//! The target's distributions at the nodes of a tree, out of the logits of one forward.
+
+use std::borrow::Cow;
+
+use crate::Result;
+use crate::plugin::{Matrix, TargetRows};
+use crate::sampling::{Sampling, argmax};
+use crate::tree::Tree;
+
+/// Rows of logits `[N, V]`, one per node; a tree of the root alone may stand on a single row.
+pub(super) struct LogitRows<'a> {
+    pub(super) logits: &'a Matrix,
+    pub(super) tree: &'a Tree,
+    /// Tokens before the root.
+    pub(super) history: &'a [u32],
+    pub(super) sampling: &'a Sampling,
+    /// Tokens from here on are padding.
+    pub(super) known: usize,
+}
+
+impl LogitRows<'_> {
+    /// The logits after a node, penalised for the tokens before it.
+    fn logits(&self, node: usize) -> Result<Cow<'_, [f32]>> {
+        let row = self.logits.row(node)?;
+        if self.sampling.repetition_penalty == 1.0 {
+            return Ok(row);
+        }
+        let mut row = row.into_owned();
+        let path = self
+            .tree
+            .path_to(node)
+            .into_iter()
+            .map(|n| self.tree.tokens[n]);
+        let root = std::iter::once(self.tree.tokens[0]);
+        let before = self.history.iter().copied().chain(root).chain(path);
+        self.sampling.penalise(&mut row, before);
+        Ok(Cow::Owned(row))
+    }
+}
+
+impl TargetRows for LogitRows<'_> {
+    fn argmax(&self, nodes: &[usize]) -> Result<Vec<u32>> {
+        let best = |&node: &usize| {
+            let row = self.logits(node)?;
+            argmax(&row[..self.known.min(row.len())])
+        };
+        nodes.iter().map(best).collect()
+    }
+
+    fn row(&self, node: usize, out: &mut Vec<f64>) -> Result<()> {
+        self.sampling
+            .distribution(&self.logits(node)?, self.known, out)
+    }
+}

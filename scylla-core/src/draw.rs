@@ -1,0 +1,83 @@
+//! How the children of a node are drawn from a draft's distribution.
+//!
+//! Drawing is where exactness is lost: after a random draw a tree may stop growing, but a drawn node may never
+//! be dropped or re-ranked by its value. So it lives here, used by drafts and proofs alike.
+
+use crate::Result;
+use crate::plugin::Chance;
+
+/// `n` independent draws from q; the same index may come twice.
+pub fn independent(q: &[f64], n: usize, chance: &mut dyn Chance) -> Result<Vec<usize>> {
+    (0..n).map(|_| chance.pick(q)).collect()
+}
+
+/// Up to `n` draws from q without replacement; fewer when its support is used up.
+pub fn without_replacement(q: &[f64], n: usize, chance: &mut dyn Chance) -> Result<Vec<usize>> {
+    let mut left = q.to_vec();
+    let support = q.iter().filter(|&&q| q > 0.0).count();
+    let mut drawn = Vec::with_capacity(n.min(support));
+    for _ in 0..n.min(support) {
+        let x = chance.pick(&left)?;
+        left[x] = 0.0;
+        drawn.push(x);
+    }
+    Ok(drawn)
+}
+
+/// The `n` largest values, largest first; ties go to the lowest index. Not a random draw.
+pub fn top(values: &[f32], n: usize) -> Vec<usize> {
+    let before = |a: &usize, b: &usize| values[*b].total_cmp(&values[*a]).then(a.cmp(b));
+    let mut best: Vec<usize> = (0..values.len()).collect();
+    let n = n.min(best.len());
+    if n == 0 {
+        return Vec::new();
+    }
+    if n < best.len() {
+        best.select_nth_unstable_by(n - 1, before);
+        best.truncate(n);
+    }
+    best.sort_unstable_by(before);
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chance::enumerate;
+
+    #[test]
+    fn draws_without_replacement_follow_the_renormalised_law() {
+        let q = [0.5, 0.3, 0.2, 0.0];
+        let mut law = std::collections::BTreeMap::new();
+        enumerate(
+            |c| without_replacement(&q, 2, c),
+            |p, pair| *law.entry(pair).or_insert(0.0) += p,
+        )
+        .expect("enumerate");
+        assert_eq!(law.len(), 6);
+        for (pair, p) in law {
+            let expected = q[pair[0]] * q[pair[1]] / (1.0 - q[pair[0]]);
+            assert!((p - expected).abs() < 1e-15, "{pair:?}");
+        }
+    }
+
+    #[test]
+    fn drawing_stops_when_the_support_is_used_up() {
+        let mut c = crate::chance::Seeded::new(0, 0);
+        assert_eq!(
+            without_replacement(&[0.0, 1.0], 3, &mut c).expect("draw"),
+            [1]
+        );
+        assert_eq!(
+            independent(&[0.0, 1.0], 3, &mut c).expect("draw"),
+            [1, 1, 1]
+        );
+    }
+
+    #[test]
+    fn the_largest_come_first_and_ties_go_to_the_lowest() {
+        assert_eq!(top(&[1.0, 3.0, 2.0, 3.0], 3), [1, 3, 2]);
+        assert_eq!(top(&[1.0], 5), [0]);
+        assert_eq!(top(&[], 2), Vec::<usize>::new());
+    }
+}

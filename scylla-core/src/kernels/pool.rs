@@ -1,0 +1,234 @@
+//! A small pool of worker threads for work that is split into ranges.
+//!
+//! A forward pass of a small model crosses about 150 barriers a token, so workers spin for some tens of
+//! microseconds before they yield, and yield for a while before they park: sleeping at each barrier is too
+//! slow, and endless spinning starves whoever shares the machine.
+
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{JoinHandle, Thread};
+
+const SPINS: u32 = 4_000;
+const YIELDS: u32 = 64;
+
+/// The work of one call: a type-erased closure over a worker index.
+#[derive(Clone, Copy)]
+struct Work {
+    call: unsafe fn(*const (), usize),
+    data: *const (),
+}
+
+struct Shared {
+    /// Incremented, with release ordering, after `work` was written.
+    generation: AtomicUsize,
+    /// Workers that have not yet finished the current generation.
+    running: AtomicUsize,
+    stop: AtomicBool,
+    panicked: AtomicBool,
+    work: std::cell::UnsafeCell<Work>,
+}
+
+// SAFETY: `work` is written only by the caller that holds `Pool::turn`, while no worker runs (`running` is 0),
+// and is read by workers only after they have seen the new generation with acquire ordering.
+unsafe impl Sync for Shared {}
+// SAFETY: the raw pointer in `work` is only followed while `Pool::run` keeps the closure alive on its stack.
+unsafe impl Send for Shared {}
+
+/// A fixed number of threads, the caller included, that execute ranges of one loop together.
+pub struct Pool {
+    shared: Arc<Shared>,
+    wake: Vec<Thread>,
+    workers: Vec<JoinHandle<()>>,
+    turn: Mutex<()>,
+}
+
+impl Pool {
+    /// A pool of `threads` threads in all; 0 and 1 both mean that the caller works alone.
+    pub fn new(threads: usize) -> Self {
+        unsafe fn nothing(_: *const (), _: usize) {}
+        let shared = Arc::new(Shared {
+            generation: AtomicUsize::new(0),
+            running: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+            panicked: AtomicBool::new(false),
+            work: std::cell::UnsafeCell::new(Work {
+                call: nothing,
+                data: std::ptr::null(),
+            }),
+        });
+        let mut workers = Vec::new();
+        for index in 1..threads.max(1) {
+            let shared = Arc::clone(&shared);
+            let spawned = std::thread::Builder::new()
+                .name(format!("scylla-{index}"))
+                .spawn(move || worker(&shared, index));
+            // Fewer threads than asked for is slower, never wrong.
+            match spawned {
+                Ok(handle) => workers.push(handle),
+                Err(_) => break,
+            }
+        }
+        Self {
+            shared,
+            wake: workers.iter().map(|w| w.thread().clone()).collect(),
+            workers,
+            turn: Mutex::new(()),
+        }
+    }
+
+    /// Threads that share the work, the caller included.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `body` with disjoint ranges that cover `0..items`, at most `grain` items each, on all threads.
+    ///
+    /// The ranges are handed out in turn, so the split never decides a result, only who computes it.
+    pub fn ranges(&self, items: usize, grain: usize, body: impl Fn(Range<usize>) + Sync) {
+        let grain = grain.max(1);
+        if self.workers.is_empty() || items <= grain {
+            if items > 0 {
+                body(0..items);
+            }
+            return;
+        }
+        let next = AtomicUsize::new(0);
+        self.run(&|_| {
+            loop {
+                let start = next.fetch_add(grain, Ordering::Relaxed);
+                if start >= items {
+                    break;
+                }
+                body(start..items.min(start + grain));
+            }
+        });
+    }
+
+    fn run<F: Fn(usize) + Sync>(&self, body: &F) {
+        unsafe fn call<F: Fn(usize)>(data: *const (), index: usize) {
+            // SAFETY: `data` points at the `F` that `run` holds on its stack until every worker has finished.
+            unsafe { (*data.cast::<F>())(index) }
+        }
+        // A poisoned lock only says that an earlier body panicked; the pool itself is at rest then.
+        let turn = self.turn.lock().unwrap_or_else(|e| e.into_inner());
+        let shared = &*self.shared;
+        // SAFETY: `running` is 0 here (the previous `run` waited for it), so no worker reads `work`.
+        unsafe {
+            *shared.work.get() = Work {
+                call: call::<F>,
+                data: std::ptr::from_ref(body).cast(),
+            };
+        }
+        shared.running.store(self.workers.len(), Ordering::Relaxed);
+        shared.generation.fetch_add(1, Ordering::Release);
+        for thread in &self.wake {
+            thread.unpark();
+        }
+        let own = catch_unwind(AssertUnwindSafe(|| body(0)));
+        wait_until(
+            || shared.running.load(Ordering::Acquire) == 0,
+            std::thread::yield_now,
+        );
+        let worker_panicked = shared.panicked.swap(false, Ordering::Relaxed);
+        drop(turn);
+        if let Err(payload) = own {
+            resume_unwind(payload);
+        }
+        assert!(!worker_panicked, "a worker thread of the pool panicked");
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        for thread in &self.wake {
+            thread.unpark();
+        }
+        for worker in self.workers.drain(..) {
+            let _ = worker.join();
+        }
+    }
+}
+
+/// Spins, then yields, then calls `idle` until `ready`.
+fn wait_until(ready: impl Fn() -> bool, idle: impl Fn()) {
+    for _ in 0..SPINS {
+        if ready() {
+            return;
+        }
+        std::hint::spin_loop();
+    }
+    for _ in 0..YIELDS {
+        if ready() {
+            return;
+        }
+        std::thread::yield_now();
+    }
+    while !ready() {
+        idle();
+    }
+}
+
+fn worker(shared: &Shared, index: usize) {
+    let mut seen = 0;
+    loop {
+        wait_until(
+            || {
+                shared.generation.load(Ordering::Acquire) != seen
+                    || shared.stop.load(Ordering::Acquire)
+            },
+            std::thread::park,
+        );
+        if shared.generation.load(Ordering::Acquire) == seen {
+            return; // only `stop` can have ended the wait
+        }
+        seen = seen.wrapping_add(1);
+        // SAFETY: written before the generation that was just acquired, and left alone until `running` is 0.
+        let work = unsafe { *shared.work.get() };
+        // SAFETY: `Pool::run` keeps the closure behind `data` alive until `running` is 0.
+        let done = catch_unwind(AssertUnwindSafe(|| unsafe {
+            (work.call)(work.data, index)
+        }));
+        if done.is_err() {
+            shared.panicked.store(true, Ordering::Relaxed);
+        }
+        shared.running.fetch_sub(1, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_item_is_visited_once_for_any_thread_count() {
+        for threads in [0, 1, 2, 3, 5] {
+            let pool = Pool::new(threads);
+            for items in [0, 1, 7, 64, 1000] {
+                let seen: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
+                pool.ranges(items, 3, |range| {
+                    for i in range {
+                        seen[i].fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+                assert!(seen.iter().all(|s| s.load(Ordering::Relaxed) == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_in_the_body_reaches_the_caller_and_the_pool_lives_on() {
+        let pool = Pool::new(3);
+        let failed = catch_unwind(AssertUnwindSafe(|| {
+            pool.ranges(100, 1, |r| assert!(r.start != 50, "item 50"));
+        }));
+        assert!(failed.is_err());
+        let sum = AtomicUsize::new(0);
+        pool.ranges(100, 1, |r| {
+            sum.fetch_add(r.start, Ordering::Relaxed);
+        });
+        assert_eq!(sum.load(Ordering::Relaxed), 4950);
+    }
+}

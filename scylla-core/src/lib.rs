@@ -1,0 +1,20 @@
+//! The core of Scylla: token trees and how they are drawn, the plugin traits, sampling, the transformer with taps
+//! and tree attention, model and tokenizer loading, and the decode loop.
+//!
+//! This crate knows no draft, rule or aligner by name.
+
+mod error;
+
+pub mod assets;
+pub mod chance;
+pub mod decode;
+pub mod draw;
+pub mod kernels;
+pub mod model;
+pub mod plugin;
+pub mod sampling;
+pub mod table;
+pub mod text;
+pub mod tree;
+
+pub use error::{Error, Result};

@@ -1,0 +1,210 @@
+//! The transformer of the Llama and Qwen2 families, and the files it is read from.
+
+mod config;
+mod cpu;
+mod device;
+mod slots;
+mod source;
+
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+
+pub use config::{ModelConfig, RopeScaling};
+pub use cpu::CpuModel;
+pub use device::DeviceModel;
+pub(crate) use source::shard_names;
+pub use source::{Gguf, Raw, Shards, Source};
+
+use crate::kernels::Weight;
+use crate::plugin::TargetModel;
+use crate::{Error, Result};
+
+/// The form in which weights are held.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum WeightForm {
+    /// As the file stores them (f16 is widened to f32 on a CPU).
+    #[default]
+    #[serde(rename = "as-is")]
+    AsIs,
+    /// Single precision.
+    #[serde(rename = "f32")]
+    F32,
+    /// 8-bit blocks of 32; matrices whose rows are not whole blocks stay as they are.
+    #[serde(rename = "q8_0")]
+    Q8_0,
+}
+
+impl std::str::FromStr for WeightForm {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "as-is" => Ok(Self::AsIs),
+            "f32" => Ok(Self::F32),
+            "q8_0" => Ok(Self::Q8_0),
+            other => Err(Error::unknown(
+                "weight form",
+                other,
+                ["as-is", "f32", "q8_0"],
+            )),
+        }
+    }
+}
+
+impl std::fmt::Display for WeightForm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::AsIs => "as-is",
+            Self::F32 => "f32",
+            Self::Q8_0 => "q8_0",
+        })
+    }
+}
+
+impl WeightForm {
+    /// Brings a matrix of `k` columns into this form.
+    fn apply(self, weight: Weight, k: usize) -> Result<Weight> {
+        match (self, &weight) {
+            (Self::AsIs, _) | (Self::F32, Weight::F32(_)) => Ok(weight),
+            (Self::F32, _) => Ok(Weight::F32(weight.to_f32(k)?)),
+            (Self::Q8_0, _) if k.is_multiple_of(32) => {
+                Ok(Weight::quantize_q8_0(&weight.to_f32(k)?))
+            }
+            (Self::Q8_0, _) => Ok(weight),
+        }
+    }
+}
+
+/// A model's files: what they describe, and the weights.
+pub struct ModelFiles {
+    /// The directory or GGUF file.
+    pub path: PathBuf,
+    /// The model's shape.
+    pub config: ModelConfig,
+    /// The weights.
+    pub source: Source,
+}
+
+impl ModelFiles {
+    /// Opens a Hugging Face directory or a GGUF file. Nothing is read beyond headers.
+    pub fn open(path: &Path) -> Result<Self> {
+        let (config, source) = if path.is_dir() {
+            let file = path.join("config.json");
+            let text = std::fs::read_to_string(&file).map_err(Error::io(&file))?;
+            let config = ModelConfig::from_hf(&text, &file)?;
+            (config, Source::Safetensors(Shards::open(path)?))
+        } else if path.exists() {
+            let gguf = Gguf::open(path)?;
+            (gguf.config()?, Source::Gguf(Box::new(gguf)))
+        } else {
+            return Err(Error::file(
+                path,
+                "no such file or directory; a model is a directory with config.json and safetensors, or a GGUF file",
+            ));
+        };
+        Ok(Self {
+            path: path.to_path_buf(),
+            config,
+            source,
+        })
+    }
+}
+
+/// How a model is held and run.
+#[derive(Debug, Clone)]
+pub struct LoadOptions {
+    /// Form of the weights.
+    pub weights: WeightForm,
+    /// Threads on a CPU; 0 takes the number of cores.
+    pub threads: usize,
+    /// Positions a slot can hold; 0 takes the model's context, at most 8192.
+    pub context: usize,
+    /// Where to run.
+    pub device: Device,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self {
+            weights: WeightForm::AsIs,
+            threads: 0,
+            context: 0,
+            device: Device::Cpu,
+        }
+    }
+}
+
+impl LoadOptions {
+    /// Positions a slot of this model holds under these options.
+    pub fn positions(&self, config: &ModelConfig) -> Result<usize> {
+        match self.context {
+            0 => Ok(config.context.min(8192)),
+            n if n <= config.context => Ok(n),
+            n => Err(Error::Invalid(format!(
+                "context {n} is longer than the model's {}",
+                config.context
+            ))),
+        }
+    }
+
+    /// Threads to use.
+    pub fn thread_count(&self) -> usize {
+        match self.threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            n => n,
+        }
+    }
+}
+
+/// Parses `cpu`, `cuda` or `cuda:n`.
+pub fn parse_device(name: &str) -> Result<Device> {
+    let cuda = |n: usize| {
+        if candle_core::utils::cuda_is_available() {
+            Ok(Device::new_cuda(n)?)
+        } else {
+            Err(Error::Unsupported(format!(
+                "device `{name}`: this binary was built without the `cuda` feature"
+            )))
+        }
+    };
+    match name.split_once(':') {
+        None if name == "cpu" => Ok(Device::Cpu),
+        None if name == "cuda" => cuda(0),
+        Some(("cuda", n)) if n.parse::<usize>().is_ok() => cuda(n.parse().unwrap_or(0)),
+        _ => Err(Error::unknown("device", name, ["cpu", "cuda", "cuda:n"])),
+    }
+}
+
+/// A loaded target and what it weighs.
+pub struct Loaded {
+    /// The model.
+    pub model: Box<dyn TargetModel + Send>,
+    /// Its shape.
+    pub config: ModelConfig,
+    /// Bytes of weights held.
+    pub weight_bytes: usize,
+    /// The forms of the weights, most bytes first.
+    pub forms: Vec<&'static str>,
+}
+
+/// Loads a target: on a CPU with this crate's kernels, elsewhere through candle.
+pub fn load(files: &ModelFiles, options: &LoadOptions) -> Result<Loaded> {
+    let config = files.config.clone();
+    if matches!(options.device, Device::Cpu) {
+        let model = CpuModel::load(files, options)?;
+        Ok(Loaded {
+            weight_bytes: model.weight_bytes(),
+            forms: model.forms(),
+            model: Box::new(model),
+            config,
+        })
+    } else {
+        let model = DeviceModel::load(files, options)?;
+        Ok(Loaded {
+            weight_bytes: model.weight_bytes(),
+            forms: model.forms(),
+            model: Box::new(model),
+            config,
+        })
+    }
+}

@@ -1,0 +1,253 @@
+//! Targets and drafts made of tables of probabilities, for tests and proofs.
+
+use std::sync::Arc;
+
+use crate::draw;
+use crate::plugin::{
+    Committed, DraftModel, Forward, Matrix, Request, Slot, Step, TargetModel, TargetRows,
+    TargetShape, Want,
+};
+use crate::sampling::Sampling;
+use crate::tree::{Drawing, Tree};
+use crate::{Error, Result};
+
+/// A law: the next-token distribution `[V]` after a sequence.
+pub type Law = Arc<dyn Fn(&[u32]) -> Vec<f64> + Send + Sync>;
+
+/// Committed tokens, and pending rows with their parents.
+type Sequence = (Vec<u32>, Vec<(u32, Option<usize>)>);
+
+/// A target whose distribution is a function of the tokens so far.
+pub struct TableTarget {
+    law: Law,
+    shape: TargetShape,
+    slots: Vec<Option<Sequence>>,
+}
+
+impl TableTarget {
+    /// A target over `vocab` tokens that holds `context` positions.
+    pub fn new(vocab: usize, context: usize, law: Law) -> Self {
+        Self {
+            law,
+            shape: TargetShape {
+                vocab,
+                hidden: 0,
+                layers: 0,
+                context,
+            },
+            slots: Vec::new(),
+        }
+    }
+
+    fn slot(&mut self, slot: Slot) -> Result<&mut Sequence> {
+        match self.slots.get_mut(slot) {
+            Some(Some(state)) => Ok(state),
+            _ => Err(Error::Invalid(format!("slot {slot} is not open"))),
+        }
+    }
+}
+
+impl TargetModel for TableTarget {
+    fn open(&mut self, slot: Slot) -> Result<()> {
+        self.slots.resize(self.slots.len().max(slot + 1), None);
+        self.slots[slot] = Some((Vec::new(), Vec::new()));
+        Ok(())
+    }
+
+    fn close(&mut self, slot: Slot) {
+        if let Some(state) = self.slots.get_mut(slot) {
+            *state = None;
+        }
+    }
+
+    fn forward(&mut self, step: &Step<'_>) -> Result<Forward> {
+        let vocab = self.shape.vocab;
+        let law = Arc::clone(&self.law);
+        let mut logits = Vec::new();
+        for rows in &step.slots {
+            let (committed, pending) = self.slot(rows.slot)?;
+            let parent = |i: usize| match rows.parents {
+                [] => i.checked_sub(1),
+                parents => parents[i],
+            };
+            *pending = rows
+                .tokens
+                .iter()
+                .enumerate()
+                .map(|(i, &t)| (t, parent(i)))
+                .collect();
+            let wanted = match rows.want {
+                Want::None => 0..0,
+                Want::Last => pending.len() - 1..pending.len(),
+                Want::All => 0..pending.len(),
+            };
+            let mut values = Vec::new();
+            for row in wanted {
+                let mut path = Vec::new();
+                let mut at = Some(row);
+                while let Some(i) = at {
+                    path.push(pending[i].0);
+                    at = pending[i].1;
+                }
+                let before: Vec<u32> = committed
+                    .iter()
+                    .copied()
+                    .chain(path.into_iter().rev())
+                    .collect();
+                values.extend(law(&before).into_iter().map(|p| p.ln() as f32));
+            }
+            logits.push(Matrix::host(values, vocab));
+        }
+        Ok(Forward {
+            logits,
+            taps: step.slots.iter().map(|_| Vec::new()).collect(),
+        })
+    }
+
+    fn commit(&mut self, slot: Slot, path: &[usize]) -> Result<()> {
+        let (committed, pending) = self.slot(slot)?;
+        committed.extend(path.iter().map(|&row| pending[row].0));
+        pending.clear();
+        Ok(())
+    }
+
+    fn shape(&self) -> TargetShape {
+        self.shape.clone()
+    }
+}
+
+/// The rows of a tree under a law, exact in f64; what a rule sees in a proof.
+pub struct TableRows<'a> {
+    /// The law.
+    pub law: &'a Law,
+    /// Tokens before the root.
+    pub history: &'a [u32],
+    /// The tree.
+    pub tree: &'a Tree,
+}
+
+impl TableRows<'_> {
+    fn at(&self, node: usize) -> Vec<f64> {
+        let mut tokens = self.history.to_vec();
+        tokens.push(self.tree.tokens[0]);
+        tokens.extend(
+            self.tree
+                .path_to(node)
+                .into_iter()
+                .map(|n| self.tree.tokens[n]),
+        );
+        (self.law)(&tokens)
+    }
+}
+
+impl TargetRows for TableRows<'_> {
+    fn argmax(&self, nodes: &[usize]) -> Result<Vec<u32>> {
+        let best = |row: Vec<f64>| {
+            let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            row.iter().position(|&p| p == max).map(|i| i as u32)
+        };
+        nodes
+            .iter()
+            .map(|&n| best(self.at(n)).ok_or_else(|| Error::Invalid("an empty row".into())))
+            .collect()
+    }
+
+    fn row(&self, node: usize, out: &mut Vec<f64>) -> Result<()> {
+        *out = self.at(node);
+        Ok(())
+    }
+}
+
+/// A draft whose q is a function of the tokens so far. It expands breadth first within the budget.
+pub struct TableDraft {
+    law: Law,
+    drawing: Drawing,
+    slots: Vec<Vec<u32>>,
+}
+
+impl TableDraft {
+    /// A draft that draws children this way.
+    pub fn new(law: Law, drawing: Drawing) -> Self {
+        Self {
+            law,
+            drawing,
+            slots: Vec::new(),
+        }
+    }
+}
+
+/// Grows a tree from q given as a law of the tokens so far (`before` ends with the root).
+pub fn grow(
+    law: &Law,
+    before: &[u32],
+    drawing: Drawing,
+    request: &mut Request<'_>,
+) -> Result<Tree> {
+    let mut tree = Tree::root(request.root);
+    tree.drawing = drawing;
+    let mut frontier = vec![0];
+    for _ in 0..request.budget.levels() {
+        let mut next = Vec::new();
+        for node in frontier {
+            let room = request.budget.total - tree.len();
+            let width = request.budget.width.min(room);
+            if width == 0 {
+                break;
+            }
+            let mut tokens = before.to_vec();
+            tokens.extend(tree.path_to(node).into_iter().map(|n| tree.tokens[n]));
+            let q = law(&tokens);
+            let children = match drawing {
+                Drawing::Independent => draw::independent(&q, width, request.chance)?,
+                Drawing::WithoutReplacement => {
+                    draw::without_replacement(&q, width, request.chance)?
+                }
+                Drawing::Deterministic => {
+                    let q: Vec<f32> = q.iter().map(|&q| q as f32).collect();
+                    draw::top(&q, width)
+                }
+            };
+            next.extend(children.into_iter().map(|x| tree.push(node, x as u32)));
+            if drawing != Drawing::Deterministic {
+                tree.q.resize(tree.len(), None);
+                tree.q[node] = Some(q.into());
+            }
+        }
+        frontier = next;
+    }
+    Ok(tree)
+}
+
+impl DraftModel for TableDraft {
+    fn drawing(&self, _sampling: &Sampling) -> Drawing {
+        self.drawing
+    }
+
+    fn open(&mut self, slot: Slot) -> Result<()> {
+        self.slots
+            .resize(self.slots.len().max(slot + 1), Vec::new());
+        self.slots[slot].clear();
+        Ok(())
+    }
+
+    fn close(&mut self, slot: Slot) {
+        if let Some(tokens) = self.slots.get_mut(slot) {
+            tokens.clear();
+        }
+    }
+
+    fn observe(&mut self, committed: &[Committed<'_>]) -> Result<()> {
+        for c in committed {
+            self.slots[c.slot].extend_from_slice(c.tokens);
+        }
+        Ok(())
+    }
+
+    fn propose(&mut self, requests: &mut [Request<'_>]) -> Result<Vec<Tree>> {
+        let (law, slots, drawing) = (&self.law, &self.slots, self.drawing);
+        requests
+            .iter_mut()
+            .map(|r| grow(law, &slots[r.slot], drawing, r))
+            .collect()
+    }
+}

@@ -1,0 +1,340 @@
+//! Random tiny models, written as Hugging Face directories and as GGUF files.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::quantized::gguf_file::{self, Value};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+
+/// The shape of a tiny model.
+#[derive(Debug, Clone, Copy)]
+pub struct Tiny {
+    /// `llama` or `qwen2`.
+    pub family: &'static str,
+    /// V.
+    pub vocab: usize,
+    /// H, a multiple of 32 so that every weight form fits.
+    pub hidden: usize,
+    /// I.
+    pub ffn: usize,
+    /// L.
+    pub layers: usize,
+    /// A.
+    pub heads: usize,
+    /// K.
+    pub kv_heads: usize,
+    /// E.
+    pub head_dim: usize,
+    /// Whether the head is the embedding.
+    pub tied: bool,
+    /// Seed of the weights.
+    pub seed: u64,
+}
+
+impl Default for Tiny {
+    fn default() -> Self {
+        Self {
+            family: "llama",
+            vocab: 97,
+            hidden: 64,
+            ffn: 96,
+            layers: 2,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 16,
+            tied: false,
+            seed: 0,
+        }
+    }
+}
+
+impl Tiny {
+    /// Names and shapes of the weights, Hugging Face style.
+    fn shapes(&self) -> Vec<(String, Vec<usize>)> {
+        let (h, q, kv) = (
+            self.hidden,
+            self.heads * self.head_dim,
+            self.kv_heads * self.head_dim,
+        );
+        let mut all = vec![
+            ("model.embed_tokens.weight".to_string(), vec![self.vocab, h]),
+            ("model.norm.weight".to_string(), vec![h]),
+        ];
+        if !self.tied {
+            all.push(("lm_head.weight".into(), vec![self.vocab, h]));
+        }
+        for i in 0..self.layers {
+            let mut add = |name: &str, shape: Vec<usize>| {
+                all.push((format!("model.layers.{i}.{name}"), shape))
+            };
+            add("input_layernorm.weight", vec![h]);
+            add("post_attention_layernorm.weight", vec![h]);
+            for (name, n) in [("q", q), ("k", kv), ("v", kv)] {
+                add(&format!("self_attn.{name}_proj.weight"), vec![n, h]);
+                if self.family == "qwen2" {
+                    add(&format!("self_attn.{name}_proj.bias"), vec![n]);
+                }
+            }
+            add("self_attn.o_proj.weight", vec![h, q]);
+            add("mlp.gate_proj.weight", vec![self.ffn, h]);
+            add("mlp.up_proj.weight", vec![self.ffn, h]);
+            add("mlp.down_proj.weight", vec![h, self.ffn]);
+        }
+        all
+    }
+
+    /// The weights. Large enough that greedy text does not settle on one token.
+    fn weights(&self) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+        let mut rng = StdRng::seed_from_u64(self.seed);
+        self.shapes()
+            .into_iter()
+            .map(|(name, shape)| {
+                let count = shape.iter().product();
+                let scale = 2.5 / (*shape.last().expect("a shape") as f32).sqrt();
+                let values = (0..count).map(|_| {
+                    let v: f32 = rng.random_range(-1.0..1.0);
+                    if name.contains("norm") {
+                        1.0 + 0.1 * v
+                    } else {
+                        v * scale
+                    }
+                });
+                let values = values.collect();
+                (name, shape, values)
+            })
+            .collect()
+    }
+
+    fn config(&self) -> serde_json::Value {
+        serde_json::json!({
+            "model_type": self.family,
+            "vocab_size": self.vocab,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.ffn,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": self.tied,
+            "eos_token_id": [2, 3],
+        })
+    }
+}
+
+fn to_bytes(values: &[f32], dtype: Dtype) -> Vec<u8> {
+    match dtype {
+        Dtype::BF16 => values
+            .iter()
+            .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes())
+            .collect(),
+        Dtype::F16 => values
+            .iter()
+            .flat_map(|v| half::f16::from_f32(*v).to_le_bytes())
+            .collect(),
+        _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+    }
+}
+
+/// Writes a Hugging Face directory in one or more shards.
+pub fn write_hf(tiny: &Tiny, dir: &Path, dtype: Dtype, shards: usize) {
+    let config = tiny.config().to_string();
+    std::fs::write(dir.join("config.json"), config).expect("config");
+    let weights = tiny.weights();
+    let mut listing = HashMap::new();
+    for shard in 0..shards {
+        let file = match shards {
+            1 => "model.safetensors".to_string(),
+            n => format!("model-{:05}-of-{n:05}.safetensors", shard + 1),
+        };
+        let mine: Vec<(&String, &Vec<usize>, Vec<u8>)> = weights
+            .iter()
+            .enumerate()
+            .filter(|(i, _)| i % shards == shard)
+            .map(|(_, (name, shape, values))| (name, shape, to_bytes(values, dtype)))
+            .collect();
+        let views = mine.iter().map(|(name, shape, bytes)| {
+            listing.insert((*name).clone(), file.clone());
+            (
+                *name,
+                TensorView::new(dtype, (*shape).clone(), bytes).expect("view"),
+            )
+        });
+        let bytes = safetensors::serialize(views, None).expect("serialize");
+        std::fs::write(dir.join(&file), bytes).expect("weights");
+    }
+    if shards > 1 {
+        let listing = serde_json::json!({ "weight_map": listing });
+        std::fs::write(
+            dir.join("model.safetensors.index.json"),
+            listing.to_string(),
+        )
+        .expect("listing");
+    }
+}
+
+/// Writes a GGUF file; matrices in `dtype`, Llama q and k rows in GGUF's interleaved order.
+pub fn write_gguf(tiny: &Tiny, path: &Path, dtype: GgmlDType) {
+    let tensors: Vec<(String, QTensor)> = tiny
+        .weights()
+        .into_iter()
+        .map(|(name, shape, values)| {
+            let heads = match () {
+                () if tiny.family != "llama" => None,
+                () if name.contains("q_proj.weight") => Some(tiny.heads),
+                () if name.contains("k_proj.weight") => Some(tiny.kv_heads),
+                () => None,
+            };
+            let values = match heads {
+                Some(heads) => interleaved(&values, shape[0], shape[1], heads),
+                None => values,
+            };
+            let tensor = Tensor::from_vec(values, shape.clone(), &Device::Cpu).expect("tensor");
+            let form = if shape.len() == 2 {
+                dtype
+            } else {
+                GgmlDType::F32
+            };
+            (
+                gguf_name(&name),
+                QTensor::quantize(&tensor, form).expect("quantize"),
+            )
+        })
+        .collect();
+    let arch = tiny.family;
+    let size = |name: &str, v: usize| (format!("{arch}.{name}"), Value::U32(v as u32));
+    let metadata = vec![
+        (
+            "general.architecture".to_string(),
+            Value::String(arch.into()),
+        ),
+        size("embedding_length", tiny.hidden),
+        size("feed_forward_length", tiny.ffn),
+        size("block_count", tiny.layers),
+        size("attention.head_count", tiny.heads),
+        size("attention.head_count_kv", tiny.kv_heads),
+        size("attention.key_length", tiny.head_dim),
+        size("context_length", 256),
+        (
+            format!("{arch}.attention.layer_norm_rms_epsilon"),
+            Value::F32(1e-5),
+        ),
+        (format!("{arch}.rope.freq_base"), Value::F32(10000.0)),
+    ];
+    write(path, &metadata, &tensors);
+}
+
+fn write(path: &Path, metadata: &[(String, Value)], tensors: &[(String, QTensor)]) {
+    let metadata: Vec<(&str, &Value)> = metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
+    let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(k, v)| (k.as_str(), v)).collect();
+    let mut file = std::fs::File::create(path).expect("create");
+    gguf_file::write(&mut file, &metadata, &tensors).expect("write");
+}
+
+/// Split rotary pairs (i, i + E/2) to interleaved ones (2i, 2i + 1).
+fn interleaved(values: &[f32], rows: usize, columns: usize, heads: usize) -> Vec<f32> {
+    let e = rows / heads;
+    let mut out = Vec::with_capacity(values.len());
+    for row in 0..rows {
+        let (head, at) = (row / e, row % e);
+        let from = head * e + at / 2 + at % 2 * (e / 2);
+        out.extend_from_slice(&values[from * columns..(from + 1) * columns]);
+    }
+    out
+}
+
+fn gguf_name(name: &str) -> String {
+    let mut name = name.replace("model.layers.", "blk.");
+    for (a, b) in [
+        ("model.embed_tokens", "token_embd"),
+        ("model.norm", "output_norm"),
+        ("lm_head", "output"),
+        ("self_attn.o_proj", "attn_output"),
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("post_attention_layernorm", "ffn_norm"),
+        ("input_layernorm", "attn_norm"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+    ] {
+        name = name.replace(a, b);
+    }
+    name
+}
+
+/// Writes a GGUF file that holds only a small SentencePiece tokenizer beside a model's shape.
+pub fn write_sentencepiece_gguf(path: &Path) {
+    let mut tokens: Vec<(String, f32, i32)> = vec![
+        ("<unk>".into(), 0.0, 2),
+        ("<s>".into(), 0.0, 3),
+        ("</s>".into(), 0.0, 3),
+    ];
+    tokens.extend((0..=255).map(|b| (format!("<0x{b:02X}>"), 0.0, 6)));
+    // Longer pieces merge later: the score is minus the rank.
+    let pieces = [
+        "\u{2581}t",
+        "he",
+        "\u{2581}the",
+        "in",
+        "\u{2581}a",
+        "nd",
+        "\u{2581}and",
+        "re",
+        "\u{2581}in",
+        "er",
+        "ca",
+        "\u{2581}ca",
+        "\u{2581}cat",
+    ];
+    tokens.extend(
+        pieces
+            .iter()
+            .enumerate()
+            .map(|(i, p)| (p.to_string(), -(i as f32), 1)),
+    );
+    let letters = "\u{2581}thecaindrosl.é".chars();
+    tokens.extend(
+        letters
+            .enumerate()
+            .map(|(i, c)| (c.to_string(), -100.0 - i as f32, 1)),
+    );
+    let list =
+        |f: &dyn Fn(&(String, f32, i32)) -> Value| Value::Array(tokens.iter().map(f).collect());
+    let metadata = vec![
+        (
+            "general.architecture".to_string(),
+            Value::String("llama".into()),
+        ),
+        ("tokenizer.ggml.model".into(), Value::String("llama".into())),
+        (
+            "tokenizer.ggml.tokens".into(),
+            list(&|t| Value::String(t.0.clone())),
+        ),
+        ("tokenizer.ggml.scores".into(), list(&|t| Value::F32(t.1))),
+        (
+            "tokenizer.ggml.token_type".into(),
+            list(&|t| Value::I32(t.2)),
+        ),
+        ("tokenizer.ggml.bos_token_id".into(), Value::U32(1)),
+        ("tokenizer.ggml.eos_token_id".into(), Value::U32(2)),
+        ("tokenizer.ggml.unknown_token_id".into(), Value::U32(0)),
+        ("llama.embedding_length".into(), Value::U32(32)),
+        ("llama.feed_forward_length".into(), Value::U32(32)),
+        ("llama.block_count".into(), Value::U32(1)),
+        ("llama.attention.head_count".into(), Value::U32(1)),
+        ("llama.context_length".into(), Value::U32(64)),
+    ];
+    let table =
+        Tensor::zeros((tokens.len(), 32), candle_core::DType::F32, &Device::Cpu).expect("zeros");
+    let table = QTensor::quantize(&table, GgmlDType::F32).expect("f32");
+    write(path, &metadata, &[("token_embd.weight".to_string(), table)]);
+}

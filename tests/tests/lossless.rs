@@ -1,0 +1,456 @@
+//! Speculative decoding gives what plain decoding gives, for random models, prompts, trees and batches.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use proptest::prelude::*;
+use safetensors::Dtype;
+use scylla_core::Result;
+use scylla_core::chance::Seeded;
+use scylla_core::decode::{Finish, Job, Output, Parts, Settings, decode};
+use scylla_core::model::{LoadOptions, ModelFiles, WeightForm, load};
+use scylla_core::plugin::{
+    Chance, Committed, DraftModel, Fixed, Request, SlotRows, Step, TargetModel, Verifier, Want,
+};
+use scylla_core::sampling::Sampling;
+use scylla_core::tree::{Budget, Drawing, Tree};
+use scylla_draft::Ngram;
+use scylla_tests::{Tiny, write_hf};
+use scylla_verify::{Chain, Greedy};
+
+fn model(tiny: &Tiny, weights: WeightForm, threads: usize) -> Box<dyn TargetModel + Send> {
+    let dir = tempfile::tempdir().expect("dir");
+    write_hf(tiny, dir.path(), Dtype::F32, 1);
+    open(dir.path(), weights, threads)
+}
+
+fn open(dir: &Path, weights: WeightForm, threads: usize) -> Box<dyn TargetModel + Send> {
+    let files = ModelFiles::open(dir).expect("opens");
+    load(
+        &files,
+        &LoadOptions {
+            weights,
+            threads,
+            ..LoadOptions::default()
+        },
+    )
+    .expect("loads")
+    .model
+}
+
+fn run(
+    target: &mut dyn TargetModel,
+    draft: Option<&mut dyn DraftModel>,
+    verifier: &dyn Verifier,
+    budget: Budget,
+    jobs: &[Job],
+    settings: &Settings,
+) -> Result<Vec<Output>> {
+    let mut policy = Fixed(budget);
+    let mut parts = Parts {
+        target,
+        draft: None,
+        verifier,
+        policy: &mut policy,
+    };
+    if let Some(draft) = draft {
+        parts.draft = Some(("test", draft));
+    }
+    decode(&mut parts, jobs, settings, None, &mut |_| {
+        ControlFlow::Continue(())
+    })
+}
+
+/// Proposes random trees that know the future: every other child continues plain decoding, so that long and
+/// branching paths are accepted.
+struct Oracle {
+    futures: Vec<Vec<u32>>,
+    seen: Vec<Vec<u32>>,
+    random: Seeded,
+    vocab: usize,
+}
+
+impl DraftModel for Oracle {
+    fn drawing(&self, _: &Sampling) -> Drawing {
+        Drawing::Deterministic
+    }
+    fn open(&mut self, slot: usize) -> Result<()> {
+        self.seen.resize(self.seen.len().max(slot + 1), Vec::new());
+        self.seen[slot].clear();
+        Ok(())
+    }
+    fn close(&mut self, _: usize) {}
+    fn observe(&mut self, committed: &[Committed<'_>]) -> Result<()> {
+        for c in committed {
+            self.seen[c.slot].extend_from_slice(c.tokens);
+        }
+        Ok(())
+    }
+    fn propose(&mut self, requests: &mut [Request<'_>]) -> Result<Vec<Tree>> {
+        let mut trees = Vec::new();
+        for r in requests {
+            let seen = &self.seen[r.slot];
+            let future = self
+                .futures
+                .iter()
+                .find(|f| f.starts_with(seen))
+                .map_or(&[][..], |f| &f[seen.len()..]);
+            let mut tree = Tree::root(r.root);
+            let mut depths = vec![0];
+            while tree.len() < r.budget.total {
+                let parent = self.random.pick(&vec![1.0; tree.len()])?;
+                let depth = depths[parent];
+                if depth >= r.budget.levels() || tree.children(parent).count() >= r.budget.width {
+                    if self.random.coin(0.2) {
+                        break;
+                    }
+                    continue;
+                }
+                let known = future.get(depth).copied().filter(|_| self.random.coin(0.6));
+                let token = known.unwrap_or(self.random.pick(&vec![1.0; self.vocab])? as u32);
+                tree.push(parent, token);
+                depths.push(depth + 1);
+            }
+            trees.push(tree);
+        }
+        Ok(trees)
+    }
+}
+
+fn jobs(prompts: &[Vec<u32>]) -> Vec<Job> {
+    prompts
+        .iter()
+        .enumerate()
+        .map(|(i, p)| Job {
+            prompt: p.clone(),
+            sequence: i as u64,
+        })
+        .collect()
+}
+
+fn tiny() -> impl Strategy<Value = Tiny> {
+    let shape = prop::sample::select(vec![(4, 2, 16), (4, 4, 8), (6, 2, 16), (3, 1, 32)]);
+    (
+        prop::sample::select(vec!["llama", "qwen2"]),
+        shape,
+        any::<bool>(),
+        0u64..1000,
+        1usize..4,
+    )
+        .prop_map(
+            |(family, (heads, kv_heads, head_dim), tied, seed, layers)| Tiny {
+                family,
+                heads,
+                kv_heads,
+                head_dim,
+                tied,
+                seed,
+                layers,
+                ..Tiny::default()
+            },
+        )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+    #[test]
+    fn greedy_speculation_equals_plain_decoding(
+        tiny in tiny(),
+        prompts in prop::collection::vec(prop::collection::vec(0u32..97, 1..40), 1..5),
+        budget in (2usize..24, 1usize..5, 0usize..7),
+        batch in 1usize..4,
+        form in prop::sample::select(vec![WeightForm::F32, WeightForm::Q8_0]),
+        seed in 0u64..100,
+    ) {
+        let mut target = model(&tiny, form, 2);
+        let settings = Settings { max_new_tokens: 24, batch: 1, ..Settings::default() };
+        let jobs = jobs(&prompts);
+        let plain = run(target.as_mut(), None, &Greedy, Budget::OFF, &jobs, &settings).expect("plain");
+        prop_assert!(plain.iter().all(|o| o.tau() == Some(1.0) && o.finish == Finish::Length));
+
+        let futures: Vec<Vec<u32>> =
+            prompts.iter().zip(&plain).map(|(p, o)| [p.as_slice(), &o.ids].concat()).collect();
+        let budget = Budget { total: budget.0, width: budget.1, depth: budget.2 };
+        let mut oracle = Oracle { futures, seen: Vec::new(), random: Seeded::new(seed, 0), vocab: tiny.vocab };
+        let batched = Settings { batch, ..settings.clone() };
+        let found = run(target.as_mut(), Some(&mut oracle), &Greedy, budget, &jobs, &batched).expect("oracle");
+        for (a, b) in plain.iter().zip(&found) {
+            prop_assert_eq!(&a.ids, &b.ids);
+            prop_assert_eq!(b.cycles.iter().map(|c| c.committed).sum::<usize>() + 1, b.ids.len());
+            prop_assert!(b.cycles.iter().all(|c| c.nodes <= budget.total && c.committed <= c.accepted + 1));
+        }
+        let mut ngram = Ngram::new(1, 3).expect("ngram");
+        let found = run(target.as_mut(), Some(&mut ngram), &Greedy, budget, &jobs, &batched).expect("ngram");
+        for (a, b) in plain.iter().zip(&found) {
+            prop_assert_eq!(&a.ids, &b.ids);
+        }
+    }
+
+    #[test]
+    fn a_ragged_batch_equals_one_by_one_bit_for_bit(
+        tiny in tiny(),
+        prompts in prop::collection::vec(prop::collection::vec(0u32..97, 1..50), 2..6),
+        form in prop::sample::select(vec![WeightForm::F32, WeightForm::Q8_0]),
+        threads in 1usize..4,
+    ) {
+        let mut together = model(&tiny, form, threads);
+        let mut alone = model(&tiny, form, 1);
+        let taps = [scylla_core::plugin::Tap::Input(1), scylla_core::plugin::Tap::Final];
+        for slot in 0..prompts.len() {
+            together.open(slot).expect("open");
+        }
+        let rows = |slot: usize, p: &'static [u32]| SlotRows { slot, tokens: p, parents: &[], want: Want::All };
+        let leaked: Vec<&'static [u32]> = prompts.iter().map(|p| &*p.clone().leak()).collect();
+        let step = Step { slots: leaked.iter().enumerate().map(|(i, p)| rows(i, p)).collect(), taps: &taps };
+        let all = together.forward(&step).expect("forward");
+        for (i, p) in leaked.iter().enumerate() {
+            alone.open(0).expect("open");
+            let one = alone.forward(&Step { slots: vec![rows(0, p)], taps: &taps }).expect("forward");
+            alone.close(0);
+            prop_assert_eq!(one.logits[0].all().expect("host"), all.logits[i].all().expect("host"));
+            for (a, b) in one.taps[0].iter().zip(&all.taps[i]) {
+                prop_assert_eq!(a.all().expect("host"), b.all().expect("host"));
+            }
+        }
+    }
+
+    #[test]
+    fn sampled_text_does_not_depend_on_the_batch(
+        seed in 0u64..100,
+        prompts in prop::collection::vec(prop::collection::vec(0u32..97, 1..20), 2..5),
+        temperature in 0.3f64..1.5,
+    ) {
+        let mut target = model(&Tiny { seed, ..Tiny::default() }, WeightForm::F32, 2);
+        let sampling = Sampling { temperature, top_p: 0.9, ..Sampling::default() };
+        let settings = Settings { sampling, seed, max_new_tokens: 16, ..Settings::default() };
+        let jobs = jobs(&prompts);
+        let mut once = |batch| {
+            let mut ngram = Ngram::new(1, 3).expect("ngram");
+            let settings = Settings { batch, ..settings.clone() };
+            let outputs = run(target.as_mut(), Some(&mut ngram), &Chain, Budget::chain(4), &jobs, &settings);
+            outputs.expect("run").into_iter().map(|o| o.ids).collect::<Vec<_>>()
+        };
+        prop_assert_eq!(once(1), once(3));
+    }
+}
+
+#[test]
+fn sequences_end_at_eos_at_the_limit_and_at_the_context() {
+    let mut target = model(&Tiny::default(), WeightForm::F32, 1);
+    let prompt = vec![5, 6, 7];
+    let settings = Settings {
+        max_new_tokens: 30,
+        ..Settings::default()
+    };
+    let plain = run(
+        target.as_mut(),
+        None,
+        &Greedy,
+        Budget::OFF,
+        &jobs(std::slice::from_ref(&prompt)),
+        &settings,
+    )
+    .expect("plain")
+    .remove(0);
+    let eos = plain.ids[12];
+    let first = plain.ids.iter().position(|&t| t == eos).expect("occurs");
+    let settings = Settings {
+        eos: vec![eos],
+        ..settings
+    };
+    let future = [prompt.as_slice(), &plain.ids].concat();
+    let mut oracle = Oracle {
+        futures: vec![future],
+        seen: Vec::new(),
+        random: Seeded::new(1, 0),
+        vocab: 97,
+    };
+    let cut = run(
+        target.as_mut(),
+        Some(&mut oracle),
+        &Greedy,
+        Budget {
+            total: 16,
+            width: 2,
+            depth: 6,
+        },
+        &jobs(&[prompt]),
+        &settings,
+    )
+    .expect("cut")
+    .remove(0);
+    assert_eq!(cut.ids, plain.ids[..=first]);
+    assert_eq!(cut.finish, Finish::Eos);
+    assert!(cut.cycles.last().is_none_or(|c| c.cut));
+
+    // The context of the tiny models is 256.
+    let long: Vec<u32> = (0..250).map(|i| i % 97).collect();
+    let mut ngram = Ngram::new(1, 3).expect("ngram");
+    let settings = Settings {
+        max_new_tokens: 100,
+        ..Settings::default()
+    };
+    let full = run(
+        target.as_mut(),
+        Some(&mut ngram),
+        &Greedy,
+        Budget::chain(8),
+        &jobs(std::slice::from_ref(&long)),
+        &settings,
+    )
+    .expect("full")
+    .remove(0);
+    assert_eq!((full.ids.len(), full.finish), (6, Finish::Context));
+    let plain = run(
+        target.as_mut(),
+        None,
+        &Greedy,
+        Budget::OFF,
+        &jobs(&[long]),
+        &settings,
+    )
+    .expect("plain")
+    .remove(0);
+    assert_eq!(full.ids, plain.ids);
+}
+
+#[test]
+fn breaking_off_keeps_what_was_decoded_and_frees_the_slots() {
+    let mut target = model(&Tiny::default(), WeightForm::F32, 1);
+    let settings = Settings {
+        max_new_tokens: 50,
+        batch: 2,
+        ..Settings::default()
+    };
+    let mut told = 0;
+    let mut policy = Fixed(Budget::OFF);
+    let mut parts = Parts {
+        target: target.as_mut(),
+        draft: None,
+        verifier: &Greedy,
+        policy: &mut policy,
+    };
+    let jobs = jobs(&[vec![1, 2], vec![3], vec![4]]);
+    let outputs = decode(&mut parts, &jobs, &settings, None, &mut |_| {
+        told += 1;
+        if told >= 10 {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    })
+    .expect("broken off");
+    assert_eq!(outputs.len(), 3);
+    assert!(outputs.iter().all(|o| o.finish == Finish::Interrupted));
+    assert!(!outputs[0].ids.is_empty() && outputs[2].ids.is_empty());
+    target.open(0).expect("slot 0 is free again");
+    target.open(1).expect("slot 1 is free again");
+}
+
+#[test]
+fn a_rule_that_is_not_exact_for_the_draft_is_refused_naming_both() {
+    let mut target = model(&Tiny::default(), WeightForm::F32, 1);
+    let mut ngram = Ngram::new(1, 3).expect("ngram");
+    let sampling = Sampling {
+        temperature: 1.0,
+        ..Sampling::default()
+    };
+    let settings = Settings {
+        sampling,
+        max_new_tokens: 8,
+        ..Settings::default()
+    };
+    let jobs = jobs(&[vec![1, 2, 1, 2, 1]]);
+    let wide = Budget {
+        total: 8,
+        width: 2,
+        depth: 2,
+    };
+    let error = run(
+        target.as_mut(),
+        Some(&mut ngram),
+        &Chain,
+        wide,
+        &jobs,
+        &settings,
+    )
+    .expect_err("refused")
+    .to_string();
+    assert!(
+        error.contains("`chain`") && error.contains("`test`") && error.contains("lossy"),
+        "{error}"
+    );
+    let error = run(
+        target.as_mut(),
+        Some(&mut ngram),
+        &Greedy,
+        wide,
+        &jobs,
+        &settings,
+    )
+    .expect_err("refused")
+    .to_string();
+    assert!(error.contains("`greedy`"), "{error}");
+    let lossy = Settings {
+        lossy: true,
+        ..settings
+    };
+    assert!(
+        run(
+            target.as_mut(),
+            Some(&mut ngram),
+            &Greedy,
+            wide,
+            &jobs,
+            &lossy
+        )
+        .is_ok()
+    );
+}
+
+#[test]
+fn settings_and_prompts_out_of_range_are_refused() {
+    let mut target = model(&Tiny::default(), WeightForm::F32, 1);
+    let mut refused = |prompt: Vec<u32>, settings: Settings| {
+        run(
+            target.as_mut(),
+            None,
+            &Greedy,
+            Budget::OFF,
+            &jobs(&[prompt]),
+            &settings,
+        )
+        .expect_err("refused")
+        .to_string()
+    };
+    let ok = Settings::default;
+    assert!(refused(vec![], ok()).contains("prompt 0 is empty"));
+    assert!(refused(vec![1; 256], ok()).contains("256 tokens"));
+    assert!(refused(vec![97], ok()).contains("vocabulary of 97"));
+    assert!(refused(vec![1], Settings { batch: 0, ..ok() }).contains("batch 0"));
+    assert!(
+        refused(
+            vec![1],
+            Settings {
+                max_new_tokens: 0,
+                ..ok()
+            }
+        )
+        .contains("max_new_tokens 0")
+    );
+    assert!(
+        refused(
+            vec![1],
+            Settings {
+                stops: vec!["a".into()],
+                ..ok()
+            }
+        )
+        .contains("tokenizer")
+    );
+    let sampling = Sampling {
+        temperature: -0.5,
+        ..Sampling::default()
+    };
+    assert!(refused(vec![1], Settings { sampling, ..ok() }).contains("temperature is -0.5"));
+}

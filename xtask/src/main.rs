@@ -1,0 +1,133 @@
+//! Developer automation: starts cargo and the built binary, and links none of the crates.
+
+mod compare;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Result, bail};
+
+const USAGE: &str = "usage: cargo xtask COMMAND
+
+  bench [ARGS]    build in release mode, fetch the default model if it is missing, and run `scylla bench ARGS`
+  test            everything that must hold: format, clippy, docs, tests, and the licence check where installed
+  compare [N]     plain decoding beside candle-transformers on the default model, interleaved, N rounds (default 5)
+";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let rest = args.get(1..).unwrap_or_default();
+    let done = match args.first().map(String::as_str) {
+        Some("bench") => bench(rest),
+        Some("test") => test(),
+        Some("compare") => compare::run(rest),
+        _ => {
+            eprint!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("xtask: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The root of the workspace.
+fn root() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here).to_path_buf()
+}
+
+fn cargo() -> Command {
+    let mut command = Command::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".into()));
+    command.current_dir(root());
+    command
+}
+
+/// Runs a command and fails when it does.
+fn run(command: &mut Command) -> Result<()> {
+    let shown = format!("{command:?}").replace('"', "");
+    eprintln!("$ {shown}");
+    let status = command.status()?;
+    if !status.success() {
+        bail!("{shown}: {status}");
+    }
+    Ok(())
+}
+
+/// Builds the release binary and returns its path.
+fn scylla() -> Result<PathBuf> {
+    run(cargo().args([
+        "build",
+        "--release",
+        "--quiet",
+        "--package",
+        "scylla-bench",
+        "--bin",
+        "scylla",
+    ]))?;
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or(root().join("target"), |t| root().join(t));
+    Ok(target
+        .join("release")
+        .join(format!("scylla{}", std::env::consts::EXE_SUFFIX)))
+}
+
+fn bench(args: &[String]) -> Result<()> {
+    let scylla = scylla()?;
+    run(Command::new(&scylla).args(["assets", "fetch"]))?;
+    // Where the user stands, so that paths on the command line mean what they say.
+    run(Command::new(&scylla).arg("bench").args(args))
+}
+
+fn test() -> Result<()> {
+    run(cargo().args(["fmt", "--all", "--check"]))?;
+    run(cargo().args([
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--quiet",
+        "--",
+        "--deny",
+        "warnings",
+    ]))?;
+    let mut doc = cargo();
+    doc.args([
+        "doc",
+        "--workspace",
+        "--no-deps",
+        "--quiet",
+        "--document-private-items",
+    ]);
+    run(doc.env(
+        "RUSTDOCFLAGS",
+        "--deny warnings --allow rustdoc::private_intra_doc_links",
+    ))?;
+    let nextest = cargo()
+        .args(["nextest", "--version"])
+        .output()
+        .is_ok_and(|o| o.status.success());
+    if nextest {
+        run(cargo().args([
+            "nextest",
+            "run",
+            "--workspace",
+            "--all-targets",
+            "--no-fail-fast",
+        ]))?;
+        run(cargo().args(["test", "--workspace", "--doc", "--quiet"]))?;
+    } else {
+        run(cargo().args(["test", "--workspace", "--no-fail-fast"]))?;
+    }
+    let deny = cargo()
+        .args(["deny", "--version"])
+        .output()
+        .is_ok_and(|o| o.status.success());
+    if deny {
+        run(cargo().args(["deny", "check", "bans", "licenses", "sources"]))?;
+    }
+    Ok(())
+}
