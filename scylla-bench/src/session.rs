@@ -46,12 +46,13 @@ impl Session {
             context: experiment.target.context,
             device: parse_device(&experiment.run.device)?,
         };
+        // The weights first: what the tokenizer needs for a moment only then lies above them, and is given back.
+        let target = load(&files, &options)?;
         let tokenizer = Tokenizer::of_model(&files)?;
         let eos = match &tokenizer {
             Some(tokenizer) => tokenizer.eos().to_vec(),
             None => eos_of_model(&files)?,
         };
-        let target = load(&files, &options)?;
         Ok(Self {
             environment: Environment {
                 commit: commit(),

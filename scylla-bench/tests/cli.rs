@@ -341,6 +341,8 @@ fn bench<'a>(more: &[&'a str]) -> Vec<&'a str> {
         "--set",
         "prompts.part=all",
         "--set",
+        "prompts.per_task=0",
+        "--set",
         "run.max_new_tokens=12",
         "--set",
         "run.repeats=2",
@@ -541,4 +543,13 @@ fn the_default_model_is_not_fetched_without_network_and_says_where_to_put_it() {
         .filter(|e| e.path().extension().is_none_or(|e| e != "lock"))
         .collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn the_readme_shows_the_example_draft_as_it_is_compiled() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let example = std::fs::read_to_string(root.join("examples/custom_draft.rs")).expect("example");
+    let readme = std::fs::read_to_string(root.join("../README.md")).expect("README");
+    assert!(readme.contains(&example));
+    assert!(example.lines().count() <= 40);
 }

@@ -117,13 +117,33 @@ impl Matrix {
 
 /// Rows whose logits are wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Want {
+pub enum Want<'a> {
     /// None: rows that only fill the cache.
     None,
     /// The last row.
     Last,
     /// All of them.
     All,
+    /// These rows, in this order.
+    Rows(&'a [usize]),
+}
+
+impl Want<'_> {
+    /// The rows meant, of `n`.
+    ///
+    /// # Errors
+    /// If one lies beyond them.
+    pub fn of(&self, n: usize) -> Result<Vec<usize>> {
+        match *self {
+            Self::None => Ok(Vec::new()),
+            Self::Last => Ok((n.saturating_sub(1)..n).collect()),
+            Self::All => Ok((0..n).collect()),
+            Self::Rows(rows) => match rows.iter().find(|&&row| row >= n) {
+                Some(row) => Err(Error::Invalid(format!("logits of row {row} of {n}"))),
+                None => Ok(rows.to_vec()),
+            },
+        }
+    }
 }
 
 /// Rows to append to one slot.
@@ -137,7 +157,7 @@ pub struct SlotRows<'a> {
     /// empty list means a chain. Positions follow from it: committed length plus depth.
     pub parents: &'a [Option<usize>],
     /// Logits to return.
-    pub want: Want,
+    pub want: Want<'a>,
 }
 
 /// One forward pass over any number of slots.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::draw;
 use crate::plugin::{
     Committed, DraftModel, Forward, Matrix, Request, Slot, Step, TargetModel, TargetRows,
-    TargetShape, Want,
+    TargetShape,
 };
 use crate::sampling::Sampling;
 use crate::tree::{Drawing, Tree};
@@ -76,11 +76,7 @@ impl TargetModel for TableTarget {
                 .enumerate()
                 .map(|(i, &t)| (t, parent(i)))
                 .collect();
-            let wanted = match rows.want {
-                Want::None => 0..0,
-                Want::Last => pending.len() - 1..pending.len(),
-                Want::All => 0..pending.len(),
-            };
+            let wanted = rows.want.of(pending.len())?;
             let mut values = Vec::new();
             for row in wanted {
                 let mut path = Vec::new();

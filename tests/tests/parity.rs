@@ -21,7 +21,7 @@ fn check(test: &str, body: impl Fn(&str, &mut dyn TargetModel, &Tensors, usize))
     }
 }
 
-fn rows<'a>(tokens: &'a [u32], parents: &'a [Option<usize>], want: Want) -> Step<'a> {
+fn rows<'a>(tokens: &'a [u32], parents: &'a [Option<usize>], want: Want<'a>) -> Step<'a> {
     Step {
         slots: vec![SlotRows {
             slot: 0,
@@ -42,10 +42,20 @@ fn logits_of_chains_match() {
             let found = model
                 .forward(&rows(&tokens, &[], Want::All))
                 .expect("forward");
+            let (expected, shape) = golden.f32(&format!("seq{n}.logits"));
+            let off = deviation(&found.logits[0].all().expect("logits"), &expected);
+            assert!(off < LOGITS, "{name}, {n} tokens: {off}");
+            let listed = [n - 1, n / 2, 0];
+            let some = model
+                .forward(&rows(&tokens, &[], Want::Rows(&listed)))
+                .expect("forward");
             model.close(0);
-            let (expected, _) = golden.f32(&format!("seq{n}.logits"));
-            let deviation = deviation(&found.logits[0].all().expect("logits"), &expected);
-            assert!(deviation < LOGITS, "{name}, {n} tokens: {deviation}");
+            assert_eq!(some.logits[0].rows(), 3, "{name}");
+            for (i, row) in listed.into_iter().enumerate() {
+                let expected = &expected[row * shape[1]..(row + 1) * shape[1]];
+                let off = deviation(&some.logits[0].row(i).expect("row"), expected);
+                assert!(off < LOGITS, "{name}, row {row} of {n}: {off}");
+            }
         }
     });
 }

@@ -26,13 +26,13 @@ pub(super) struct Forward {
     /// Model: `default`, a directory, a GGUF file, or a hub id
     #[arg(long)]
     model: String,
-    /// Safetensors with `tokens` i64 [S] and optional `parents` i64 [S] (-1 for a first row)
+    /// Safetensors with `tokens i64 [S]` and optional `parents i64 [S]` (-1 for a first row)
     #[arg(long)]
     input: PathBuf,
-    /// Safetensors to write: `logits` f32 [S, V]
+    /// Safetensors to write: `logits f32 [S, V]`
     #[arg(long)]
     output: PathBuf,
-    /// Also write `hidden` f32 [L + 2, S, H]: embedding, each layer's output, final normalised state
+    /// Also write `hidden f32 [L + 2, S, H]`: embedding, each layer's output, final normalised state
     #[arg(long)]
     taps: bool,
     #[command(flatten)]

@@ -19,6 +19,9 @@ pub(super) fn is_id(spec: &str) -> bool {
     id.split('/').count() == 2 && id.split('/').all(word) && word(revision)
 }
 
+/// Lists the shards of a model that is stored in several.
+const INDEX: &str = "model.safetensors.index.json";
+
 struct Bar<'a, 'b> {
     on_progress: &'a mut OnProgress<'b>,
     done: u64,
@@ -28,6 +31,7 @@ struct Bar<'a, 'b> {
 impl Progress for Bar<'_, '_> {
     fn init(&mut self, size: usize, _filename: &str) {
         self.total = size as u64;
+        self.done = 0;
     }
     fn update(&mut self, size: usize) {
         self.done += size as u64;
@@ -44,28 +48,46 @@ struct Hub {
 }
 
 impl Hub {
-    fn get(&self, file: &str, on_progress: &mut OnProgress<'_>) -> Result<PathBuf> {
+    /// A file out of the cache or the network; `None` where neither has it.
+    fn find(&self, file: &str, on_progress: &mut OnProgress<'_>) -> Result<Option<PathBuf>> {
         if let Some(path) = self.cache.get(file) {
-            return Ok(path);
+            return Ok(Some(path));
         }
         let Some(network) = &self.network else {
-            return Err(Error::Fetch(format!(
-                "{file} of {} is not in the hub cache, and downloads are switched off",
-                self.id
-            )));
+            return Ok(None);
         };
         let bar = Bar {
             on_progress,
             done: 0,
             total: 0,
         };
-        network.download_with_progress(file, bar).map_err(|e| {
-            Error::Fetch(format!(
-                "{file} of {} could not be fetched: {e}; check the id, the network, HF_ENDPOINT and HF_TOKEN",
+        match network.download_with_progress(file, bar) {
+            Ok(path) => Ok(Some(path)),
+            Err(e) if is_missing(&e) => Ok(None),
+            Err(e) => Err(Error::Fetch(format!(
+                "{file} of {} could not be fetched: {e}; check the network, HF_ENDPOINT, and HF_TOKEN where access is gated",
                 self.id
-            ))
-        })
+            ))),
+        }
     }
+
+    /// A file that must be there.
+    fn get(&self, file: &str, on_progress: &mut OnProgress<'_>) -> Result<PathBuf> {
+        let missing = match self.network {
+            Some(_) => format!("the hub has no {file} of {}; check the id", self.id),
+            None => format!(
+                "{file} of {} is not in the hub cache, and downloads are switched off",
+                self.id
+            ),
+        };
+        self.find(file, on_progress)?
+            .ok_or_else(|| Error::Fetch(missing))
+    }
+}
+
+/// Whether the hub answered that there is no such file.
+fn is_missing(e: &hf_hub::api::sync::ApiError) -> bool {
+    matches!(e, hf_hub::api::sync::ApiError::RequestError(e) if e.to_string().contains("404"))
 }
 
 /// Fetches configuration, tokenizer and weights of a model and returns their directory.
@@ -101,12 +123,12 @@ pub fn fetch(spec: &str, mut on_progress: OnProgress<'_>) -> Result<PathBuf> {
     ];
     for file in optional {
         // Not every model has each of them; a missing tokenizer is reported where one is needed.
-        let _ = hub.get(file, &mut on_progress);
+        hub.find(file, &mut on_progress)?;
     }
-    if hub.get("model.safetensors", &mut on_progress).is_ok() {
+    if hub.find("model.safetensors", &mut on_progress)?.is_some() {
         return Ok(dir);
     }
-    let listing = hub.get("model.safetensors.index.json", &mut on_progress)?;
+    let listing = hub.get(INDEX, &mut on_progress)?;
     for shard in crate::model::shard_names(&listing)? {
         hub.get(&shard, &mut on_progress)?;
     }

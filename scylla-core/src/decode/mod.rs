@@ -78,7 +78,7 @@ impl Default for Settings {
             stops: Vec::new(),
             batch: 1,
             lossy: false,
-            prefill_chunk: 256,
+            prefill_chunk: 128,
             known_tokens: None,
         }
     }

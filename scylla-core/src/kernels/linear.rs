@@ -1,6 +1,7 @@
 //! A linear layer for few rows, over the weight forms the kernels know.
 
 use std::borrow::Cow;
+use std::io::Read;
 
 use candle_core::quantized::{GgmlDType, QuantizedType};
 
@@ -28,44 +29,68 @@ enum Form {
     Q4(Vec<Q4>),
 }
 
-fn read<B: Block>(bytes: &[u8], size: usize, read: impl Fn(&[u8]) -> B) -> Vec<B> {
-    bytes.chunks_exact(size).map(read).collect()
+/// Reads `bytes` bytes in units of `size`, a piece at a time.
+fn units<T>(
+    from: &mut dyn Read,
+    bytes: usize,
+    size: usize,
+    unit: impl Fn(&[u8]) -> T,
+) -> std::io::Result<Vec<T>> {
+    let mut out = Vec::with_capacity(bytes / size);
+    let mut piece = vec![0; (64 << 10) / size * size];
+    let mut left = bytes / size * size;
+    while left > 0 {
+        let n = left.min(piece.len());
+        from.read_exact(&mut piece[..n])?;
+        out.extend(piece[..n].chunks_exact(size).map(&unit));
+        left -= n;
+    }
+    Ok(out)
 }
 
 impl Weight {
-    /// Takes `count` values of GGUF data. The length of `bytes` was checked by the caller.
+    /// Takes GGUF data that is at hand. The length of `bytes` was checked by the caller.
     pub fn from_gguf(dtype: GgmlDType, bytes: &[u8]) -> Result<Self> {
-        let block = |form| Ok(Self::Blocks(Blocks(form)));
-        match dtype {
-            GgmlDType::F32 => Ok(Self::F32(
-                bytes
-                    .chunks_exact(4)
-                    .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                    .collect(),
-            )),
-            // Widening is exact; a kernel for f16 would only save bandwidth.
-            GgmlDType::F16 => Ok(Self::F32(
-                bytes
-                    .chunks_exact(2)
-                    .map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32())
-                    .collect(),
-            )),
-            GgmlDType::BF16 => Ok(Self::Bf16(
-                bytes
-                    .chunks_exact(2)
-                    .map(|b| u16::from_le_bytes([b[0], b[1]]))
-                    .collect(),
-            )),
-            GgmlDType::Q8_0 => block(Form::Q8(read(bytes, Q8::BYTES, Q8::read))),
-            GgmlDType::Q4_1 => block(Form::Q4(read(bytes, Q4::BYTES, Q4::read))),
-            GgmlDType::Q4_0 => block(Form::Q4(read(bytes, 18, Q4::read_q4_0))),
-            GgmlDType::Q4K | GgmlDType::Q5K | GgmlDType::Q6K => {
-                Ok(Self::Candle(dtype.from_data(Cow::Borrowed(bytes))))
+        let short = |e| Error::Invalid(format!("GGUF data: {e}"));
+        Self::read(dtype, bytes.len(), &mut &bytes[..])?.map_err(short)
+    }
+
+    /// Reads `bytes` bytes of GGUF data; the inner error is that of the reader.
+    pub fn read(
+        dtype: GgmlDType,
+        bytes: usize,
+        from: &mut dyn Read,
+    ) -> Result<std::io::Result<Self>> {
+        let q8 = |w| Self::Blocks(Blocks(Form::Q8(w)));
+        let q4 = |w| Self::Blocks(Blocks(Form::Q4(w)));
+        Ok(match dtype {
+            GgmlDType::F32 => {
+                let value = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                units(from, bytes, 4, value).map(Self::F32)
             }
-            other => Err(Error::Unsupported(format!(
-                "GGUF tensor type {other:?}; supported: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K"
-            ))),
-        }
+            // Widening is exact; a kernel for f16 would only save bandwidth.
+            GgmlDType::F16 => {
+                let value = |b: &[u8]| half::f16::from_le_bytes([b[0], b[1]]).to_f32();
+                units(from, bytes, 2, value).map(Self::F32)
+            }
+            GgmlDType::BF16 => {
+                let value = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
+                units(from, bytes, 2, value).map(Self::Bf16)
+            }
+            GgmlDType::Q8_0 => units(from, bytes, Q8::BYTES, Q8::read).map(q8),
+            GgmlDType::Q4_1 => units(from, bytes, Q4::BYTES, Q4::read).map(q4),
+            GgmlDType::Q4_0 => units(from, bytes, 18, Q4::read_q4_0).map(q4),
+            GgmlDType::Q4K | GgmlDType::Q5K | GgmlDType::Q6K => {
+                let mut whole = vec![0; bytes];
+                from.read_exact(&mut whole)
+                    .map(|()| Self::Candle(dtype.from_data(Cow::Owned(whole))))
+            }
+            other => {
+                return Err(Error::Unsupported(format!(
+                    "GGUF tensor type {other:?}; supported: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K"
+                )));
+            }
+        })
     }
 
     /// Quantises to Q8_0; `K` must be a multiple of 32.
@@ -73,6 +98,17 @@ impl Weight {
         Self::Blocks(Blocks(Form::Q8(
             values.chunks_exact(BLOCK).map(Q8::quantize).collect(),
         )))
+    }
+
+    /// The same matrix of `k` columns (a multiple of 32) in Q8_0, row by row.
+    pub fn requantize_q8_0(&self, k: usize) -> Result<Self> {
+        let mut blocks = Vec::with_capacity(self.count() / BLOCK);
+        let mut values = vec![0.0; k];
+        for row in 0..self.count() / k {
+            self.row(row, k, &mut values)?;
+            blocks.extend(values.chunks_exact(BLOCK).map(Q8::quantize));
+        }
+        Ok(Self::Blocks(Blocks(Form::Q8(blocks))))
     }
 
     /// Number of weights held.

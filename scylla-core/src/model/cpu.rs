@@ -6,7 +6,7 @@ use crate::Result;
 use crate::kernels::{
     AttentionRow, KvLayer, Linear, Pool, Scratch, Weight, add, attention, rms_norm, rope, swiglu,
 };
-use crate::plugin::{Forward, Matrix, Slot, Step, Tap, TargetModel, TargetShape, Want};
+use crate::plugin::{Forward, Matrix, Slot, Step, Tap, TargetModel, TargetShape};
 
 struct Layer {
     attention_norm: Vec<f32>,
@@ -209,16 +209,13 @@ impl CpuModel {
         b.delta.clear();
         let mut counts = Vec::with_capacity(step.slots.len());
         for slot in &step.slots {
-            let n = slot.tokens.len();
-            let rows = match slot.want {
-                Want::None => 0..0,
-                Want::Last => n - 1..n,
-                Want::All => 0..n,
-            };
+            let rows = slot.want.of(slot.tokens.len())?;
             counts.push(rows.len());
-            let from = (first + rows.start) * h..(first + rows.end) * h;
-            b.delta.extend_from_slice(&b.normed[from]);
-            first += n;
+            for row in rows {
+                let from = (first + row) * h..(first + row + 1) * h;
+                b.delta.extend_from_slice(&b.normed[from]);
+            }
+            first += slot.tokens.len();
         }
         let mut logits = vec![0.0; counts.iter().sum::<usize>() * vocab];
         if !logits.is_empty() {

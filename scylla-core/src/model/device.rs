@@ -243,7 +243,7 @@ fn matrix(
     };
     match options.weights {
         WeightForm::AsIs if !dense => {
-            let storage = QStorage::from_data(Cow::Borrowed(&raw.bytes), device, raw.dtype)?;
+            let storage = QStorage::from_data(Cow::Owned(raw.bytes), device, raw.dtype)?;
             quantized(QTensor::new(storage, (n, k))?)
         }
         form => {
@@ -353,6 +353,11 @@ impl TargetModel for DeviceModel {
                     Matrix::device(self.head.forward(&last.i(first + n - 1..first + n)?)?)?
                 }
                 Want::All => Matrix::device(self.head.forward(&last.narrow(0, first, n)?)?)?,
+                Want::Rows(_) => {
+                    let rows = slot.want.of(n)?.into_iter().map(|row| (first + row) as u32);
+                    let rows = Tensor::new(rows.collect::<Vec<u32>>(), &self.device)?;
+                    Matrix::device(self.head.forward(&last.index_select(&rows, 0)?)?)?
+                }
             });
             first += n;
         }

@@ -67,9 +67,7 @@ impl WeightForm {
         match (self, &weight) {
             (Self::AsIs, _) | (Self::F32, Weight::F32(_)) => Ok(weight),
             (Self::F32, _) => Ok(Weight::F32(weight.to_f32(k)?)),
-            (Self::Q8_0, _) if k.is_multiple_of(32) => {
-                Ok(Weight::quantize_q8_0(&weight.to_f32(k)?))
-            }
+            (Self::Q8_0, _) if k.is_multiple_of(32) => weight.requantize_q8_0(k),
             (Self::Q8_0, _) => Ok(weight),
         }
     }

@@ -1,6 +1,6 @@
 //! Bookkeeping of slots that every transformer shares: lengths, pending rows, and what each row sees.
 
-use crate::plugin::{SlotRows, Step};
+use crate::plugin::{SlotRows, Step, Want};
 use crate::{Error, Result};
 
 /// One open sequence with its cache.
@@ -140,6 +140,9 @@ fn check_rows(rows: &SlotRows<'_>, len: usize, capacity: usize, vocab: usize) ->
             rows.parents.len()
         )));
     }
+    if let Want::Rows(_) = rows.want {
+        rows.want.of(n)?;
+    }
     match rows
         .parents
         .iter()
@@ -232,7 +235,7 @@ mod tests {
             slot: 0,
             tokens: &[1, 2, 3],
             parents: &parents,
-            want: crate::plugin::Want::None,
+            want: Want::None,
         };
         let step = Step {
             slots: vec![rows],
@@ -262,7 +265,7 @@ mod tests {
                 slot,
                 tokens,
                 parents,
-                want: crate::plugin::Want::None,
+                want: Want::None,
             };
             let step = Step {
                 slots: vec![rows],
@@ -280,5 +283,17 @@ mod tests {
         assert!(refused(0, &[10], &[]).contains("vocabulary of 10"));
         assert!(refused(0, &[1, 2], &[None]).contains("1 parents for 2 rows"));
         assert!(refused(0, &[1, 2], &[None, Some(1)]).contains("before its parent"));
+        let beyond = SlotRows {
+            slot: 0,
+            tokens: &[1, 2],
+            parents: &[],
+            want: Want::Rows(&[0, 2]),
+        };
+        let step = Step {
+            slots: vec![beyond],
+            taps: &[],
+        };
+        let error = slots.begin(&step, 10).map(|_| ()).expect_err("refused");
+        assert!(error.to_string().contains("row 2 of 2"));
     }
 }

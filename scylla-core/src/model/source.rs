@@ -1,12 +1,12 @@
 //! Weight files: safetensors (one or many shards) and GGUF, read tensor by tensor and checked.
 
-use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::io::{BufReader, Read, Seek, SeekFrom, Take};
 use std::path::{Path, PathBuf};
 
 use candle_core::quantized::{GgmlDType, gguf_file};
+use safetensors::tensor::Metadata;
 use safetensors::{Dtype, SafeTensors};
 
 use super::config::{ModelConfig, RopeScaling};
@@ -22,36 +22,62 @@ pub enum Source {
 }
 
 /// A tensor's bytes as they are stored, with q and k rows in split rotary order.
-pub struct Raw<'a> {
+pub struct Raw {
     /// The element or block type.
     pub dtype: GgmlDType,
     /// Whole elements or blocks.
-    pub bytes: Cow<'a, [u8]>,
+    pub bytes: Vec<u8>,
 }
 
-/// A memory-mapped file.
-struct Mapped {
-    path: PathBuf,
-    map: memmap2::Mmap,
+/// Where a tensor lies in its file, checked to lie within it.
+struct Place<'a> {
+    path: &'a Path,
+    dtype: GgmlDType,
+    start: u64,
+    length: usize,
 }
 
-impl Mapped {
-    #[allow(unsafe_code)]
-    fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io(path))?;
-        // SAFETY: the map is read-only and private. A file that another process shortens meanwhile ends this
-        // one with a signal, as with every mapped model file; it cannot make it read other memory.
-        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(Error::io(path))?;
-        Ok(Self {
-            path: path.to_path_buf(),
-            map,
+impl Place<'_> {
+    fn reader(&self) -> Result<Take<File>> {
+        let mut file = File::open(self.path).map_err(Error::io(self.path))?;
+        file.seek(SeekFrom::Start(self.start))
+            .map_err(Error::io(self.path))?;
+        Ok(file.take(self.length as u64))
+    }
+
+    fn raw(&self) -> Result<Raw> {
+        let mut bytes = vec![0; self.length];
+        self.reader()?
+            .read_exact(&mut bytes)
+            .map_err(Error::io(self.path))?;
+        Ok(Raw {
+            dtype: self.dtype,
+            bytes,
         })
     }
+
+    /// Reads into the form the CPU kernels multiply with, piece by piece: no second copy is ever held.
+    fn weight(&self) -> Result<Weight> {
+        let read = Weight::read(self.dtype, self.length, &mut self.reader()?);
+        read?.map_err(Error::io(self.path))
+    }
+}
+
+/// Reads the header of a safetensors file: where the data begins, what it holds, and the size of the file.
+#[allow(unsafe_code)]
+fn header(path: &Path) -> Result<(usize, Metadata, usize)> {
+    let file = File::open(path).map_err(Error::io(path))?;
+    // SAFETY: the map is read-only and private, and lives for this function alone. A file that another process
+    // shortens meanwhile ends this one with a signal; it cannot make it read other memory.
+    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(Error::io(path))?;
+    let (header, metadata) = SafeTensors::read_metadata(&map)
+        .map_err(|e| Error::file(path, format!("not a whole safetensors file: {e}")))?;
+    Ok((header + 8, metadata, map.len()))
 }
 
 /// Safetensors files and which of them holds which tensor.
 pub struct Shards {
-    files: Vec<Mapped>,
+    files: Vec<PathBuf>,
     /// Tensor name to file, type, shape and byte range.
     index: HashMap<String, (usize, Dtype, Vec<usize>, std::ops::Range<usize>)>,
 }
@@ -75,29 +101,25 @@ impl Shards {
     /// Opens the given files.
     pub fn open_files(paths: &[PathBuf]) -> Result<Self> {
         let mut shards = Self {
-            files: Vec::new(),
+            files: paths.to_vec(),
             index: HashMap::new(),
         };
         for (i, path) in paths.iter().enumerate() {
-            let mapped = Mapped::open(path)?;
-            let (header, metadata) = SafeTensors::read_metadata(&mapped.map)
-                .map_err(|e| Error::file(path, format!("not a whole safetensors file: {e}")))?;
-            let data = header + 8;
+            let (data, metadata, size) = header(path)?;
             for (name, info) in metadata.tensors() {
                 let range = data + info.data_offsets.0..data + info.data_offsets.1;
-                if range.end > mapped.map.len() {
+                if range.end > size {
                     return Err(Error::Tensor {
                         path: path.clone(),
                         tensor: name,
                         expected: format!("a file of at least {} bytes", range.end),
-                        found: format!("{} bytes (truncated?)", mapped.map.len()),
+                        found: format!("{size} bytes (truncated?)"),
                     });
                 }
                 shards
                     .index
                     .insert(name, (i, info.dtype, info.shape.clone(), range));
             }
-            shards.files.push(mapped);
         }
         Ok(shards)
     }
@@ -107,13 +129,12 @@ impl Shards {
         self.index.contains_key(name)
     }
 
-    /// Reads a tensor, its shape checked.
-    fn raw(&self, name: &str, shape: &[usize]) -> Result<Raw<'_>> {
-        let anywhere = || self.files[0].path.clone();
+    /// Finds a tensor, its shape checked.
+    fn place(&self, name: &str, shape: &[usize]) -> Result<Place<'_>> {
         let Some((file, dtype, found, range)) = self.index.get(name) else {
-            return Err(missing(anywhere(), name, shape));
+            return Err(missing(self.files[0].clone(), name, shape));
         };
-        let path = &self.files[*file].path;
+        let path = &self.files[*file];
         if found != shape {
             return Err(Error::Tensor {
                 path: path.clone(),
@@ -135,9 +156,11 @@ impl Shards {
                 });
             }
         };
-        Ok(Raw {
+        Ok(Place {
+            path,
             dtype: ggml,
-            bytes: Cow::Borrowed(&self.files[*file].map[range.clone()]),
+            start: range.start as u64,
+            length: range.len(),
         })
     }
 }
@@ -357,8 +380,8 @@ impl Gguf {
         }
         if matches!(config.rope_scaling, RopeScaling::Factors(_)) {
             let half = config.head_dim / 2;
-            let raw = self.raw("rope_freqs.weight", &[half])?;
-            let factors = Weight::from_gguf(raw.dtype, &raw.bytes)?.to_f32(half)?;
+            let place = self.place("rope_freqs.weight", &[half])?;
+            let factors = place.weight()?.to_f32(half)?;
             if factors.iter().any(|f| !(f.is_finite() && *f > 0.0)) {
                 return Err(Error::file(
                     &self.path,
@@ -370,7 +393,8 @@ impl Gguf {
         Ok(config)
     }
 
-    fn raw(&self, name: &str, shape: &[usize]) -> Result<Raw<'static>> {
+    /// Finds a tensor, its shape checked.
+    fn place(&self, name: &str, shape: &[usize]) -> Result<Place<'_>> {
         let Some(info) = self.content.tensor_infos.get(name) else {
             return Err(missing(self.path.clone(), name, shape));
         };
@@ -385,22 +409,21 @@ impl Gguf {
             });
         }
         let (start, length) = self.range(name)?;
-        let mut file = File::open(&self.path).map_err(Error::io(&self.path))?;
-        let mut bytes = vec![0; length];
-        file.seek(SeekFrom::Start(start))
-            .and_then(|_| file.read_exact(&mut bytes))
-            .map_err(Error::io(&self.path))?;
-        Ok(Raw {
+        Ok(Place {
+            path: &self.path,
             dtype,
-            bytes: Cow::Owned(bytes),
+            start,
+            length,
         })
     }
+}
 
-    /// A q or k weight of a Llama model with its rows put back from interleaved to split rotary pairs.
-    fn unpermuted(&self, name: &str, shape: &[usize], heads: usize) -> Result<Raw<'static>> {
-        let Raw { dtype, bytes } = self.raw(name, shape)?;
-        let row = bytes.len() / shape[0];
-        let e = shape[0] / heads;
+impl Raw {
+    /// Puts the `n` rows of a q or k weight of a Llama model back from interleaved to split rotary pairs.
+    fn unpermuted(self, n: usize, heads: usize) -> Self {
+        let Self { dtype, bytes } = self;
+        let row = bytes.len() / n;
+        let e = n / heads;
         let mut straight = vec![0; bytes.len()];
         for (i, to) in straight.chunks_exact_mut(row).enumerate() {
             let (head, at) = (i / e, i % e);
@@ -412,38 +435,56 @@ impl Gguf {
                 };
             to.copy_from_slice(&bytes[from * row..(from + 1) * row]);
         }
-        Ok(Raw {
+        Self {
             dtype,
-            bytes: Cow::Owned(straight),
-        })
+            bytes: straight,
+        }
     }
 }
 
 impl Source {
-    /// Reads a tensor by its Hugging Face name, shape checked, in the form it is stored in.
-    pub fn raw(&self, name: &str, shape: &[usize], config: &ModelConfig) -> Result<Raw<'_>> {
+    /// Finds a tensor by its Hugging Face name, shape checked; with the number of heads where its rows stand in
+    /// interleaved rotary pairs.
+    fn place(
+        &self,
+        name: &str,
+        shape: &[usize],
+        config: &ModelConfig,
+    ) -> Result<(Place<'_>, Option<usize>)> {
         match self {
-            Self::Safetensors(shards) => shards.raw(name, shape),
+            Self::Safetensors(shards) => Ok((shards.place(name, shape)?, None)),
             Self::Gguf(gguf) => {
-                let theirs = gguf_name(name);
                 let heads = match name {
                     _ if config.architecture != "llama" || !name.ends_with("weight") => None,
                     _ if name.contains("q_proj") => Some(config.heads),
                     _ if name.contains("k_proj") => Some(config.kv_heads),
                     _ => None,
                 };
-                match heads {
-                    Some(heads) => gguf.unpermuted(&theirs, shape, heads),
-                    None => gguf.raw(&theirs, shape),
-                }
+                Ok((gguf.place(&gguf_name(name), shape)?, heads))
             }
         }
     }
 
+    /// Reads a tensor by its Hugging Face name, shape checked, in the form it is stored in.
+    pub fn raw(&self, name: &str, shape: &[usize], config: &ModelConfig) -> Result<Raw> {
+        let (place, heads) = self.place(name, shape, config)?;
+        let raw = place.raw()?;
+        Ok(match heads {
+            Some(heads) => raw.unpermuted(shape[0], heads),
+            None => raw,
+        })
+    }
+
     /// Reads a tensor into the form the CPU kernels multiply with.
     pub fn tensor(&self, name: &str, shape: &[usize], config: &ModelConfig) -> Result<Weight> {
-        let raw = self.raw(name, shape, config)?;
-        Weight::from_gguf(raw.dtype, &raw.bytes)
+        let (place, heads) = self.place(name, shape, config)?;
+        match heads {
+            Some(heads) => {
+                let raw = place.raw()?.unpermuted(shape[0], heads);
+                Weight::from_gguf(raw.dtype, &raw.bytes)
+            }
+            None => place.weight(),
+        }
     }
 
     /// Whether a tensor is there.

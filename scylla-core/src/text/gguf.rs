@@ -1,14 +1,12 @@
 //! Tokenizers out of GGUF metadata: byte-level BPE ("gpt2") and SentencePiece-style ("llama").
 
-use std::collections::HashMap;
-
 use candle_core::quantized::gguf_file::Value;
 use tokenizers::AddedToken;
 use tokenizers::decoders::byte_fallback::ByteFallback;
 use tokenizers::decoders::byte_level::ByteLevel;
 use tokenizers::decoders::fuse::Fuse;
 use tokenizers::decoders::sequence::Sequence as Decoders;
-use tokenizers::models::bpe::BPE;
+use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::{Prepend, Replace, Sequence as Normalizers, unicode::NFC};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::digits::Digits;
@@ -42,7 +40,7 @@ pub(super) fn build(gguf: &Gguf) -> Result<(tokenizers::Tokenizer, bool)> {
     let added = tokens.iter().zip(&types).filter_map(|(token, &kind)| {
         let special = kind as u32 == CONTROL || kind as u32 == UNKNOWN;
         (special || kind as u32 == USER_DEFINED)
-            .then(|| AddedToken::from(token.clone(), special).normalized(false))
+            .then(|| AddedToken::from(token.to_string(), special).normalized(false))
     });
     tokenizer.add_tokens(added).map_err(|e| broken(gguf, e))?;
     Ok((tokenizer, byte_level))
@@ -52,11 +50,11 @@ fn broken(gguf: &Gguf, error: impl std::fmt::Display) -> Error {
     Error::file(&gguf.path, format!("tokenizer: {error}"))
 }
 
-fn vocabulary(gguf: &Gguf, tokens: &[String]) -> Result<HashMap<String, u32>> {
-    let vocab: HashMap<String, u32> = tokens
+fn vocabulary(gguf: &Gguf, tokens: &[&str]) -> Result<Vocab> {
+    let vocab: Vocab = tokens
         .iter()
         .enumerate()
-        .map(|(i, t)| (t.clone(), i as u32))
+        .map(|(i, t)| (t.to_string(), i as u32))
         .collect();
     if vocab.len() == tokens.len() {
         Ok(vocab)
@@ -68,7 +66,7 @@ fn vocabulary(gguf: &Gguf, tokens: &[String]) -> Result<HashMap<String, u32>> {
     }
 }
 
-fn byte_level(gguf: &Gguf, tokens: &[String]) -> Result<tokenizers::Tokenizer> {
+fn byte_level(gguf: &Gguf, tokens: &[&str]) -> Result<tokenizers::Tokenizer> {
     let merges = strings(gguf, "tokenizer.ggml.merges")?
         .into_iter()
         .map(|m| match m.split_once(' ') {
@@ -78,12 +76,7 @@ fn byte_level(gguf: &Gguf, tokens: &[String]) -> Result<tokenizers::Tokenizer> {
         .collect::<Result<Vec<_>>>()?;
     let pre = gguf.string("tokenizer.ggml.pre").unwrap_or("gpt-2");
     let bpe = BPE::builder()
-        .vocab_and_merges(
-            vocabulary(gguf, tokens)?
-                .into_iter()
-                .collect::<tokenizers::models::bpe::Vocab>(),
-            merges,
-        )
+        .vocab_and_merges(vocabulary(gguf, tokens)?, merges)
         // Llama-3 takes a whole word that is a token as it is.
         .ignore_merges(pre == "llama-bpe" || pre == "llama3")
         .build()
@@ -131,7 +124,7 @@ fn pre_tokenizer(gguf: &Gguf, pre: &str) -> Result<PreTokenizerWrapper> {
 }
 
 /// SentencePiece BPE: merges in the order of the merged token's score.
-fn sentencepiece(gguf: &Gguf, tokens: &[String]) -> Result<tokenizers::Tokenizer> {
+fn sentencepiece(gguf: &Gguf, tokens: &[&str]) -> Result<tokenizers::Tokenizer> {
     let vocab = vocabulary(gguf, tokens)?;
     let scores = numbers(gguf, "tokenizer.ggml.scores")?;
     if scores.len() != tokens.len() {
@@ -154,16 +147,11 @@ fn sentencepiece(gguf: &Gguf, tokens: &[String]) -> Result<tokenizers::Tokenizer
         .number("tokenizer.ggml.unknown_token_id")
         .unwrap_or(0.0) as usize;
     let mut builder = BPE::builder()
-        .vocab_and_merges(
-            vocab
-                .into_iter()
-                .collect::<tokenizers::models::bpe::Vocab>(),
-            merges.into_iter().map(|m| m.3).collect(),
-        )
+        .vocab_and_merges(vocab, merges.into_iter().map(|m| m.3).collect())
         .byte_fallback(true)
         .fuse_unk(true);
     if let Some(token) = tokens.get(unknown) {
-        builder = builder.unk_token(token.clone());
+        builder = builder.unk_token(token.to_string());
     }
     let mut tokenizer = tokenizers::Tokenizer::new(builder.build().map_err(|e| broken(gguf, e))?);
     let spaces = Replace::new(" ", "\u{2581}").map_err(|e| broken(gguf, e))?;
@@ -195,9 +183,9 @@ fn array<'a>(gguf: &'a Gguf, key: &str) -> Result<&'a [Value]> {
     }
 }
 
-fn strings(gguf: &Gguf, key: &str) -> Result<Vec<String>> {
-    let text = |v: &Value| match v {
-        Value::String(s) => Ok(s.clone()),
+fn strings<'a>(gguf: &'a Gguf, key: &str) -> Result<Vec<&'a str>> {
+    let text = |v: &'a Value| match v {
+        Value::String(s) => Ok(s.as_str()),
         other => Err(broken(
             gguf,
             format!("metadata `{key}` holds {other:?}, not a text"),

@@ -18,11 +18,32 @@ enum Spelling {
     SentencePiece,
 }
 
+/// Bytes of each token, one after the other; none for special tokens, which have no text.
+#[derive(Default)]
+struct TokenBytes {
+    data: Vec<u8>,
+    /// Where each token's bytes end.
+    ends: Vec<u32>,
+}
+
+impl TokenBytes {
+    fn push(&mut self, bytes: &[u8]) {
+        self.data.extend_from_slice(bytes);
+        self.ends.push(self.data.len() as u32);
+    }
+
+    fn get(&self, id: u32) -> Option<&[u8]> {
+        let id = id as usize;
+        let end = *self.ends.get(id)? as usize;
+        let start = id.checked_sub(1).map_or(0, |i| self.ends[i] as usize);
+        (start < end).then(|| &self.data[start..end])
+    }
+}
+
 /// A tokenizer as a model needs it.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    /// Bytes of each token; `None` for special tokens, which have no text.
-    bytes: Arc<Vec<Option<Box<[u8]>>>>,
+    bytes: Arc<TokenBytes>,
     spelling: Spelling,
     bos: Option<u32>,
     add_bos: bool,
@@ -122,18 +143,15 @@ impl Tokenizer {
         template: Option<ChatTemplate>,
     ) -> Result<Self> {
         let added = inner.get_added_tokens_decoder();
-        let size = inner
-            .get_vocab(true)
-            .into_values()
-            .max()
-            .map_or(0, |m| m as usize + 1);
-        let mut bytes: Vec<Option<Box<[u8]>>> = vec![None; size];
-        for (token, id) in inner.get_vocab(true) {
-            bytes[id as usize] = match added.get(&id) {
-                Some(added) if added.special => None,
-                Some(added) => Some(added.content.as_bytes().into()),
-                None => Some(token_bytes(&token, spelling)),
-            };
+        let largest = inner.get_vocab(true).into_values().max();
+        let mut bytes = TokenBytes::default();
+        for id in 0..largest.map_or(0, |id| id + 1) {
+            match (added.get(&id), inner.id_to_token(id)) {
+                (Some(added), _) if added.special => bytes.push(&[]),
+                (Some(added), _) => bytes.push(added.content.as_bytes()),
+                (None, Some(token)) => bytes.push(&token_bytes(&token, spelling)),
+                (None, None) => bytes.push(&[]),
+            }
         }
         // Whether the post-processor of the file puts BOS in front.
         let empty = inner
@@ -167,7 +185,7 @@ impl Tokenizer {
 
     /// Highest id plus one.
     pub fn size(&self) -> usize {
-        self.bytes.len()
+        self.bytes.ends.len()
     }
 
     /// Ids that end a sequence.
@@ -217,7 +235,7 @@ impl Tokenizer {
 
     /// The bytes of a token; `None` for special and unknown ones.
     pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
-        self.bytes.get(id as usize)?.as_deref()
+        self.bytes.get(id)
     }
 
     /// Text that grows token by token.
@@ -231,14 +249,14 @@ impl Tokenizer {
 
 /// Decodes tokens as they come and emits whole characters only.
 pub struct TextStream {
-    bytes: Arc<Vec<Option<Box<[u8]>>>>,
+    bytes: Arc<TokenBytes>,
     partial: Vec<u8>,
 }
 
 impl TextStream {
     /// Appends a token's characters to `out`; an unfinished character waits for its rest.
     pub fn push(&mut self, id: u32, out: &mut String) {
-        if let Some(Some(bytes)) = self.bytes.get(id as usize) {
+        if let Some(bytes) = self.bytes.get(id) {
             self.partial.extend_from_slice(bytes);
             self.drain(out);
         }
@@ -396,17 +414,22 @@ mod tests {
         assert_eq!(byte_of('Ċ'), Some(b'\n'));
     }
 
+    /// Text of tokens with these bytes.
+    fn stream(tokens: &[&[u8]]) -> TextStream {
+        let mut bytes = TokenBytes::default();
+        for token in tokens {
+            bytes.push(token);
+        }
+        TextStream {
+            bytes: Arc::new(bytes),
+            partial: Vec::new(),
+        }
+    }
+
     #[test]
     fn a_stream_never_emits_half_a_character() {
         let bytes = "a\u{1F600}é".as_bytes();
-        let table = bytes
-            .iter()
-            .map(|b| Some(vec![*b].into_boxed_slice()))
-            .collect();
-        let mut stream = TextStream {
-            bytes: Arc::new(table),
-            partial: Vec::new(),
-        };
+        let mut stream = stream(&bytes.chunks(1).collect::<Vec<_>>());
         let mut out = String::new();
         let mut lengths = Vec::new();
         for id in 0..bytes.len() as u32 {
@@ -419,11 +442,7 @@ mod tests {
 
     #[test]
     fn bytes_that_are_no_character_are_replaced_and_the_rest_goes_on() {
-        let table = [&[0xFF][..], b"x", &[0xE2, 0x82]].map(|b| Some(b.into()));
-        let mut stream = TextStream {
-            bytes: Arc::new(table.into()),
-            partial: Vec::new(),
-        };
+        let mut stream = stream(&[&[0xFF], b"x", &[0xE2, 0x82]]);
         let mut out = String::new();
         for id in [0, 1, 2, 9] {
             stream.push(id, &mut out);
