@@ -72,9 +72,11 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
     let scylla = scylla()?;
     run_fetch(&scylla)?;
     let dir = root().join("peers/candle-transformers");
+    // For this processor, as candle's documentation advises: some of its kernels only then use vectors.
     crate::run(
         cargo()
             .current_dir(&dir)
+            .env("RUSTFLAGS", "-C target-cpu=native")
             .args(["build", "--release", "--quiet"]),
     )?;
     let peer = dir.join("target/release/peer-candle-transformers");
