@@ -317,7 +317,7 @@ fn merge(table: &mut Table, over: Table) {
 }
 
 /// Applies one `a.b=value`; the value is TOML where it parses as such, else a text.
-fn set(table: &mut Table, text: &str) -> Result<()> {
+pub(crate) fn set(table: &mut Table, text: &str) -> Result<()> {
     let form = || Error::Experiment(format!("override `{text}` is not of the form key=value"));
     let (path, value) = text.split_once('=').ok_or_else(form)?;
     let value = value.trim();

@@ -15,6 +15,7 @@ mod environment;
 mod error;
 pub mod experiment;
 pub mod prompts;
+pub mod prove;
 mod registry;
 mod session;
 pub mod stats;

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use scylla_core::plugin::{DraftModel, TargetShape, Verifier};
 use scylla_core::sampling::Sampling;
 use scylla_draft::Ngram;
-use scylla_verify::{Chain, Greedy};
+use scylla_verify::{
+    Block, Chain, DeterministicTree, Greedy, KSeq, RrsWithoutReplacement, SpecInfer, Traversal,
+    Typical,
+};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -34,7 +37,8 @@ pub struct Registry {
 /// Name of plain decoding, wherever a draft is named.
 pub const PLAIN: &str = "plain";
 
-/// Name of the rule that fits the sampling: `greedy` at temperature 0, else `chain`.
+/// Name of the rule that fits sampling and budget: `greedy` at temperature 0, else `chain` for a width of 1, and
+/// `traversal` for trees.
 pub const AUTO: &str = "auto";
 
 impl Default for Registry {
@@ -46,6 +50,20 @@ impl Default for Registry {
         });
         registry.rule("greedy", |settings| no_settings(settings, Greedy));
         registry.rule("chain", |settings| no_settings(settings, Chain));
+        registry.rule("block", |settings| no_settings(settings, Block));
+        registry.rule("deterministic-tree", |settings| {
+            no_settings(settings, DeterministicTree)
+        });
+        registry.rule("rrs-without-replacement", |settings| {
+            no_settings(settings, RrsWithoutReplacement)
+        });
+        registry.rule("specinfer", |settings| no_settings(settings, SpecInfer));
+        registry.rule("k-seq", |settings| no_settings(settings, KSeq));
+        registry.rule("traversal", |settings| no_settings(settings, Traversal));
+        registry.rule("typical", |settings| {
+            let s: TypicalSettings = parse("verifier", settings)?;
+            Ok(Box::new(Typical::new(s.epsilon, s.delta)?))
+        });
         registry
     }
 }
@@ -63,6 +81,20 @@ impl Default for NgramSettings {
             shortest: 2,
             longest: 4,
         }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct TypicalSettings {
+    epsilon: f64,
+    delta: f64,
+}
+
+impl Default for TypicalSettings {
+    fn default() -> Self {
+        let Typical { epsilon, delta } = Typical::default();
+        Self { epsilon, delta }
     }
 }
 
@@ -138,16 +170,18 @@ impl Registry {
         }
     }
 
-    /// Makes a rule.
+    /// Makes a rule; sampling and the budget's width decide what [`AUTO`] means.
     pub fn make_rule(
         &self,
         name: &str,
         sampling: &Sampling,
+        width: usize,
         settings: toml::Table,
     ) -> Result<Box<dyn Verifier>> {
         let name = match name {
             AUTO if sampling.is_greedy() => "greedy",
-            AUTO => "chain",
+            AUTO if width <= 1 => "chain",
+            AUTO => "traversal",
             name => name,
         };
         match self.rules.iter().find(|(n, _)| n == name) {

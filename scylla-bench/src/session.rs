@@ -109,6 +109,7 @@ impl Session {
             verifier: registry.make_rule(
                 &rule.name,
                 &experiment.sampling,
+                experiment.budget.width,
                 rule.settings.clone(),
             )?,
             policy: Fixed(experiment.budget.into()),

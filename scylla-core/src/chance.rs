@@ -3,6 +3,7 @@
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
+use crate::kernels::probability;
 use crate::plugin::Chance;
 use crate::{Error, Result};
 
@@ -42,36 +43,24 @@ impl Chance for Seeded {
     }
 
     fn pick(&mut self, weights: &[f64]) -> Result<usize> {
-        let total = total(weights)?;
-        let mut left = self.rng.random::<f64>() * total;
-        let mut last = 0;
-        for (i, &w) in weights.iter().enumerate() {
-            if w > 0.0 {
-                if left < w {
-                    return Ok(i);
-                }
-                left -= w;
-                last = i;
-            }
-        }
-        Ok(last) // rounding ate the remainder
+        let at = self.rng.random::<f64>() * total(weights)?;
+        // A positive total has a positive weight.
+        Ok(probability::place(weights, at).unwrap_or(0))
     }
 }
 
 /// The sum of weights, checked.
 fn total(weights: &[f64]) -> Result<f64> {
-    let mut total = 0.0;
-    for &w in weights {
-        if !(w >= 0.0 && w.is_finite()) {
-            return Err(Error::Invalid(format!("a probability weight is {w}")));
-        }
-        total += w;
+    let (total, least) = probability::sum_and_least(weights);
+    if total > 0.0 && total.is_finite() && least >= 0.0 {
+        return Ok(total);
     }
-    if total > 0.0 {
-        Ok(total)
-    } else {
-        Err(Error::Invalid("no token has positive probability".into()))
-    }
+    Err(Error::Invalid(
+        match weights.iter().find(|w| !(**w >= 0.0 && w.is_finite())) {
+            Some(w) => format!("a probability weight is {w}"),
+            None => "no token has positive probability".into(),
+        },
+    ))
 }
 
 /// One branch of an enumeration: replays decisions already taken, then takes the first outcome of each new one.

@@ -5,6 +5,7 @@
 
 use crate::Result;
 use crate::plugin::Chance;
+use crate::tree::Drawing;
 
 /// `n` independent draws from q; the same index may come twice.
 pub fn independent(q: &[f64], n: usize, chance: &mut dyn Chance) -> Result<Vec<usize>> {
@@ -24,9 +25,25 @@ pub fn without_replacement(q: &[f64], n: usize, chance: &mut dyn Chance) -> Resu
     Ok(drawn)
 }
 
+/// Up to `n` children of a node, drawn from `q` over draft ids: the one way from a distribution to a tree's
+/// children. Deterministic ones are the most probable.
+pub fn children(
+    drawing: Drawing,
+    q: &[f64],
+    n: usize,
+    chance: &mut dyn Chance,
+) -> Result<Vec<usize>> {
+    match drawing {
+        Drawing::Independent => independent(q, n, chance),
+        Drawing::WithoutReplacement => without_replacement(q, n, chance),
+        Drawing::Deterministic => Ok(top(q, n)),
+    }
+}
+
 /// The `n` largest values, largest first; ties go to the lowest index. Not a random draw.
-pub fn top(values: &[f32], n: usize) -> Vec<usize> {
-    let before = |a: &usize, b: &usize| values[*b].total_cmp(&values[*a]).then(a.cmp(b));
+pub fn top<T: Copy + Into<f64>>(values: &[T], n: usize) -> Vec<usize> {
+    let value = |i: &usize| -> f64 { values[*i].into() };
+    let before = |a: &usize, b: &usize| value(b).total_cmp(&value(a)).then(a.cmp(b));
     let mut best: Vec<usize> = (0..values.len()).collect();
     let n = n.min(best.len());
     if n == 0 {
@@ -78,6 +95,6 @@ mod tests {
     fn the_largest_come_first_and_ties_go_to_the_lowest() {
         assert_eq!(top(&[1.0, 3.0, 2.0, 3.0], 3), [1, 3, 2]);
         assert_eq!(top(&[1.0], 5), [0]);
-        assert_eq!(top(&[], 2), Vec::<usize>::new());
+        assert_eq!(top::<f32>(&[], 2), Vec::<usize>::new());
     }
 }

@@ -272,6 +272,29 @@ pub struct Verdict {
     pub bonus: u32,
 }
 
+impl Verdict {
+    /// Checks that the path is one of the tree, from a child of the root down, and the bonus a token.
+    pub fn check(&self, tree: &Tree, vocab: usize) -> Result<()> {
+        let mut parent = 0;
+        for &node in &self.path {
+            if node == 0 || node >= tree.len() || tree.parents[node] != parent {
+                return Err(Error::Invalid(format!(
+                    "the rule accepted {:?}, which is no path of the tree",
+                    self.path
+                )));
+            }
+            parent = node;
+        }
+        if self.bonus as usize >= vocab {
+            return Err(Error::Invalid(format!(
+                "the rule's bonus {} is outside the vocabulary of {vocab}",
+                self.bonus
+            )));
+        }
+        Ok(())
+    }
+}
+
 /// An acceptance rule.
 pub trait Verifier {
     /// Its name, as the registry and messages print it.

@@ -7,7 +7,7 @@ use crate::plugin::{
     Committed, DraftModel, Forward, Matrix, Request, Slot, Step, TargetModel, TargetRows,
     TargetShape,
 };
-use crate::sampling::Sampling;
+use crate::sampling::{Sampling, argmax};
 use crate::tree::{Drawing, Tree};
 use crate::{Error, Result};
 
@@ -138,14 +138,11 @@ impl TableRows<'_> {
 
 impl TargetRows for TableRows<'_> {
     fn argmax(&self, nodes: &[usize]) -> Result<Vec<u32>> {
-        let best = |row: Vec<f64>| {
-            let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            row.iter().position(|&p| p == max).map(|i| i as u32)
+        let best = |&node: &usize| {
+            let row: Vec<f32> = self.at(node).iter().map(|&p| p as f32).collect();
+            argmax(&row)
         };
-        nodes
-            .iter()
-            .map(|&n| best(self.at(n)).ok_or_else(|| Error::Invalid("an empty row".into())))
-            .collect()
+        nodes.iter().map(best).collect()
     }
 
     fn row(&self, node: usize, out: &mut Vec<f64>) -> Result<()> {
@@ -158,6 +155,10 @@ impl TargetRows for TableRows<'_> {
 pub struct TableDraft {
     law: Law,
     drawing: Drawing,
+    /// Children of each node by its depth; beyond the list, the budget's width. The budget limits both.
+    pub widths: Vec<usize>,
+    /// Target id of each draft id, where the law is over ids of its own.
+    pub draft_to_target: Option<Arc<[u32]>>,
     slots: Vec<Vec<u32>>,
 }
 
@@ -167,51 +168,44 @@ impl TableDraft {
         Self {
             law,
             drawing,
+            widths: Vec::new(),
+            draft_to_target: None,
             slots: Vec::new(),
         }
     }
-}
 
-/// Grows a tree from q given as a law of the tokens so far (`before` ends with the root).
-pub fn grow(
-    law: &Law,
-    before: &[u32],
-    drawing: Drawing,
-    request: &mut Request<'_>,
-) -> Result<Tree> {
-    let mut tree = Tree::root(request.root);
-    tree.drawing = drawing;
-    let mut frontier = vec![0];
-    for _ in 0..request.budget.levels() {
-        let mut next = Vec::new();
-        for node in frontier {
-            let room = request.budget.total - tree.len();
-            let width = request.budget.width.min(room);
-            if width == 0 {
-                break;
-            }
-            let mut tokens = before.to_vec();
-            tokens.extend(tree.path_to(node).into_iter().map(|n| tree.tokens[n]));
-            let q = law(&tokens);
-            let children = match drawing {
-                Drawing::Independent => draw::independent(&q, width, request.chance)?,
-                Drawing::WithoutReplacement => {
-                    draw::without_replacement(&q, width, request.chance)?
+    /// Grows a tree (`before` ends with the root).
+    fn grow(&self, before: &[u32], request: &mut Request<'_>) -> Result<Tree> {
+        let budget = request.budget;
+        let mut tree = Tree::root(request.root);
+        tree.drawing = self.drawing;
+        tree.draft_to_target.clone_from(&self.draft_to_target);
+        let mut frontier = vec![0];
+        for level in 0..budget.levels() {
+            let listed = self.widths.get(level).copied().unwrap_or(budget.width);
+            let mut next = Vec::new();
+            for node in frontier {
+                let width = listed.min(budget.width).min(budget.total - tree.len());
+                if width == 0 {
+                    break;
                 }
-                Drawing::Deterministic => {
-                    let q: Vec<f32> = q.iter().map(|&q| q as f32).collect();
-                    draw::top(&q, width)
+                let mut tokens = before.to_vec();
+                tokens.extend(tree.path_to(node).into_iter().map(|n| tree.tokens[n]));
+                let q = (self.law)(&tokens);
+                for x in draw::children(self.drawing, &q, width, request.chance)? {
+                    let token = tree.target_id(x);
+                    let unmapped = || Error::Invalid(format!("draft id {x} has no target id"));
+                    next.push(tree.push(node, token.ok_or_else(unmapped)?));
                 }
-            };
-            next.extend(children.into_iter().map(|x| tree.push(node, x as u32)));
-            if drawing != Drawing::Deterministic {
-                tree.q.resize(tree.len(), None);
-                tree.q[node] = Some(q.into());
+                if self.drawing != Drawing::Deterministic {
+                    tree.q.resize(tree.len(), None);
+                    tree.q[node] = Some(q.into());
+                }
             }
+            frontier = next;
         }
-        frontier = next;
+        Ok(tree)
     }
-    Ok(tree)
 }
 
 impl DraftModel for TableDraft {
@@ -240,10 +234,9 @@ impl DraftModel for TableDraft {
     }
 
     fn propose(&mut self, requests: &mut [Request<'_>]) -> Result<Vec<Tree>> {
-        let (law, slots, drawing) = (&self.law, &self.slots, self.drawing);
         requests
             .iter_mut()
-            .map(|r| grow(law, &slots[r.slot], drawing, r))
+            .map(|r| self.grow(&self.slots[r.slot], r))
             .collect()
     }
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::kernels::probability;
 use crate::{Error, Result};
 
 /// Limits of a tree.
@@ -131,6 +132,48 @@ impl Tree {
         self.tokens.len() - 1
     }
 
+    /// The tree of the listed nodes only, in that order: how a draft re-ranks or prunes what it drew up.
+    ///
+    /// # Errors
+    /// If children were drawn at random: choosing among them by their value afterwards changes their law, and with
+    /// it the law of what is committed. Also if the root is not first, or a node stands without or before its parent.
+    pub fn select(&self, nodes: &[usize]) -> Result<Self> {
+        if self.drawing != Drawing::Deterministic && nodes.len() < self.len() {
+            return Err(Error::Invalid(format!(
+                "{} of {} nodes of a tree drawn {} were to be chosen: a node drawn at random may not be dropped",
+                nodes.len(),
+                self.len(),
+                self.drawing
+            )));
+        }
+        let place = |node: usize| nodes.iter().position(|&n| n == node);
+        let mut tree = Self::root(self.tokens[0]);
+        tree.draft_to_target = self.draft_to_target.clone();
+        for (i, &node) in nodes.iter().enumerate() {
+            match self.parents.get(node).and_then(|&parent| place(parent)) {
+                Some(_) if i == 0 && node == 0 => {}
+                Some(parent) if i > 0 && node > 0 && parent < i => {
+                    tree.push(parent, self.tokens[node]);
+                }
+                _ => {
+                    return Err(Error::Invalid(format!(
+                        "node {node} chosen at place {i} without its parent before it"
+                    )));
+                }
+            }
+        }
+        if self.drawing != Drawing::Deterministic {
+            let in_order = nodes.windows(2).all(|w| w[0] < w[1]);
+            if !in_order {
+                return Err(Error::Invalid(
+                    "nodes drawn at random may not be re-ranked".into(),
+                ));
+            }
+            return Ok(self.clone());
+        }
+        Ok(tree)
+    }
+
     /// Nodes, root included.
     pub fn len(&self) -> usize {
         self.tokens.len()
@@ -183,6 +226,14 @@ impl Tree {
         }
     }
 
+    /// The id a token of the target has in the draft, where it has one.
+    pub fn draft_id(&self, token: u32) -> Option<usize> {
+        match &self.draft_to_target {
+            None => Some(token as usize),
+            Some(map) => map.iter().position(|&id| id == token),
+        }
+    }
+
     /// Checks a tree that a draft proposed: root, order, ids, budget, and q where it was drawn at random.
     pub fn check(&self, root: u32, vocab: usize, budget: Budget) -> Result<()> {
         let bad = |message: String| Err(Error::Invalid(format!("draft proposed {message}")));
@@ -220,25 +271,60 @@ impl Tree {
             ));
         }
         if self.drawing != Drawing::Deterministic {
-            for i in 1..self.len() {
-                self.check_q(self.parents[i])?;
+            let mut expanded = self.parents[1..].to_vec();
+            expanded.sort_unstable();
+            expanded.dedup();
+            for node in expanded {
+                self.check_q(node, vocab)?;
             }
         }
         Ok(())
     }
 
-    fn check_q(&self, node: usize) -> Result<()> {
+    /// Checks the q that a node's children were drawn from, and that they can have been drawn from it.
+    fn check_q(&self, node: usize, vocab: usize) -> Result<()> {
+        let bad = |message: String| Err(Error::Invalid(format!("draft proposed {message}")));
         let Some(q) = self.q.get(node).and_then(Option::as_ref) else {
-            return Err(Error::Invalid(format!(
-                "draft proposed children of node {node} at random without their q"
-            )));
+            return bad(format!("children of node {node} at random without their q"));
         };
-        let sum: f64 = q.iter().sum();
-        let is_law = (sum - 1.0).abs() < 1e-6 && q.iter().all(|&q| q >= 0.0); // false for NaN
+        let (sum, least) = probability::sum_and_least(q);
+        let is_law = (sum - 1.0).abs() < 1e-6 && least >= 0.0; // false for NaN
         if !is_law {
-            return Err(Error::Invalid(format!(
-                "draft proposed a q at node {node} that sums to {sum}, not 1, or holds a negative"
-            )));
+            return bad(format!(
+                "a q at node {node} that sums to {sum}, not 1, or holds a negative"
+            ));
+        }
+        let known = match &self.draft_to_target {
+            Some(map) if map.len() != q.len() => {
+                return bad(format!(
+                    "a q of {} tokens for a map of {}",
+                    q.len(),
+                    map.len()
+                ));
+            }
+            Some(map) => map.iter().all(|&id| (id as usize) < vocab),
+            None => q.len() <= vocab || q[vocab..].iter().all(|&q| q == 0.0),
+        };
+        if !known {
+            return bad(format!(
+                "a q at node {node} with mass outside the vocabulary of {vocab}"
+            ));
+        }
+        let mut earlier: Vec<u32> = Vec::new();
+        for child in self.children(node) {
+            let token = self.tokens[child];
+            if self
+                .draft_id(token)
+                .is_none_or(|id| q.get(id).is_none_or(|&q| q <= 0.0))
+            {
+                return bad(format!("token {token} at node {node}, where its q is zero"));
+            }
+            if self.drawing == Drawing::WithoutReplacement && earlier.contains(&token) {
+                return bad(format!(
+                    "token {token} twice at node {node} of a tree drawn without replacement"
+                ));
+            }
+            earlier.push(token);
         }
         Ok(())
     }
@@ -277,6 +363,27 @@ mod tests {
     }
 
     #[test]
+    fn point_masses_may_be_re_ranked_and_random_children_may_not() {
+        let mut t = Tree::root(9);
+        let a = t.push(0, 1);
+        let b = t.push(0, 2);
+        let c = t.push(b, 3);
+        let chosen = t.select(&[0, b, c]).expect("chosen");
+        assert_eq!(
+            (chosen.tokens, chosen.parents),
+            (vec![9, 2, 3], vec![0, 0, 1])
+        );
+        assert!(t.select(&[0, c, b]).is_err());
+        assert!(t.select(&[b]).is_err());
+        t.drawing = Drawing::Independent;
+        t.q = vec![Some(vec![0.0, 0.5, 0.5].into()), None, None, None];
+        let error = t.select(&[0, b, c]).expect_err("refused").to_string();
+        assert!(error.contains("may not be dropped"), "{error}");
+        assert!(t.select(&[0, b, a, c]).is_err());
+        assert_eq!(t.select(&[0, a, b, c]).expect("all"), t);
+    }
+
+    #[test]
     fn a_draft_that_breaks_its_contract_is_told_how() {
         let budget = Budget::chain(2);
         let check = |t: &Tree| {
@@ -297,5 +404,20 @@ mod tests {
         assert!(check(&drawn).contains("without their q"));
         drawn.q = vec![Some(vec![0.4, 0.4].into()), None];
         assert!(check(&drawn).contains("sums to 0.8"));
+        drawn.q = vec![Some(vec![1.0, 0.0].into()), None];
+        assert!(check(&drawn).contains("where its q is zero"));
+        drawn.q = vec![
+            Some([vec![0.0, 0.5], vec![0.0; 8], vec![0.5]].concat().into()),
+            None,
+        ];
+        assert!(check(&drawn).contains("mass outside the vocabulary"));
+        drawn.q = vec![Some(vec![0.5, f64::NAN].into()), None];
+        assert!(check(&drawn).contains("sums to NaN"));
+        let mut twice = Tree::root(9);
+        twice.push(0, 1);
+        twice.push(0, 1);
+        twice.drawing = Drawing::WithoutReplacement;
+        twice.q = vec![Some(vec![0.0, 1.0].into()), None, None];
+        assert!(check(&twice).contains("twice at node 0"));
     }
 }

@@ -21,20 +21,20 @@ impl Verifier for Greedy {
     }
 
     fn verify(&self, tree: &Tree, rows: &dyn TargetRows, _: &mut dyn Chance) -> Result<Verdict> {
-        let mut path = Vec::new();
-        let mut node = 0;
+        // Nodes that stand for the same accepted tokens: independent draws may hold one twice, with other children.
+        let mut here = vec![0];
         loop {
-            let best = rows.argmax(&[node])?[0];
-            match tree
-                .children(node)
-                .find(|&child| tree.tokens[child] == best)
-            {
-                Some(child) => {
-                    path.push(child);
-                    node = child;
-                }
-                None => return Ok(Verdict { path, bonus: best }),
+            let best = rows.argmax(&here[..1])?[0];
+            let matching = |&node: &usize| tree.tokens[node] == best;
+            let children = here.iter().flat_map(|&node| tree.children(node));
+            let next: Vec<usize> = children.filter(matching).collect();
+            if next.is_empty() {
+                return Ok(Verdict {
+                    path: tree.path_to(here[0]),
+                    bonus: best,
+                });
             }
+            here = next;
         }
     }
 }

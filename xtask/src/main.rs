@@ -115,7 +115,10 @@ fn test() -> Result<()> {
             "nextest",
             "run",
             "--workspace",
-            "--all-targets",
+            "--lib",
+            "--bins",
+            "--tests",
+            "--examples",
             "--no-fail-fast",
         ]))?;
         run(cargo().args(["test", "--workspace", "--doc", "--quiet"]))?;

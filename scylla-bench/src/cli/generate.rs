@@ -145,6 +145,7 @@ impl Generate {
         registry.make_rule(
             &experiment.verifier.name,
             &experiment.sampling,
+            experiment.budget.width,
             experiment.verifier.settings.clone(),
         )?;
         let mut session = with_download(|p| Session::open(&experiment, p))?;

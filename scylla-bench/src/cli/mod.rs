@@ -4,6 +4,7 @@ mod assets;
 mod bench;
 mod generate;
 mod inspect;
+mod prove;
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
@@ -30,6 +31,8 @@ enum Command {
     Generate(generate::Generate),
     /// Compare decoders on a prompt set.
     Bench(bench::Bench),
+    /// Prove a rule: the law of one cycle by enumeration, against the target's.
+    Prove(prove::Prove),
     /// Look inside a model.
     #[command(subcommand)]
     Inspect(inspect::Inspect),
@@ -91,6 +94,7 @@ pub fn run(registry: &Registry, args: impl IntoIterator<Item = OsString>) -> i32
     let done = match cli.command {
         Command::Generate(c) => c.run(registry, &stop),
         Command::Bench(c) => c.run(registry, &stop),
+        Command::Prove(c) => c.run(registry),
         Command::Inspect(c) => c.run(),
         Command::Assets(c) => c.run(),
     };

@@ -531,7 +531,7 @@ impl Loop<'_, '_> {
                 known,
             };
             let verdict = self.parts.verifier.verify(tree, &rows, &mut live.chance)?;
-            check_verdict(tree, &verdict, self.vocab)?;
+            verdict.check(tree, self.vocab)?;
             verdicts.push(verdict);
         }
         Ok(verdicts)
@@ -540,27 +540,6 @@ impl Loop<'_, '_> {
 
 fn no_logits() -> Error {
     Error::Invalid("the target returned fewer logits than were asked for".into())
-}
-
-/// A rule may only return a path of the tree.
-fn check_verdict(tree: &Tree, verdict: &Verdict, vocab: usize) -> Result<()> {
-    let mut parent = 0;
-    for &node in &verdict.path {
-        if node == 0 || node >= tree.len() || tree.parents[node] != parent {
-            return Err(Error::Invalid(format!(
-                "the rule accepted {:?}, which is no path of the tree",
-                verdict.path
-            )));
-        }
-        parent = node;
-    }
-    if verdict.bonus as usize >= vocab {
-        return Err(Error::Invalid(format!(
-            "the rule's bonus {} is outside the vocabulary of {vocab}",
-            verdict.bonus
-        )));
-    }
-    Ok(())
 }
 
 /// Appends tokens until one ends the sequence; returns how many were kept, and why it ended.

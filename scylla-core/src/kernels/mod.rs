@@ -13,6 +13,7 @@ mod dense;
 mod elementwise;
 mod linear;
 mod pool;
+pub mod probability;
 mod simd;
 
 pub use attention::{AttentionRow, KvLayer, attention};

@@ -7,6 +7,8 @@ use half::f16;
 
 /// Sixteen f32 lanes of one instruction set.
 pub(super) trait Simd: Copy {
+    /// Whether a fused multiply-add is one instruction.
+    const FMA: bool;
     /// The register (or registers) that hold the lanes.
     type V: Copy;
     fn zero() -> Self::V;
@@ -57,6 +59,7 @@ fn sum16(v: &[f32; 16]) -> f32 {
 pub(super) struct Portable;
 
 impl Simd for Portable {
+    const FMA: bool = false;
     type V = [f32; 16];
     #[inline(always)]
     fn zero() -> Self::V {
@@ -176,6 +179,7 @@ mod x86 {
     }
 
     impl Simd for Avx2 {
+        const FMA: bool = true;
         type V = (__m256, __m256);
         #[inline(always)]
         fn zero() -> Self::V {
@@ -279,6 +283,7 @@ mod x86 {
     }
 
     impl Simd for Avx512 {
+        const FMA: bool = true;
         type V = __m512;
         #[inline(always)]
         fn zero() -> Self::V {
@@ -414,15 +419,15 @@ impl Level {
 /// Calls a kernel that is generic over [`Simd`] (first), and over whatever stands in the angle brackets,
 /// compiled for the best instruction set of this processor.
 macro_rules! dispatch {
-    ($level:expr, $kernel:ident($($arg:expr),*): ($($name:ident: $ty:ty),*) <$($g:ident: $bound:path)?>) => {{
+    ($level:expr, $kernel:ident($($arg:expr),*): ($($name:ident: $ty:ty),*) $([$out:ty])? <$($g:ident: $bound:path)?>) => {{
         #[cfg(target_arch = "x86_64")]
         {
             #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-            fn avx512<$($g: $bound)?>($($name: $ty),*) {
+            fn avx512<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
                 $kernel::<$crate::kernels::simd::Avx512 $(, $g)?>($($name),*)
             }
             #[target_feature(enable = "avx2,fma,f16c")]
-            fn avx2<$($g: $bound)?>($($name: $ty),*) {
+            fn avx2<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
                 $kernel::<$crate::kernels::simd::Avx2 $(, $g)?>($($name),*)
             }
             match $level {
