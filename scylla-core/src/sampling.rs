@@ -113,22 +113,35 @@ impl Sampling {
         let (row, padding) = out.split_at_mut(inside.len());
         padding.fill(0.0);
         let scale = self.temperature.recip().min(1e300);
-        let mut sum = probability::exponentials(inside, max, scale, row);
-        if self.top_k > 0 && self.top_k < row.len() {
-            sum = keep_top_k(row, self.top_k);
+        let sum = probability::exponentials(inside, max, scale, row);
+        let top_k = (self.top_k > 0 && self.top_k < row.len()).then_some(self.top_k);
+        if top_k.is_none() && self.top_p >= 1.0 && self.min_p <= 0.0 {
+            probability::scale(row, 1.0 / sum);
+            return Ok(());
         }
+        // The largest weight is exactly 1 here.
+        let mut kept = match top_k {
+            Some(k) => largest(row, k),
+            None => at_least(row, self.least_kept(sum, row.len())),
+        };
         if self.top_p < 1.0 {
-            sum = keep_top_p(row, self.top_p, sum);
+            let total = top_k.map_or(sum, |_| mass(&kept));
+            kept = nucleus(kept, self.top_p * total);
         }
-        if self.min_p > 0.0 {
-            // The largest weight is exactly 1 here.
-            for p in row.iter_mut().filter(|p| **p < self.min_p) {
-                *p = 0.0;
-            }
-            (sum, _) = probability::sum_and_least(row);
+        kept.retain(|&(weight, _)| weight >= self.min_p);
+        let sum = mass(&kept);
+        row.fill(0.0);
+        for (weight, place) in kept {
+            row[place] = weight / sum;
         }
-        probability::scale(row, 1.0 / sum);
         Ok(())
+    }
+
+    /// A weight below which top-p and min-p keep none, of `n` weights with sum `sum`: all below the first bound
+    /// together hold less than what top-p may drop.
+    fn least_kept(&self, sum: f64, n: usize) -> f64 {
+        let by_mass = (1.0 - self.top_p) * sum / n as f64 * (1.0 - 1e-9);
+        by_mass.max(self.min_p).max(f64::MIN_POSITIVE)
     }
 }
 
@@ -169,56 +182,49 @@ pub fn argmax(values: &[f32]) -> Result<u32> {
     Ok(at as u32)
 }
 
-/// Values at least `threshold` with their places, in order.
-fn at_least(p: &[f64], threshold: f64) -> Vec<(f64, usize)> {
+/// A weight and its place.
+type Placed = (f64, usize);
+
+fn mass(weights: &[Placed]) -> f64 {
+    weights.iter().map(|w| w.0).sum()
+}
+
+/// Values at least `threshold`, in order.
+fn at_least(p: &[f64], threshold: f64) -> Vec<Placed> {
     let mut found = Vec::new();
     for (b, block) in p.chunks(64).enumerate() {
+        // Without a branch per value: in most blocks there is none.
         if block.iter().fold(false, |any, &v| any | (v >= threshold)) {
-            let places = block.iter().enumerate();
-            found.extend(
-                places
-                    .filter(|(_, v)| **v >= threshold)
-                    .map(|(i, &v)| (v, b * 64 + i)),
-            );
+            let places = block.iter().enumerate().filter(|(_, v)| **v >= threshold);
+            found.extend(places.map(|(i, &v)| (v, b * 64 + i)));
         }
     }
     found
 }
 
-/// Zeroes everything but the chosen values, and returns their sum.
-fn keep_only(p: &mut [f64], chosen: &[(f64, usize)]) -> f64 {
-    p.fill(0.0);
-    for &(value, place) in chosen {
-        p[place] = value;
-    }
-    chosen.iter().map(|c| c.0).sum()
-}
-
-/// Keeps the k largest, `0 < k < len`; of those equal to the smallest kept, the lowest ids. Returns their sum.
-fn keep_top_k(p: &mut [f64], k: usize) -> f64 {
+/// The k largest, `0 < k < len`; of those equal to the smallest kept, the lowest ids.
+fn largest(p: &[f64], k: usize) -> Vec<Placed> {
     // The k-th largest of the maxima of disjoint pieces is at most the k-th largest of all.
     let piece = (p.len() / (4 * k)).max(1);
+    let larger = |a: f64, &b: &f64| if b > a { b } else { a };
     let mut maxima: Vec<f64> = p
         .chunks(piece)
-        .map(|c| c.iter().fold(0.0, |a: f64, &b| if b > a { b } else { a }))
+        .map(|c| c.iter().fold(0.0, larger))
         .collect();
     let (_, &mut bound, _) = maxima.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
     let mut found = at_least(p, bound);
     if found.len() > k {
         found.select_nth_unstable_by(k - 1, |a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
         found.truncate(k);
+        found.sort_unstable_by_key(|w| w.1);
     }
-    keep_only(p, &found)
+    found
 }
 
-/// Keeps the smallest set of largest weights that holds the share `share` of the mass `total`, by partition, not by
-/// sorting; of equal ones the lowest ids. Returns the mass kept.
-fn keep_top_p(p: &mut [f64], share: f64, total: f64) -> f64 {
-    // All weights below this bound together hold less than what may be dropped.
-    let bound = (1.0 - share) * total / p.len() as f64 * (1.0 - 1e-9);
-    let mut left = at_least(p, bound.max(f64::MIN_POSITIVE));
-    let mut kept: Vec<(f64, usize)> = Vec::new();
-    let mut wanted = share * total;
+/// The smallest set of largest weights that holds `wanted`, by partition, not by sorting; of equal ones the lowest
+/// ids. `left` is in order of places.
+fn nucleus(mut left: Vec<Placed>, mut wanted: f64) -> Vec<Placed> {
+    let mut kept: Vec<Placed> = Vec::new();
     // Invariant: what is kept stands above all of `left` and was subtracted from `wanted`.
     while !left.is_empty() {
         let pivot = left[left.len() / 2].0;
@@ -239,7 +245,7 @@ fn keep_top_p(p: &mut [f64], share: f64, total: f64) -> f64 {
         wanted = missing - pivot * equal as f64;
         left.retain(|c| c.0 < pivot);
     }
-    keep_only(p, &kept)
+    kept
 }
 
 #[cfg(test)]

@@ -7,9 +7,8 @@ use scylla_core::tree::{Drawing, Tree};
 
 use crate::chain::only_chains;
 use crate::proposal::Proposal;
-use crate::recursive::probability_of;
-use crate::scratch::Row;
 use crate::traversal::weight_after;
+use crate::weights::Weights;
 
 /// Judges a chain as a whole (Sun et al., arXiv:2403.10444): w_0 = 1, w_i = min(w_{i-1} P(x_i)/Q(x_i), 1), and the
 /// longest prefix i is kept that passes a coin of h_i, tried from the end, where S_i is the mass of (w_i P - Q)+,
@@ -35,17 +34,15 @@ impl Verifier for Block {
     ) -> Result<Verdict> {
         only_chains(self.name(), tree)?;
         let mut weights = vec![1.0];
-        let mut seen: Vec<Row> = Vec::new();
-        let bonus_after = |i: usize, p: &[f64], chance: &mut dyn Chance| {
+        let mut seen: Vec<Weights> = Vec::new();
+        let bonus_after = |i: usize, p: &Weights, chance: &mut dyn Chance| {
             Ok(Verdict {
                 path: (1..=i).collect(),
-                bonus: chance.pick(p)? as u32,
+                bonus: p.pick(chance)?,
             })
         };
         for node in 0..tree.len() {
-            let mut p = Row::new();
-            rows.row(node, &mut p)?;
-            seen.push(p);
+            seen.push(Weights::of(rows, node)?);
             let (p, weight) = (&seen[node], weights[node]);
             if node + 1 == tree.len() {
                 if chance.coin(weight) {
@@ -54,22 +51,22 @@ impl Verifier for Block {
                 break;
             }
             let x = tree.tokens[node + 1];
-            let q_x = Proposal::of(tree, node, tree.drawing)?.probability(x)?;
-            weights.push((weight * probability_of(p, x)? / q_x).min(1.0));
+            let q_x = Proposal::of(tree, node, tree.drawing, p.vocab())?.probability(x)?;
+            weights.push((weight * p.at(x)? / q_x).min(1.0));
             if weights[node + 1] <= 0.0 {
                 break; // nothing further down can pass
             }
         }
         for node in (0..seen.len().min(tree.len() - 1)).rev() {
-            let proposal = Proposal::of(tree, node, tree.drawing)?;
             let (p, weight) = (&mut seen[node], weights[node]);
-            let left = proposal.subtract(p, weight, 1.0, tree.tokens[node + 1])?;
+            let proposal = Proposal::of(tree, node, tree.drawing, p.vocab())?;
+            let left = proposal.subtract(p, weight, tree.tokens[node + 1])?;
             if chance.coin(weight_after(left, weight)) {
                 return bonus_after(node, p, chance);
             }
         }
         // Only rounding leaves the root, whose weight is 1: the branch's probability is that of an ulp.
-        rows.row(0, &mut seen[0])?;
+        seen[0].load(rows, 0)?;
         bonus_after(0, &seen[0], chance)
     }
 }

@@ -6,8 +6,7 @@ use scylla_core::sampling::Sampling;
 use scylla_core::tree::{Drawing, Tree};
 
 use crate::proposal::Proposal;
-use crate::recursive::probability_of;
-use crate::scratch::Row;
+use crate::weights::Weights;
 
 /// K siblings drawn independently from q, each accepted with min(1, p(x)/(gamma q(x))); gamma in [1, K] solves
 /// 1 - (1 - beta)^K = gamma beta with beta = sum min(q, p/gamma) (SpecTr, arXiv:2310.15141, algorithm 2).
@@ -36,89 +35,92 @@ impl Verifier for KSeq {
     ) -> Result<Verdict> {
         let mut path = Vec::new();
         let mut node = 0;
-        let mut p = Row::new();
+        let mut p = Weights::of(rows, node)?;
         'nodes: loop {
-            rows.row(node, &mut p)?;
             let siblings: Vec<usize> = tree.children(node).collect();
             if !siblings.is_empty() {
-                let proposal = Proposal::of(tree, node, Drawing::Independent)?;
-                let plan = Plan::solve(&p, &proposal, siblings.len());
+                let proposal = Proposal::of(tree, node, Drawing::Independent, p.vocab())?;
+                let plan = Plan::solve(&p, proposal.q(), siblings.len());
+                let mut accepted = None;
                 for &child in &siblings {
                     let x = tree.tokens[child];
-                    let ratio = probability_of(&p, x)? / proposal.probability(x)? / plan.gamma;
-                    if chance.coin(ratio) {
-                        path.push(child);
-                        node = child;
-                        continue 'nodes;
+                    if chance.coin(p.at(x)? / proposal.probability(x)? / plan.gamma) {
+                        accepted = Some(child);
+                        break;
                     }
                 }
-                if !plan.leave(&mut p, &proposal) {
+                let Plan { gamma, factor } = plan;
+                let rest = |p: f64, q: f64| (p - factor * q.min(p / gamma)).max(0.0);
+                if accepted.is_none() && p.change(proposal.q(), rest) <= 0.0 {
                     // All of p was to be accepted: up to rounding, this branch does not exist.
-                    path.push(siblings[0]);
-                    node = siblings[0];
-                    continue;
+                    accepted = Some(siblings[0]);
+                }
+                if let Some(child) = accepted {
+                    path.push(child);
+                    node = child;
+                    p.load(rows, node)?;
+                    continue 'nodes;
                 }
             }
-            let bonus = chance.pick(&p)? as u32;
+            let bonus = p.pick(chance)?;
             return Ok(Verdict { path, bonus });
         }
     }
 }
 
 /// The threshold of one node, and the mass factor of what its siblings accept.
+#[derive(Clone, Copy)]
 struct Plan {
     gamma: f64,
     factor: f64,
 }
 
-impl Plan {
-    /// Finds gamma by bisection, on its upper side, so that the residual is nowhere negative.
-    fn solve(p: &[f64], proposal: &Proposal<'_>, k: usize) -> Self {
-        let k_f = k as f64;
-        // Only where 1 < p/q < K does min(q, p/gamma) change its branch; the others are two sums.
-        let (mut always_q, mut always_p) = (0.0, 0.0);
-        let mut between: Vec<(f64, f64)> = Vec::new();
-        proposal.pairs(p, |p, q| {
-            if p >= k_f * q {
-                always_q += q;
-            } else if p <= q {
-                always_p += p;
-            } else {
-                between.push((p, q));
-            }
-        });
-        let beta = |gamma: f64| {
-            let middle: f64 = between.iter().map(|&(p, q)| q.min(p / gamma)).sum();
-            always_q + always_p / gamma + middle
-        };
-        let accepted = |beta: f64| 1.0 - (1.0 - beta.min(1.0)).powi(k as i32);
-        let (mut low, mut high) = (1.0, k_f);
-        for _ in 0..60 {
-            let middle = 0.5 * (low + high);
-            let beta = beta(middle);
-            if accepted(beta) > middle * beta {
-                low = middle;
-            } else {
-                high = middle;
-            }
-            if high - low < 1e-14 * high {
-                break;
-            }
-        }
-        let beta = beta(high);
-        let factor = match beta > 0.0 {
-            true => (accepted(beta) / beta).min(high),
-            false => 0.0,
-        };
-        Self {
-            gamma: high,
-            factor,
-        }
-    }
+/// Probability that one of k trials passes, each with probability `beta`.
+fn any_of(k: usize, beta: f64) -> f64 {
+    1.0 - (1.0 - beta).max(0.0).powi(k as i32)
+}
 
-    /// Replaces p by the law of the bonus after K rejections, not normalised; false where nothing is left.
-    fn leave(&self, p: &mut [f64], proposal: &Proposal<'_>) -> bool {
-        let left = proposal.change(p, |p, q| (p - self.factor * q.min(p / self.gamma)).max(0.0));
-        left > 0.0
+impl Plan {
+    /// Finds gamma: the equation is solved as if no token changed its branch of the minimum, and then with the
+    /// branches at that gamma, until it holds.
+    ///
+    /// It stops on the upper side of the root, where the law is exact whatever the distance, and so near to it that
+    /// no more than `NEAR` of the acceptance is lost.
+    fn solve(p: &Weights, q: &[f64], k: usize) -> Self {
+        const NEAR: f64 = 1e-6;
+        let (mut low, mut high) = (1.0, k as f64);
+        let mut gamma = 1.0;
+        loop {
+            let (below, above) = p.overlap(q, gamma);
+            let beta = (above + below / gamma).min(1.0);
+            if beta <= 0.0 {
+                return Self { gamma, factor: 0.0 };
+            }
+            let excess = any_of(k, beta) - gamma * beta;
+            if (-NEAR..=1e-13).contains(&excess) || high - low <= 1e-13 * high {
+                let factor = (any_of(k, beta) / beta).min(gamma);
+                return Self { gamma, factor };
+            }
+            if excess > 0.0 {
+                low = gamma;
+            } else {
+                high = gamma;
+            }
+            let (mut from, mut to) = (low, high);
+            while to - from > 1e-12 * to {
+                let middle = 0.5 * (from + to);
+                let frozen = (above + below / middle).min(1.0);
+                match any_of(k, frozen) > middle * frozen {
+                    true => from = middle,
+                    false => to = middle,
+                }
+            }
+            // A little further, so as to end above the root.
+            let next = gamma + (1.0 + 1e-3) * (to - gamma);
+            gamma = match next > low && next < high {
+                true => next,
+                false => 0.5 * (low + high),
+            };
+        }
     }
 }

@@ -540,6 +540,33 @@ fn broken_input_is_an_error_and_never_a_panic_or_a_bias() {
 }
 
 #[test]
+fn memory_is_a_row_per_level_whatever_the_number_of_nodes() {
+    let case = fixed(Kind::Generic, &[3, 3, 2]);
+    let (mut draft, target, sampling) = (case.draft(Independent), case.target(), sampling());
+    let mut chance = Seeded::new(1, 1);
+    let tree = drawn_by(&mut draft, 0, case.budget(), &sampling)(&mut chance).expect("tree");
+    assert_eq!(tree.len(), 1 + 3 + 9 + 18);
+    let rows = TableRows {
+        law: &target,
+        history: &[],
+        tree: &tree,
+    };
+    for rule in [
+        &SpecInfer as &dyn Verifier,
+        &KSeq,
+        &Traversal,
+        &DeterministicTree,
+    ] {
+        for position in 0..50 {
+            chance.at(position);
+            rule.verify(&tree, &rows, &mut chance).expect("verdict");
+        }
+    }
+    let kept = crate::weights::spare_rows();
+    assert!((1..=4).contains(&kept), "{kept} rows");
+}
+
+#[test]
 fn drawing_stops_at_the_support_and_rules_go_on() {
     // Three siblings wanted, two in the support.
     let case = fixed(Kind::Subset, &[3]);

@@ -13,10 +13,10 @@ mod proposal;
 pub mod prove;
 mod recursive;
 mod rrs;
-mod scratch;
 mod specinfer;
 mod traversal;
 mod typical;
+mod weights;
 
 pub use block::Block;
 pub use chain::Chain;

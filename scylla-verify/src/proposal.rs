@@ -1,33 +1,38 @@
 //! What the children of a node were drawn from, as they are tried one after another.
 
+use std::borrow::Cow;
+
 use scylla_core::kernels::probability;
 use scylla_core::tree::{Drawing, Tree};
 use scylla_core::{Error, Result};
 
+use crate::weights::{Weights, outside};
+
 /// The distribution of the next sibling given the earlier ones, over target ids.
 pub(crate) struct Proposal<'a> {
-    tree: &'a Tree,
     node: usize,
     drawing: Drawing,
-    /// q over draft ids; `None` where each child is a point mass.
-    q: Option<&'a [f64]>,
-    /// Draft ids of earlier siblings, which q no longer holds.
-    taken: Vec<usize>,
+    /// q over target ids, 0 beyond its end; `None` where each child is a point mass.
+    q: Option<Cow<'a, [f64]>>,
+    /// Earlier siblings, which q no longer holds.
+    taken: Vec<u32>,
     /// Mass of q without them.
     mass: f64,
 }
 
 impl<'a> Proposal<'a> {
     /// The proposal of a node's children, taken to be drawn as `drawing` says.
-    pub(crate) fn of(tree: &'a Tree, node: usize, drawing: Drawing) -> Result<Self> {
+    pub(crate) fn of(tree: &'a Tree, node: usize, drawing: Drawing, vocab: usize) -> Result<Self> {
         let q = match drawing {
             Drawing::Deterministic => None,
-            _ => Some(tree.q.get(node).and_then(Option::as_deref).ok_or_else(|| {
-                Error::Invalid(format!("node {node} was expanded at random without its q"))
-            })?),
+            _ => {
+                let q = tree.q.get(node).and_then(Option::as_deref).ok_or_else(|| {
+                    Error::Invalid(format!("node {node} was expanded at random without its q"))
+                })?;
+                Some(over_target(tree, q, vocab)?)
+            }
         };
         Ok(Self {
-            tree,
             node,
             drawing,
             q,
@@ -36,15 +41,16 @@ impl<'a> Proposal<'a> {
         })
     }
 
+    /// q over target ids, without a look at earlier siblings; empty for point masses.
+    pub(crate) fn q(&self) -> &[f64] {
+        self.q.as_deref().unwrap_or(&[])
+    }
+
     /// The probability with which the next sibling was to be this token.
     pub(crate) fn probability(&self, token: u32) -> Result<f64> {
-        let Some(q) = self.q else { return Ok(1.0) };
-        let id = self
-            .tree
-            .draft_id(token)
-            .filter(|id| !self.taken.contains(id));
-        match id.and_then(|id| q.get(id)) {
-            Some(&q) if q > 0.0 => Ok((q / self.mass).min(1.0)),
+        let Some(q) = &self.q else { return Ok(1.0) };
+        match q.get(token as usize) {
+            Some(&q) if q > 0.0 && !self.taken.contains(&token) => Ok((q / self.mass).min(1.0)),
             _ => Err(Error::Invalid(format!(
                 "token {token} was drawn at node {} although its q is zero",
                 self.node
@@ -52,112 +58,55 @@ impl<'a> Proposal<'a> {
         }
     }
 
-    /// Replaces p by `(a p - b q)+`, with q the distribution of the sibling `token`, and returns what is left.
-    pub(crate) fn subtract(&self, p: &mut [f64], a: f64, b: f64, token: u32) -> Result<f64> {
-        let outside = |id: usize, vocab: usize| {
-            Error::Invalid(format!(
-                "proposed token {id} is outside the vocabulary of {vocab}"
-            ))
+    /// Replaces p by `(a p - q)+`, with q the distribution of the sibling `token`, and returns what is left.
+    pub(crate) fn subtract(&self, p: &mut Weights, a: f64, token: u32) -> Result<f64> {
+        let Some(q) = &self.q else {
+            return p.take_point(a, token, 1.0);
         };
-        let Some(q) = self.q else {
-            let vocab = p.len();
-            probability::scale(p, a);
-            let at = p
-                .get_mut(token as usize)
-                .ok_or_else(|| outside(token as usize, vocab))?;
-            *at = (*at - b).max(0.0);
-            return Ok(probability::sum_and_least(p).0);
-        };
-        let b = b / self.mass;
         // Earlier siblings were taken out of q: what p holds of them only shrinks by the factor.
-        let target = |&id: &usize| self.tree.target_id(id).map(|t| t as usize);
-        let places = self.taken.iter().filter_map(target);
-        let spared: Vec<(usize, f64)> = places
-            .filter_map(|i| p.get(i).map(|&v| (i, v * a)))
-            .collect();
-        let mut left = match &self.tree.draft_to_target {
-            None => {
-                let (shared, beyond) = (q.len().min(p.len()), q.len() > p.len());
-                if beyond && q[p.len()..].iter().any(|&q| q > 0.0) {
-                    return Err(outside(q.len() - 1, p.len()));
-                }
-                let (near, far) = p.split_at_mut(shared);
-                probability::scale(far, a);
-                probability::residual(near, a, &q[..shared], b) + probability::sum_and_least(far).0
-            }
-            Some(map) => {
-                probability::scale(p, a);
-                for (&id, &q) in map.iter().zip(q) {
-                    let vocab = p.len();
-                    let p = p
-                        .get_mut(id as usize)
-                        .ok_or_else(|| outside(id as usize, vocab))?;
-                    *p = (*p - b * q).max(0.0);
-                }
-                probability::sum_and_least(p).0
-            }
-        };
-        for (i, v) in spared {
-            left += v - p[i];
-            p[i] = v;
+        let mut spared = Vec::with_capacity(self.taken.len());
+        for &earlier in &self.taken {
+            spared.push((earlier as usize, a * p.at(earlier)?));
         }
-        Ok(left)
-    }
-
-    /// Shows p and q of every token that q may hold.
-    pub(crate) fn pairs(&self, p: &[f64], mut each: impl FnMut(f64, f64)) {
-        let q = self.q.unwrap_or(&[]);
-        match &self.tree.draft_to_target {
-            None => p.iter().zip(q).for_each(|(&p, &q)| each(p, q)),
-            Some(map) => {
-                for (&id, &q) in map.iter().zip(q) {
-                    each(p.get(id as usize).copied().unwrap_or(0.0), q);
-                }
-            }
-        }
-    }
-
-    /// Changes every token's p in view of its q; tokens unknown to the draft have none. Returns the sum of the results.
-    pub(crate) fn change(&self, p: &mut [f64], change: impl Fn(f64, f64) -> f64) -> f64 {
-        let q = self.q.unwrap_or(&[]);
-        match &self.tree.draft_to_target {
-            None => p.iter_mut().zip(q).for_each(|(p, &q)| *p = change(*p, q)),
-            Some(map) => {
-                for (&id, &q) in map.iter().zip(q) {
-                    if let Some(p) = p.get_mut(id as usize) {
-                        *p = change(*p, q);
-                    }
-                }
-            }
-        }
-        probability::sum_and_least(p).0
+        let left = p.residual(a, q, 1.0 / self.mass);
+        Ok(left + p.restore(&spared))
     }
 
     /// Goes on to the next sibling: without replacement, q loses the token just tried.
     pub(crate) fn next(&mut self, token: u32) {
-        let (Drawing::WithoutReplacement, Some(q)) = (self.drawing, self.q) else {
+        let (Drawing::WithoutReplacement, Some(q)) = (self.drawing, &self.q) else {
             return;
         };
-        let Some(id) = self.tree.draft_id(token) else {
-            return;
-        };
-        self.taken.push(id);
-        self.mass -= q.get(id).copied().unwrap_or(0.0);
+        self.taken.push(token);
+        self.mass -= q.get(token as usize).copied().unwrap_or(0.0);
         // A difference of nearly equal numbers has few digits left: then the rest is summed anew.
-        if self.mass < 0.5 {
-            self.mass = probability::sum_and_least(q).0;
-            let rest = |mass: f64, id: &usize| mass - q.get(*id).copied().unwrap_or(0.0);
-            let by_difference = self.taken.iter().fold(self.mass, rest);
-            self.mass = match by_difference > 0.5 * self.mass {
-                true => by_difference,
-                false => {
-                    let kept = q
-                        .iter()
-                        .enumerate()
-                        .filter(|(i, _)| !self.taken.contains(i));
-                    kept.map(|(_, q)| q).sum()
-                }
-            };
+        if self.mass < 0.1 {
+            let mut places: Vec<usize> = self.taken.iter().map(|&t| t as usize).collect();
+            places.sort_unstable();
+            let mut from = 0;
+            self.mass = 0.0;
+            for place in places.into_iter().chain([q.len()]) {
+                let end = place.min(q.len());
+                self.mass += probability::sum_and_least(&q[from.min(end)..end]).0;
+                from = place + 1;
+            }
         }
     }
+}
+
+/// q by target id: as it is where the ids are the same, else spread out.
+fn over_target<'a>(tree: &Tree, q: &'a [f64], vocab: usize) -> Result<Cow<'a, [f64]>> {
+    let Some(map) = &tree.draft_to_target else {
+        return match q.iter().skip(vocab).position(|&q| q > 0.0) {
+            Some(beyond) => Err(outside((vocab + beyond) as u32, vocab)),
+            None => Ok(Cow::Borrowed(&q[..q.len().min(vocab)])),
+        };
+    };
+    let mut wide = vec![0.0; vocab];
+    for (&id, &q) in map.iter().zip(q) {
+        *wide
+            .get_mut(id as usize)
+            .ok_or_else(|| outside(id, vocab))? += q;
+    }
+    Ok(Cow::Owned(wide))
 }

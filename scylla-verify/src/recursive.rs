@@ -10,7 +10,7 @@ use scylla_core::plugin::{Chance, TargetRows, Verdict};
 use scylla_core::tree::{Drawing, Tree};
 
 use crate::proposal::Proposal;
-use crate::scratch::Row;
+use crate::weights::Weights;
 
 /// Verifies a tree whose siblings were drawn as `drawing` says.
 pub(crate) fn verify(
@@ -21,45 +21,33 @@ pub(crate) fn verify(
 ) -> Result<Verdict> {
     let mut path = Vec::new();
     let mut node = 0;
-    let mut p = Row::new();
+    let mut p = Weights::of(rows, node)?;
     'nodes: loop {
-        rows.row(node, &mut p)?;
         let mut mass = 1.0;
         let mut proposal = None;
         for child in tree.children(node) {
             let proposal = match &mut proposal {
                 Some(proposal) => proposal,
-                none => none.insert(Proposal::of(tree, node, drawing)?),
+                none => none.insert(Proposal::of(tree, node, drawing, p.vocab())?),
             };
             let x = tree.tokens[child];
             let q_x = proposal.probability(x)?;
-            let p_x = probability_of(&p, x)? / mass;
-            if chance.coin(p_x / q_x) {
+            let mut passes = chance.coin(p.at(x)? / mass / q_x);
+            if !passes {
+                let left = proposal.subtract(&mut p, 1.0 / mass, x)?;
+                mass = left;
+                // Nothing left: p and q are equal up to rounding, and so is this branch's probability to zero.
+                passes = left <= 0.0;
+            }
+            if passes {
                 path.push(child);
                 node = child;
+                p.load(rows, node)?;
                 continue 'nodes;
             }
-            let left = proposal.subtract(&mut p, 1.0 / mass, 1.0, x)?;
-            if left <= 0.0 {
-                // p and q are equal up to rounding, and so is this branch's probability to zero: x, as q has it.
-                path.push(child);
-                node = child;
-                continue 'nodes;
-            }
-            mass = left;
             proposal.next(x);
         }
-        let bonus = chance.pick(&p)? as u32;
+        let bonus = p.pick(chance)?;
         return Ok(Verdict { path, bonus });
     }
-}
-
-/// A token's entry in a row.
-pub(crate) fn probability_of(p: &[f64], token: u32) -> Result<f64> {
-    p.get(token as usize).copied().ok_or_else(|| {
-        scylla_core::Error::Invalid(format!(
-            "proposed token {token} is outside the vocabulary of {}",
-            p.len()
-        ))
-    })
 }

@@ -6,8 +6,7 @@ use scylla_core::sampling::Sampling;
 use scylla_core::tree::{Drawing, Tree};
 
 use crate::proposal::Proposal;
-use crate::recursive::probability_of;
-use crate::scratch::Row;
+use crate::weights::Weights;
 
 /// Gives every node a weight w, the probability with which its subtree is to be accepted: 1 at the root, and
 /// min(w P(x)/Q(x), 1) at a child x. A node tries its children's subtrees in turn; one that is rejected leaves
@@ -48,9 +47,7 @@ impl Verifier for Traversal {
             }),
             // Only rounding leaves the root, whose weight is 1: the branch's probability is that of an ulp.
             None => {
-                let mut p = Row::new();
-                rows.row(0, &mut p)?;
-                let bonus = walk.chance.pick(&p)? as u32;
+                let bonus = Weights::of(rows, 0)?.pick(walk.chance)?;
                 Ok(Verdict {
                     path: Vec::new(),
                     bonus,
@@ -81,22 +78,21 @@ impl Walk<'_> {
             return Ok(None);
         }
         let tree = self.tree;
-        let mut p = Row::new();
-        self.rows.row(node, &mut p)?;
+        let mut p = Weights::of(self.rows, node)?;
         let (mut weight, mut mass) = (weight, 1.0);
         let mut proposal = None;
         for child in tree.children(node) {
             let proposal = match &mut proposal {
                 Some(proposal) => proposal,
-                none => none.insert(Proposal::of(tree, node, tree.drawing)?),
+                none => none.insert(Proposal::of(tree, node, tree.drawing, p.vocab())?),
             };
             let x = tree.tokens[child];
-            let ratio = weight * probability_of(&p, x)? / mass / proposal.probability(x)?;
+            let ratio = weight * p.at(x)? / mass / proposal.probability(x)?;
             let found = self.accept(child, ratio.min(1.0))?;
             if found.is_some() {
                 return Ok(found);
             }
-            let left = proposal.subtract(&mut p, weight / mass, 1.0, x)?;
+            let left = proposal.subtract(&mut p, weight / mass, x)?;
             weight = weight_after(left, weight);
             if weight <= 0.0 {
                 return Ok(None);
@@ -105,7 +101,7 @@ impl Walk<'_> {
             proposal.next(x);
         }
         match self.chance.coin(weight) {
-            true => Ok(Some((node, self.chance.pick(&p)? as u32))),
+            true => Ok(Some((node, p.pick(self.chance)?))),
             false => Ok(None),
         }
     }

@@ -5,8 +5,7 @@ use scylla_core::sampling::Sampling;
 use scylla_core::tree::{Drawing, Tree};
 use scylla_core::{Error, Result};
 
-use crate::recursive::probability_of;
-use crate::scratch::Row;
+use crate::weights::Weights;
 
 /// Accepts a child x where p(x) > min(epsilon, delta exp(-H(p))), H the entropy of p in nats, and keeps the deepest
 /// path so accepted, the first of equals; the bonus is drawn from p (Medusa, arXiv:2401.10774, section 2.3.1).
@@ -66,26 +65,26 @@ impl Verifier for Typical {
         rows: &dyn TargetRows,
         chance: &mut dyn Chance,
     ) -> Result<Verdict> {
-        let mut p = Row::new();
+        let mut p = Weights::of(rows, 0)?;
         let mut accepted = vec![false; tree.len()];
         accepted[0] = true;
         for node in 0..tree.len() {
             if !accepted[node] || tree.children(node).next().is_none() {
                 continue;
             }
-            rows.row(node, &mut p)?;
-            let threshold = self.threshold(&p);
+            p.load(rows, node)?;
+            let threshold = self.threshold(p.dense());
             for child in tree.children(node) {
-                accepted[child] = probability_of(&p, tree.tokens[child])? > threshold;
+                accepted[child] = p.at(tree.tokens[child])? > threshold;
             }
         }
         let depths = tree.depths();
         let nodes = (0..tree.len()).filter(|&n| accepted[n]);
         let last = nodes.rev().max_by_key(|&n| depths[n]).unwrap_or(0);
-        rows.row(last, &mut p)?;
+        p.load(rows, last)?;
         Ok(Verdict {
             path: tree.path_to(last),
-            bonus: chance.pick(&p)? as u32,
+            bonus: p.pick(chance)?,
         })
     }
 }

@@ -11,7 +11,7 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 pub use record::{Cycle, Finish, Output, Phases, tau};
-use rows::LogitRows;
+pub use rows::LogitRows;
 use stream::TextOut;
 
 use crate::chance::Seeded;

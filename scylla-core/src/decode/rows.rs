@@ -7,15 +7,18 @@ use crate::plugin::{Matrix, TargetRows};
 use crate::sampling::{Sampling, argmax};
 use crate::tree::Tree;
 
-/// Rows of logits `[N, V]`, one per node; a tree of the root alone may stand on a single row.
-pub(super) struct LogitRows<'a> {
-    pub(super) logits: &'a Matrix,
-    pub(super) tree: &'a Tree,
+/// What a rule sees of a forward pass: the sampling transform is applied to the rows it asks for, and to no other.
+pub struct LogitRows<'a> {
+    /// Logits `[N, V]`, one row per node; a tree of the root alone may stand on a single row.
+    pub logits: &'a Matrix,
+    /// The tree.
+    pub tree: &'a Tree,
     /// Tokens before the root.
-    pub(super) history: &'a [u32],
-    pub(super) sampling: &'a Sampling,
+    pub history: &'a [u32],
+    /// The transform.
+    pub sampling: &'a Sampling,
     /// Tokens from here on are padding.
-    pub(super) known: usize,
+    pub known: usize,
 }
 
 impl LogitRows<'_> {

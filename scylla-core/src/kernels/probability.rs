@@ -151,6 +151,55 @@ fn residual_of<S: Simd>(p: &mut [f64], a: f64, q: &[f64], b: f64) -> f64 {
     lanes_sum(&lanes) + rest
 }
 
+/// Of rows p and q: the sum of p where `p < gamma q`, and the sum of q elsewhere.
+pub fn overlap(p: &[f64], q: &[f64], gamma: f64) -> (f64, f64) {
+    assert_eq!(p.len(), q.len());
+    dispatch!(Level::detect(), overlap_of(p, q, gamma): (p: &[f64], q: &[f64], gamma: f64) [(f64, f64)] <>)
+}
+
+#[inline(always)]
+fn overlap_of<S: Simd>(p: &[f64], q: &[f64], gamma: f64) -> (f64, f64) {
+    let (mut below, mut above) = ([0.0; LANES], [0.0; LANES]);
+    let (ps, qs) = (p.chunks_exact(LANES), q.chunks_exact(LANES));
+    let (mut low, mut high) = (0.0, 0.0);
+    for (&p, &q) in ps.remainder().iter().zip(qs.remainder()) {
+        low += if p < gamma * q { p } else { 0.0 };
+        high += if p < gamma * q { 0.0 } else { q };
+    }
+    for (p, q) in ps.zip(qs) {
+        for i in 0..LANES {
+            let under = p[i] < gamma * q[i];
+            below[i] += if under { p[i] } else { 0.0 };
+            above[i] += if under { 0.0 } else { q[i] };
+        }
+    }
+    (lanes_sum(&below) + low, lanes_sum(&above) + high)
+}
+
+/// Writes the places of positive values to `out` and returns true, if there are at most `limit`; else false.
+pub fn support(values: &[f64], limit: usize, out: &mut Vec<u32>) -> bool {
+    dispatch!(Level::detect(), support_of(values, limit, out): (values: &[f64], limit: usize, out: &mut Vec<u32>) [bool] <>)
+}
+
+#[inline(always)]
+fn support_of<S: Simd>(values: &[f64], limit: usize, out: &mut Vec<u32>) -> bool {
+    const BLOCK: usize = 64;
+    // NaN counts: it is to be found by whoever uses the weights.
+    let counts = |v: f64| (v > 0.0) | v.is_nan();
+    out.clear();
+    for (b, block) in values.chunks(BLOCK).enumerate() {
+        // Most blocks of a small support are empty, and this tells without a branch per value.
+        if block.iter().fold(false, |any, &v| any | counts(v)) {
+            let places = block.iter().enumerate().filter(|(_, v)| counts(**v));
+            out.extend(places.map(|(i, _)| (b * BLOCK + i) as u32));
+            if out.len() > limit {
+                return false;
+            }
+        }
+    }
+    true
+}
+
 /// The first place where the running sum of nonnegative weights exceeds `at`; the last positive one where rounding
 /// keeps it below. `None` where no weight is positive.
 pub fn place(weights: &[f64], mut at: f64) -> Option<usize> {
@@ -271,6 +320,17 @@ mod tests {
                 prop_assert!((left[i] - (a * p[i] - b * q[i]).max(0.0)).abs() < 1e-12);
             }
             prop_assert!((mass - left.iter().sum::<f64>()).abs() < 1e-9);
+            let (below, above) = overlap(&p, &q, a);
+            let under = |i: &usize| p[*i] < a * q[*i];
+            let expected: f64 = (0..p.len()).filter(under).map(|i| p[i]).sum();
+            prop_assert!((below - expected).abs() < 1e-9);
+            let expected: f64 = (0..p.len()).filter(|i| !under(i)).map(|i| q[i]).sum();
+            prop_assert!((above - expected).abs() < 1e-9);
+            let mut places = Vec::new();
+            let positive: Vec<u32> = (0..p.len() as u32).filter(|&i| p[i as usize] > 0.0).collect();
+            prop_assert!(support(&p, positive.len(), &mut places));
+            prop_assert_eq!(&places, &positive);
+            prop_assert!(positive.is_empty() || !support(&p, positive.len() - 1, &mut places));
             let mut running = 0.0;
             let expected = p.iter().position(|w| { running += w; at * sum < running });
             prop_assert_eq!(place(&p, at * sum), expected);
