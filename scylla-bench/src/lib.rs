@@ -10,6 +10,7 @@
 //! ```
 
 pub mod bench;
+pub mod chi_square;
 pub mod cli;
 mod environment;
 mod error;

@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
+use scylla_core::chance::Seeded;
 use scylla_core::plugin::{Chance, Verifier};
 use scylla_core::sampling::Sampling;
-use scylla_core::table::{Law, TableDraft};
+use scylla_core::table::{Law, TableDraft, TableRows};
 use scylla_core::tree::{Budget, Drawing, Tree};
 use scylla_verify::prove::{Proof, drawn_by, prove};
 use serde::Deserialize;
@@ -199,20 +200,26 @@ impl Case {
         Ok(tree)
     }
 
-    /// Proves a rule on this case.
-    ///
-    /// Greedy verification is proved against greedy decoding: rows that are one on the most probable token.
-    pub fn prove(&self, rule: &dyn Verifier, proposals: Proposals) -> Result<Proof> {
+    /// What a rule is compared with: greedy verification with greedy decoding (rows that are one on the most probable
+    /// token), every other with the case's p.
+    fn target(&self, rule: &dyn Verifier) -> Law {
         let target = Self::law(&self.p);
-        let target: Law = match rule.name() {
+        match rule.name() {
             "greedy" => Arc::new(move |tokens| one_hot(&target(tokens))),
             _ => target,
-        };
+        }
+    }
+
+    /// Hands the case's drawer of trees to `with`.
+    fn drawing<T>(
+        &self,
+        proposals: Proposals,
+        with: impl FnOnce(&mut Drawer<'_>) -> scylla_core::Result<T>,
+    ) -> Result<T> {
         let (drawing, widths) = match proposals {
             Proposals::Fixed => {
                 let tree = self.fixed_tree()?;
-                let mut draw = |_: &mut dyn Chance| Ok(tree.clone());
-                return Ok(prove(rule, &mut draw, &target, 0, self.vocab, self.depth)?);
+                return Ok(with(&mut |_| Ok(tree.clone()))?);
             }
             Proposals::Chain => (Drawing::Independent, vec![1; self.depth]),
             Proposals::WithoutReplacement => (
@@ -232,10 +239,46 @@ impl Case {
             temperature: 1.0,
             ..Sampling::default()
         };
-        let mut draw = drawn_by(&mut draft, 0, budget, &sampling);
-        Ok(prove(rule, &mut draw, &target, 0, self.vocab, self.depth)?)
+        Ok(with(&mut drawn_by(&mut draft, 0, budget, &sampling))?)
+    }
+
+    /// Proves a rule on this case, by enumeration.
+    pub fn prove(&self, rule: &dyn Verifier, proposals: Proposals) -> Result<Proof> {
+        let target = self.target(rule);
+        self.drawing(proposals, |draw| {
+            prove(rule, draw, &target, 0, self.vocab, self.depth)
+        })
+    }
+
+    /// Mean tokens committed in `cycles` cycles with the generator that decodes.
+    pub fn measure(
+        &self,
+        rule: &dyn Verifier,
+        proposals: Proposals,
+        cycles: usize,
+        seed: u64,
+    ) -> Result<f64> {
+        let target = self.target(rule);
+        self.drawing(proposals, |draw| {
+            let mut chance = Seeded::new(seed, 0);
+            let mut committed = 0;
+            for cycle in 0..cycles {
+                chance.at(cycle);
+                let tree = draw(&mut chance)?;
+                let rows = TableRows {
+                    law: &target,
+                    history: &[],
+                    tree: &tree,
+                };
+                committed += rule.verify(&tree, &rows, &mut chance)?.path.len() + 1;
+            }
+            Ok(committed as f64 / cycles as f64)
+        })
     }
 }
+
+/// Draws a tree.
+type Drawer<'a> = dyn FnMut(&mut dyn Chance) -> scylla_core::Result<Tree> + 'a;
 
 fn one_hot(row: &[f64]) -> Vec<f64> {
     let mut best = 0;

@@ -129,6 +129,21 @@ fn settings_reach_the_rule_and_the_drawer() {
 }
 
 #[test]
+fn what_is_measured_is_what_was_proved() {
+    for rule in ["chain", "traversal", "k-seq", "rrs-without-replacement"] {
+        let out = prove(&cases(), rule, &["--cycles", "20000"]);
+        let found: Value = serde_json::from_slice(&out.stdout).expect("one object");
+        let [proved, measured] = ["expected_committed", "measured_committed"]
+            .map(|key| found["cases"][0][key].as_f64().expect("a number"));
+        // Lengths are 1 or 2: five standard deviations of a mean of 20000.
+        assert!(
+            (proved - measured).abs() < 5.0 * 0.5 / 20_000f64.sqrt(),
+            "{rule}"
+        );
+    }
+}
+
+#[test]
 fn bad_input_is_answered_with_what_to_do() {
     let without = |key: &str| {
         let mut cases = cases();
@@ -164,6 +179,7 @@ fn bad_input_is_answered_with_what_to_do() {
             &["--set", "proposal=x"],
             "unknown proposal `x`",
         ),
+        (cases(), "chain", &["--cycles", "0"], "at least 1"),
         (json!({"cases": []}), "chain", &[], "holds no case"),
         (json!([]), "chain", &[], "not a file of cases"),
         // A rule whose trees are not those it wants says so.

@@ -530,6 +530,9 @@ fn broken_input_is_an_error_and_never_a_panic_or_a_bias() {
         assert!(verdict.path.is_empty() && verdict.bonus < 3, "{name}");
         assert!(verify(rule, &good, &drawn).is_ok(), "{name}");
         assert!(verify(rule, &bad, &Tree::root(0)).is_err(), "{name}");
+        let mut first = drawn.clone();
+        first.tokens[1] = 0;
+        assert!(verify(rule, &bad, &first).is_err(), "{name}");
         if !["greedy", "deterministic-tree", "typical"].contains(&name) {
             assert!(verify(rule, &good, &without_q).is_err(), "{name}");
         }

@@ -52,9 +52,17 @@ impl Weights {
     }
 
     /// A token's weight.
+    ///
+    /// # Errors
+    /// If it lies outside the vocabulary, or is no weight: NaN would fail every comparison, and so bias silently.
     pub(crate) fn at(&self, token: u32) -> Result<f64> {
-        let found = self.buffers.dense.get(token as usize);
-        found.copied().ok_or_else(|| outside(token, self.vocab()))
+        match self.buffers.dense.get(token as usize) {
+            Some(&p) if p >= 0.0 && p.is_finite() => Ok(p),
+            Some(&p) => Err(Error::Invalid(format!(
+                "the target's probability of token {token} is {p}"
+            ))),
+            None => Err(outside(token, self.vocab())),
+        }
     }
 
     /// All weights.

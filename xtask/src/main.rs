@@ -1,6 +1,7 @@
 //! Developer automation: starts cargo and the built binary, and links none of the crates.
 
 mod compare;
+mod prove;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -11,6 +12,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
 
   bench [ARGS]    build in release mode, fetch the default model if it is missing, and run `scylla bench ARGS`
   test            everything that must hold: format, clippy, docs, tests, and the licence check where installed
+  prove [CYCLES]  chi-square of every rule on the default model, CYCLES (default 10000) on each of two prefixes
   compare [N]     plain decoding beside candle-transformers on the default model, interleaved, N rounds (default 5)
 ";
 
@@ -20,6 +22,7 @@ fn main() -> ExitCode {
     let done = match args.first().map(String::as_str) {
         Some("bench") => bench(rest),
         Some("test") => test(),
+        Some("prove") => prove::run(rest),
         Some("compare") => compare::run(rest),
         _ => {
             eprint!("{USAGE}");
