@@ -50,8 +50,7 @@ impl Verifier for KSeq {
                     }
                 }
                 let Plan { gamma, factor } = plan;
-                let rest = |p: f64, q: f64| (p - factor * q.min(p / gamma)).max(0.0);
-                if accepted.is_none() && p.change(proposal.q(), rest) <= 0.0 {
+                if accepted.is_none() && p.spare(proposal.q(), factor, 1.0 / gamma) <= 0.0 {
                     // All of p was to be accepted: up to rounding, this branch does not exist.
                     accepted = Some(siblings[0]);
                 }
@@ -89,7 +88,9 @@ impl Plan {
     fn solve(p: &Weights, q: &[f64], k: usize) -> Self {
         const NEAR: f64 = 1e-6;
         let (mut low, mut high) = (1.0, k as f64);
-        let mut gamma = 1.0;
+        // Good drafts have their root here; 1 itself is tried where p = q may hold.
+        let mut gamma = 1.0 + 0.2 * (high - 1.0);
+        let mut one_is_left = high > 1.0;
         loop {
             let (below, above) = p.overlap(q, gamma);
             let beta = (above + below / gamma).min(1.0);
@@ -117,10 +118,12 @@ impl Plan {
             }
             // A little further, so as to end above the root.
             let next = gamma + (1.0 + 1e-3) * (to - gamma);
-            gamma = match next > low && next < high {
-                true => next,
-                false => 0.5 * (low + high),
+            gamma = match next {
+                _ if next > low && next < high => next,
+                _ if next <= 1.0 && one_is_left => 1.0,
+                _ => 0.5 * (low + high),
             };
+            one_is_left &= gamma > 1.0;
         }
     }
 }

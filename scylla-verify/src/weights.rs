@@ -89,31 +89,33 @@ impl Weights {
         (below, above)
     }
 
-    /// Replaces each weight p by `change(p, q)`, q being 0 beyond its end, and returns the sum.
-    /// `change` must leave 0 at 0 and make nothing negative.
-    pub(crate) fn change(&mut self, q: &[f64], change: impl Fn(f64, f64) -> f64) -> f64 {
+    /// Changes the weights of the support by `change(p, q)`, and returns their sum. `change` makes nothing negative.
+    fn change_support(&mut self, q: &[f64], change: impl Fn(f64, f64) -> f64) -> f64 {
         let Buffers { dense, support } = &mut self.buffers;
+        let each = |&i: &u32| {
+            let i = i as usize;
+            dense[i] = change(dense[i], q.get(i).copied().unwrap_or(0.0));
+            dense[i]
+        };
+        support.iter().map(each).sum()
+    }
+
+    /// `p <- (p - factor min(q, scale p))+` and the sum of what is left; q is 0 beyond its end.
+    pub(crate) fn spare(&mut self, q: &[f64], factor: f64, scale: f64) -> f64 {
         if self.sparse {
-            let each = |&i: &u32| {
-                let i = i as usize;
-                dense[i] = change(dense[i], q.get(i).copied().unwrap_or(0.0));
-                dense[i]
-            };
-            return support.iter().map(each).sum();
+            return self.change_support(q, |p, q| (p - factor * q.min(scale * p)).max(0.0));
         }
+        let dense = &mut self.buffers.dense;
         let shared = dense.len().min(q.len());
         let (near, far) = dense.split_at_mut(shared);
-        near.iter_mut()
-            .zip(q)
-            .for_each(|(p, &q)| *p = change(*p, q));
-        far.iter_mut().for_each(|p| *p = change(*p, 0.0));
-        probability::sum_and_least(dense).0
+        let left = probability::spare(near, &q[..shared], factor, scale);
+        left + probability::sum_and_least(far).0
     }
 
     /// `p <- (a p - b q)+` and the sum of what is left; q is 0 beyond its end.
     pub(crate) fn residual(&mut self, a: f64, q: &[f64], b: f64) -> f64 {
         if self.sparse {
-            return self.change(q, |p, q| (a * p - b * q).max(0.0));
+            return self.change_support(q, |p, q| (a * p - b * q).max(0.0));
         }
         let dense = &mut self.buffers.dense;
         let shared = dense.len().min(q.len());

@@ -151,6 +151,35 @@ fn residual_of<S: Simd>(p: &mut [f64], a: f64, q: &[f64], b: f64) -> f64 {
     lanes_sum(&lanes) + rest
 }
 
+/// `p <- (p - factor min(q, scale p))+` and the sum of what is left.
+pub fn spare(p: &mut [f64], q: &[f64], factor: f64, scale: f64) -> f64 {
+    assert_eq!(p.len(), q.len());
+    dispatch!(Level::detect(), spare_of(p, q, factor, scale): (p: &mut [f64], q: &[f64], factor: f64, scale: f64) [f64] <>)
+}
+
+#[inline(always)]
+fn spare_of<S: Simd>(p: &mut [f64], q: &[f64], factor: f64, scale: f64) -> f64 {
+    let left = |p: f64, q: f64| {
+        let share = p * scale;
+        let d = p - factor * if q < share { q } else { share };
+        if d > 0.0 { d } else { 0.0 }
+    };
+    let mut lanes = [0.0; LANES];
+    let (mut ps, mut qs) = (p.chunks_exact_mut(LANES), q.chunks_exact(LANES));
+    for (p, q) in (&mut ps).zip(&mut qs) {
+        for i in 0..LANES {
+            p[i] = left(p[i], q[i]);
+            lanes[i] += p[i];
+        }
+    }
+    let mut rest = 0.0;
+    for (p, q) in ps.into_remainder().iter_mut().zip(qs.remainder()) {
+        *p = left(*p, *q);
+        rest += *p;
+    }
+    lanes_sum(&lanes) + rest
+}
+
 /// Of rows p and q: the sum of p where `p < gamma q`, and the sum of q elsewhere.
 pub fn overlap(p: &[f64], q: &[f64], gamma: f64) -> (f64, f64) {
     assert_eq!(p.len(), q.len());
@@ -320,6 +349,13 @@ mod tests {
                 prop_assert!((left[i] - (a * p[i] - b * q[i]).max(0.0)).abs() < 1e-12);
             }
             prop_assert!((mass - left.iter().sum::<f64>()).abs() < 1e-9);
+            let mut spared = p.clone();
+            let mass = spare(&mut spared, &q, b, a);
+            for i in 0..p.len() {
+                let expected = (p[i] - b * q[i].min(a * p[i])).max(0.0);
+                prop_assert!((spared[i] - expected).abs() < 1e-12);
+            }
+            prop_assert!((mass - spared.iter().sum::<f64>()).abs() < 1e-9);
             let (below, above) = overlap(&p, &q, a);
             let under = |i: &usize| p[*i] < a * q[*i];
             let expected: f64 = (0..p.len()).filter(under).map(|i| p[i]).sum();
