@@ -65,29 +65,18 @@ impl TargetRows for Counted<'_> {
 }
 
 fn grow(drawing: Drawing, widths: &[usize], sampling: &Sampling) -> Tree {
-    let mut chance = Seeded::new(11, 0);
     let mut tree = Tree::root(0);
     tree.drawing = drawing;
-    let mut frontier = vec![0];
-    for &width in widths {
-        let mut next = Vec::new();
-        for node in frontier {
-            let width = width.min(NODES - tree.len());
-            if width == 0 {
-                break;
-            }
-            let mut q = Vec::new();
-            let noisy = logits(node, 0.8);
-            sampling.distribution(&noisy, VOCAB, &mut q).expect("q");
-            let drawn = draw::children(drawing, &q, width, &mut chance).expect("drawn");
-            next.extend(drawn.into_iter().map(|x| tree.push(node, x as u32)));
-            if drawing != Drawing::Deterministic {
-                tree.q.resize(tree.len(), None);
-                tree.q[node] = Some(q.into());
-            }
-        }
-        frontier = next;
-    }
+    let mut expanded = 0;
+    let mut q = |_: &[u32]| {
+        let mut q = Vec::new();
+        // Nodes are expanded in order, so the count of expansions is the node.
+        sampling.distribution(&logits(expanded, 0.8), VOCAB, &mut q)?;
+        expanded += 1;
+        Ok(q.into())
+    };
+    let mut chance = Seeded::new(11, 0);
+    draw::grow(&mut tree, widths, NODES, &mut q, &mut chance).expect("tree");
     tree
 }
 

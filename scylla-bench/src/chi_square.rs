@@ -4,11 +4,14 @@
 //! a row does not depend on the rows beside it, and every cycle would compute the same ones again.
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use scylla_core::chance::Seeded;
 use scylla_core::draw;
-use scylla_core::plugin::{Chance, SlotRows, Step, TargetModel, TargetRows, Verifier, Want};
+use scylla_core::plugin::{
+    Chance, Matrix, SlotRows, Step, TargetModel, TargetRows, Verifier, Want,
+};
 use scylla_core::sampling::{Sampling, argmax};
 use scylla_core::tree::{Drawing, Tree};
 use serde::Serialize;
@@ -34,55 +37,76 @@ pub struct Found {
     pub p_value: f64,
 }
 
-/// Logits of a model after one prefix and any continuation, each computed once.
-struct Continuations<'a> {
-    model: &'a mut dyn TargetModel,
+/// Logits after one prefix, which fills a slot of the model, and any continuation; each computed once.
+struct Continuations {
     slot: usize,
     known: usize,
     found: HashMap<Vec<u32>, Arc<[f32]>>,
 }
 
-impl<'a> Continuations<'a> {
-    fn new(model: &'a mut dyn TargetModel, prefix: &[u32], known: usize) -> Result<Self> {
-        let slot = 0;
+impl Continuations {
+    fn new(
+        model: &mut dyn TargetModel,
+        slot: usize,
+        prefix: &[u32],
+        known: usize,
+    ) -> scylla_core::Result<Self> {
         model.open(slot)?;
         // The last token of the prefix is forwarded with each continuation, so that its logits are there too.
-        let Some((_, before)) = prefix.split_last() else {
-            return Err(Error::Experiment("the prefix is empty".into()));
-        };
+        let before = &prefix[..prefix.len().saturating_sub(1)];
         if !before.is_empty() {
-            forward(model, slot, before, Want::None)?;
+            forward(model, slot, before, &[], Want::None)?;
             model.commit(slot, &(0..before.len()).collect::<Vec<_>>())?;
         }
         Ok(Self {
-            model,
             slot,
             known,
             found: HashMap::new(),
         })
     }
 
-    /// Logits after `tokens`, which begin with the last token of the prefix.
-    fn after(&mut self, tokens: &[u32]) -> Result<Arc<[f32]>> {
-        if let Some(row) = self.found.get(tokens) {
-            return Ok(Arc::clone(row));
+    /// Logits after every node of a tree rooted at the last token of the prefix, in one forward as decoding does it.
+    fn after(
+        &mut self,
+        model: &mut dyn TargetModel,
+        tree: &Tree,
+    ) -> scylla_core::Result<Vec<Arc<[f32]>>> {
+        let paths: Vec<Vec<u32>> = (0..tree.len()).map(|n| tree.tokens_to(n)).collect();
+        if paths.iter().any(|path| !self.found.contains_key(path)) {
+            let above = |n: usize| (n > 0).then(|| tree.parents[n]);
+            let parents: Vec<Option<usize>> = (0..tree.len()).map(above).collect();
+            let logits = forward(model, self.slot, &tree.tokens, &parents, Want::All)?;
+            for (n, path) in paths.iter().enumerate() {
+                if !self.found.contains_key(path) {
+                    self.found.insert(path.clone(), logits.row(n)?.into());
+                }
+            }
         }
-        let row: Arc<[f32]> = forward(self.model, self.slot, tokens, Want::Last)?.into();
-        self.found.insert(tokens.to_vec(), Arc::clone(&row));
-        Ok(row)
+        Ok(paths
+            .iter()
+            .map(|path| Arc::clone(&self.found[path]))
+            .collect())
     }
 
-    fn distribution(&mut self, tokens: &[u32], sampling: &Sampling) -> Result<Vec<f64>> {
+    /// The transformed distribution after `tokens`, which begin with the last token of the prefix.
+    fn distribution(
+        &mut self,
+        model: &mut dyn TargetModel,
+        tokens: &[u32],
+        sampling: &Sampling,
+    ) -> scylla_core::Result<Vec<f64>> {
+        let row = match self.found.get(tokens) {
+            Some(row) => Arc::clone(row),
+            None => {
+                let logits = forward(model, self.slot, tokens, &[], Want::Last)?;
+                let row: Arc<[f32]> = logits.row(0)?.into();
+                self.found.insert(tokens.to_vec(), Arc::clone(&row));
+                row
+            }
+        };
         let mut out = Vec::new();
-        let known = self.known;
-        sampling.distribution(&self.after(tokens)?, known, &mut out)?;
+        sampling.distribution(&row, self.known, &mut out)?;
         Ok(out)
-    }
-}
-
-impl Drop for Continuations<'_> {
-    fn drop(&mut self) {
-        self.model.close(self.slot);
     }
 }
 
@@ -90,22 +114,21 @@ fn forward(
     model: &mut dyn TargetModel,
     slot: usize,
     tokens: &[u32],
+    parents: &[Option<usize>],
     want: Want<'_>,
-) -> Result<Vec<f32>> {
+) -> scylla_core::Result<Matrix> {
     let rows = SlotRows {
         slot,
         tokens,
-        parents: &[],
+        parents,
         want,
     };
     let found = model.forward(&Step {
         slots: vec![rows],
         taps: &[],
     })?;
-    match found.logits.first() {
-        Some(logits) => Ok(logits.all()?.into_owned()),
-        None => Err(Error::Experiment("the target returned no logits".into())),
-    }
+    let logits = found.logits.into_iter().next();
+    logits.ok_or_else(|| scylla_core::Error::Invalid("the target returned no logits".into()))
 }
 
 /// The rows of one tree.
@@ -128,19 +151,22 @@ impl TargetRows for Rows<'_> {
 
 /// A test on one prefix: the target with the whole prefix, and as draft the same model with only its end.
 pub struct Setup<'a> {
-    target: Continuations<'a>,
-    draft: Continuations<'a>,
+    model: &'a mut dyn TargetModel,
+    target: Continuations,
+    draft: Continuations,
     root: u32,
     sampling: &'a Sampling,
     /// q after each continuation, transformed once.
     q: HashMap<Vec<u32>, Arc<[f64]>>,
 }
 
+/// Slots of the whole prefix and of its end.
+const SLOTS: [usize; 2] = [0, 1];
+
 impl<'a> Setup<'a> {
-    /// Prepares two copies of a model; ids from `known` on are padding.
+    /// Fills two slots of a model, which are closed again at the end; ids from `known` on are padding.
     pub fn new(
-        target: &'a mut dyn TargetModel,
-        draft: &'a mut dyn TargetModel,
+        model: &'a mut dyn TargetModel,
         prefix: &[u32],
         known: usize,
         sampling: &'a Sampling,
@@ -148,23 +174,15 @@ impl<'a> Setup<'a> {
         let root = *prefix
             .last()
             .ok_or_else(|| Error::Experiment("the prefix is empty".into()))?;
-        let end = &prefix[prefix.len() - prefix.len().div_ceil(2)..];
+        let end = &prefix[prefix.len() / 2..];
         Ok(Self {
-            target: Continuations::new(target, prefix, known)?,
-            draft: Continuations::new(draft, end, known)?,
+            target: Continuations::new(model, SLOTS[0], prefix, known)?,
+            draft: Continuations::new(model, SLOTS[1], end, known)?,
+            model,
             root,
             sampling,
             q: HashMap::new(),
         })
-    }
-
-    fn q(&mut self, tokens: &[u32]) -> Result<Arc<[f64]>> {
-        if let Some(q) = self.q.get(tokens) {
-            return Ok(Arc::clone(q));
-        }
-        let q: Arc<[f64]> = self.draft.distribution(tokens, self.sampling)?.into();
-        self.q.insert(tokens.to_vec(), Arc::clone(&q));
-        Ok(q)
     }
 
     fn tree(&mut self, proposals: Proposals, chance: &mut dyn Chance) -> Result<Tree> {
@@ -176,41 +194,42 @@ impl<'a> Setup<'a> {
         };
         let mut tree = Tree::root(self.root);
         tree.drawing = drawing;
-        let mut frontier = vec![0];
-        for &width in widths {
-            let mut next = Vec::new();
-            for node in frontier {
-                let q = self.q(&path(&tree, node))?;
-                let drawn = draw::children(drawing, &q, width, chance)?;
-                next.extend(drawn.into_iter().map(|x| tree.push(node, x as u32)));
-                if drawing != Drawing::Deterministic {
-                    tree.q.resize(tree.len(), None);
-                    tree.q[node] = Some(q);
-                }
+        let mut q = |tokens: &[u32]| {
+            if let Some(q) = self.q.get(tokens) {
+                return Ok(Arc::clone(q));
             }
-            frontier = next;
-        }
+            let found = self.draft.distribution(self.model, tokens, self.sampling)?;
+            let q: Arc<[f64]> = found.into();
+            self.q.insert(tokens.to_vec(), Arc::clone(&q));
+            Ok(q)
+        };
+        draw::grow(&mut tree, widths, usize::MAX, &mut q, chance)?;
         Ok(tree)
     }
 
     /// Runs `cycles` cycles and compares the first two tokens with the target's law; a cycle that commits one token
-    /// is continued by plain sampling.
+    /// is continued by plain sampling. `on_cycle` is told the cycles done, and may break off.
     pub fn test(
         &mut self,
         rule: &dyn Verifier,
         proposals: Proposals,
         cycles: usize,
         seed: u64,
+        on_cycle: &mut dyn FnMut(usize) -> ControlFlow<()>,
     ) -> Result<Found> {
         let mut counts: HashMap<(u32, u32), u64> = HashMap::new();
         let mut committed = 0;
         let mut chance = Seeded::new(seed, 0);
         for cycle in 0..cycles {
+            if on_cycle(cycle).is_break() {
+                return Err(Error::Interrupted(format!(
+                    " after {cycle} of {cycles} cycles"
+                )));
+            }
             chance.at(cycle);
             let tree = self.tree(proposals, &mut chance)?;
-            let logits = (0..tree.len()).map(|n| self.target.after(&path(&tree, n)));
             let rows = Rows {
-                logits: logits.collect::<Result<_>>()?,
+                logits: self.target.after(self.model, &tree)?,
                 sampling: self.sampling,
                 known: self.target.known,
             };
@@ -220,9 +239,7 @@ impl<'a> Setup<'a> {
             tokens.push(verdict.bonus);
             committed += tokens.len();
             if tokens.len() == 1 {
-                let p = self
-                    .target
-                    .distribution(&[self.root, tokens[0]], self.sampling)?;
+                let p = self.p(&[self.root, tokens[0]])?;
                 tokens.push(chance.pick(&p)? as u32);
             }
             *counts.entry((tokens[0], tokens[1])).or_default() += 1;
@@ -238,51 +255,56 @@ impl<'a> Setup<'a> {
         })
     }
 
-    /// Pearson's statistic over pairs expected at least five times, and one cell for all the others.
+    fn p(&mut self, tokens: &[u32]) -> Result<Vec<f64>> {
+        let (model, sampling) = (&mut *self.model, self.sampling);
+        Ok(self.target.distribution(model, tokens, sampling)?)
+    }
+
+    /// Pearson's statistic over pairs expected at least five times, and all the others as one cell; where those are
+    /// expected fewer than five times, they are counted with the rarest pair.
     fn statistic(
         &mut self,
         counts: &HashMap<(u32, u32), u64>,
         cycles: usize,
     ) -> Result<(f64, usize)> {
         let n = cycles as f64;
-        let (mut statistic, mut cells) = (0.0, 0);
-        let (mut expected_left, mut seen_left) = (n, n);
-        let first = self.target.distribution(&[self.root], self.sampling)?;
+        // Expected and seen.
+        let mut cells: Vec<(f64, f64)> = Vec::new();
+        let first = self.p(&[self.root])?;
         // A first token expected fewer than five times has no pair that is expected more often.
         for (x, &p_x) in first.iter().enumerate().filter(|(_, p)| **p * n >= 5.0) {
-            let second = self
-                .target
-                .distribution(&[self.root, x as u32], self.sampling)?;
+            let second = self.p(&[self.root, x as u32])?;
             for (y, p_y) in second.iter().enumerate() {
                 let expected = n * p_x * p_y;
                 if expected >= 5.0 {
-                    let seen = counts.get(&(x as u32, y as u32)).copied().unwrap_or(0) as f64;
-                    statistic += (seen - expected).powi(2) / expected;
-                    cells += 1;
-                    expected_left -= expected;
-                    seen_left -= seen;
+                    let seen = counts.get(&(x as u32, y as u32)).copied().unwrap_or(0);
+                    cells.push((expected, seen as f64));
                 }
             }
         }
-        if expected_left >= 5.0 {
-            statistic += (seen_left - expected_left).powi(2) / expected_left;
-            cells += 1;
-        } else if seen_left > 100.0 {
-            // Tokens that the target never or hardly ever gives.
-            statistic = f64::INFINITY;
+        let sums = |(e, s): (f64, f64), cell: &(f64, f64)| (e + cell.0, s + cell.1);
+        let (expected, seen) = cells.iter().fold((0.0, 0.0), sums);
+        let others = (n - expected, n - seen);
+        let rarest = cells.iter_mut().min_by(|a, b| a.0.total_cmp(&b.0));
+        match rarest {
+            Some(rarest) if others.0 < 5.0 => *rarest = sums(*rarest, &others),
+            _ => cells.push(others),
         }
-        match cells {
-            0 | 1 => Err(Error::Experiment(
+        if cells.len() < 2 {
+            return Err(Error::Experiment(
                 "after this prefix the target leaves a single pair of tokens; take another prefix"
                     .into(),
-            )),
-            _ => Ok((statistic, cells - 1)),
+            ));
         }
+        let term = |&(expected, seen): &(f64, f64)| (seen - expected).powi(2) / expected;
+        Ok((cells.iter().map(term).sum(), cells.len() - 1))
     }
 }
 
-/// The tokens from the root down to a node.
-fn path(tree: &Tree, node: usize) -> Vec<u32> {
-    let below = tree.path_to(node).into_iter().map(|n| tree.tokens[n]);
-    std::iter::once(tree.tokens[0]).chain(below).collect()
+impl Drop for Setup<'_> {
+    fn drop(&mut self) {
+        for slot in SLOTS {
+            self.model.close(slot);
+        }
+    }
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use scylla_core::chance::Seeded;
+use scylla_core::draw;
 use scylla_core::plugin::{Chance, Verifier};
 use scylla_core::sampling::Sampling;
 use scylla_core::table::{Law, TableDraft, TableRows};
@@ -184,13 +185,12 @@ impl Case {
         let mut tree = Tree::root(0);
         let mut node = 0;
         while node < tree.len() {
-            let path: Vec<u32> = tree.path_to(node).iter().map(|&n| tree.tokens[n]).collect();
-            for &token in children.get(&key(&path)).into_iter().flatten() {
+            let prefix = key(&tree.tokens_to(node)[1..]);
+            for &token in children.get(&prefix).into_iter().flatten() {
                 if token as usize >= self.vocab || tree.len() >= 4096 {
                     return Err(Error::Experiment(format!(
-                        "case `{}`: child {token} after `{}` is outside the vocabulary, or the tree too large",
-                        self.name,
-                        key(&path)
+                        "case `{}`: child {token} after `{prefix}` is outside the vocabulary, or the tree too large",
+                        self.name
                     )));
                 }
                 tree.push(node, token);
@@ -281,15 +281,9 @@ impl Case {
 type Drawer<'a> = dyn FnMut(&mut dyn Chance) -> scylla_core::Result<Tree> + 'a;
 
 fn one_hot(row: &[f64]) -> Vec<f64> {
-    let mut best = 0;
-    for (i, p) in row.iter().enumerate() {
-        if *p > row[best] {
-            best = i;
-        }
-    }
     let mut out = vec![0.0; row.len()];
-    if let Some(p) = out.get_mut(best) {
-        *p = 1.0;
+    for best in draw::top(row, 1) {
+        out[best] = 1.0;
     }
     out
 }

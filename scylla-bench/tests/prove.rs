@@ -199,3 +199,20 @@ fn bad_input_is_answered_with_what_to_do() {
         assert!(said.contains(word), "no `{word}` in: {said}");
     }
 }
+
+#[test]
+fn a_test_on_a_model_that_could_show_nothing_is_refused() {
+    for (more, word) in [
+        (&["--temperature", "0"][..], "temperature above 0"),
+        (&["--cycles", "10"], "at least 1000 cycles"),
+        (&["--temperature", "-1"], "temperature is -1"),
+    ] {
+        let out = Command::new(env!("CARGO_BIN_EXE_scylla"))
+            .args(["prove", "--rule", "chain", "--target", "nowhere"])
+            .args(more)
+            .output()
+            .expect("starts");
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(!out.status.success() && said.contains(word), "{said}");
+    }
+}

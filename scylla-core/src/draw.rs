@@ -3,9 +3,11 @@
 //! Drawing is where exactness is lost: after a random draw a tree may stop growing, but a drawn node may never
 //! be dropped or re-ranked by its value. So it lives here, used by drafts and proofs alike.
 
-use crate::Result;
+use std::sync::Arc;
+
 use crate::plugin::Chance;
-use crate::tree::Drawing;
+use crate::tree::{Drawing, Tree};
+use crate::{Error, Result};
 
 /// `n` independent draws from q; the same index may come twice.
 pub fn independent(q: &[f64], n: usize, chance: &mut dyn Chance) -> Result<Vec<usize>> {
@@ -38,6 +40,43 @@ pub fn children(
         Drawing::WithoutReplacement => without_replacement(q, n, chance),
         Drawing::Deterministic => Ok(top(q, n)),
     }
+}
+
+/// A draft's distribution over its ids, given the tokens from the root down to a node.
+pub type Conditional<'a> = dyn FnMut(&[u32]) -> Result<Arc<[f64]>> + 'a;
+
+/// Grows a tree breadth first below its root, as its `drawing` says: `widths[d]` children for every node of depth d,
+/// as long as it has fewer than `total` nodes. `q` is asked once for each expanded node, with the tokens from the root
+/// down to it, and answers over draft ids.
+pub fn grow(
+    tree: &mut Tree,
+    widths: &[usize],
+    total: usize,
+    q: &mut Conditional<'_>,
+    chance: &mut dyn Chance,
+) -> Result<()> {
+    let mut frontier = vec![0];
+    for &width in widths {
+        let mut next = Vec::new();
+        for node in frontier {
+            let width = width.min(total.saturating_sub(tree.len()));
+            if width == 0 {
+                break;
+            }
+            let q = q(&tree.tokens_to(node))?;
+            for x in children(tree.drawing, &q, width, chance)? {
+                let token = tree.target_id(x);
+                let unmapped = || Error::Invalid(format!("draft id {x} has no target id"));
+                next.push(tree.push(node, token.ok_or_else(unmapped)?));
+            }
+            if tree.drawing != Drawing::Deterministic {
+                tree.q.resize(tree.len(), None);
+                tree.q[node] = Some(q);
+            }
+        }
+        frontier = next;
+    }
+    Ok(())
 }
 
 /// The `n` largest values, largest first; ties go to the lowest index. Not a random draw.

@@ -124,15 +124,8 @@ pub struct TableRows<'a> {
 
 impl TableRows<'_> {
     fn at(&self, node: usize) -> Vec<f64> {
-        let mut tokens = self.history.to_vec();
-        tokens.push(self.tree.tokens[0]);
-        tokens.extend(
-            self.tree
-                .path_to(node)
-                .into_iter()
-                .map(|n| self.tree.tokens[n]),
-        );
-        (self.law)(&tokens)
+        let path = self.tree.tokens_to(node);
+        (self.law)(&[self.history, &path].concat())
     }
 }
 
@@ -180,30 +173,13 @@ impl TableDraft {
         let mut tree = Tree::root(request.root);
         tree.drawing = self.drawing;
         tree.draft_to_target.clone_from(&self.draft_to_target);
-        let mut frontier = vec![0];
-        for level in 0..budget.levels() {
+        let width = |level| {
             let listed = self.widths.get(level).copied().unwrap_or(budget.width);
-            let mut next = Vec::new();
-            for node in frontier {
-                let width = listed.min(budget.width).min(budget.total - tree.len());
-                if width == 0 {
-                    break;
-                }
-                let mut tokens = before.to_vec();
-                tokens.extend(tree.path_to(node).into_iter().map(|n| tree.tokens[n]));
-                let q = (self.law)(&tokens);
-                for x in draw::children(self.drawing, &q, width, request.chance)? {
-                    let token = tree.target_id(x);
-                    let unmapped = || Error::Invalid(format!("draft id {x} has no target id"));
-                    next.push(tree.push(node, token.ok_or_else(unmapped)?));
-                }
-                if self.drawing != Drawing::Deterministic {
-                    tree.q.resize(tree.len(), None);
-                    tree.q[node] = Some(q.into());
-                }
-            }
-            frontier = next;
-        }
+            listed.min(budget.width)
+        };
+        let widths: Vec<usize> = (0..budget.levels()).map(width).collect();
+        let mut q = |path: &[u32]| Ok((self.law)(&[before, &path[1..]].concat()).into());
+        draw::grow(&mut tree, &widths, budget.total, &mut q, request.chance)?;
         Ok(tree)
     }
 }

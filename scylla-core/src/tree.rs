@@ -138,17 +138,19 @@ impl Tree {
     /// If children were drawn at random: choosing among them by their value afterwards changes their law, and with
     /// it the law of what is committed. Also if the root is not first, or a node stands without or before its parent.
     pub fn select(&self, nodes: &[usize]) -> Result<Self> {
-        if self.drawing != Drawing::Deterministic && nodes.len() < self.len() {
-            return Err(Error::Invalid(format!(
-                "{} of {} nodes of a tree drawn {} were to be chosen: a node drawn at random may not be dropped",
-                nodes.len(),
-                self.len(),
-                self.drawing
-            )));
+        if self.drawing != Drawing::Deterministic {
+            return match nodes.iter().copied().eq(0..self.len()) {
+                true => Ok(self.clone()),
+                false => Err(Error::Invalid(format!(
+                    "nodes {nodes:?} of a tree of {} drawn {} were to be chosen: what was drawn at random may not be dropped or re-ranked",
+                    self.len(),
+                    self.drawing
+                ))),
+            };
         }
         let place = |node: usize| nodes.iter().position(|&n| n == node);
         let mut tree = Self::root(self.tokens[0]);
-        tree.draft_to_target = self.draft_to_target.clone();
+        tree.draft_to_target.clone_from(&self.draft_to_target);
         for (i, &node) in nodes.iter().enumerate() {
             match self.parents.get(node).and_then(|&parent| place(parent)) {
                 Some(_) if i == 0 && node == 0 => {}
@@ -161,15 +163,6 @@ impl Tree {
                     )));
                 }
             }
-        }
-        if self.drawing != Drawing::Deterministic {
-            let in_order = nodes.windows(2).all(|w| w[0] < w[1]);
-            if !in_order {
-                return Err(Error::Invalid(
-                    "nodes drawn at random may not be re-ranked".into(),
-                ));
-            }
-            return Ok(self.clone());
         }
         Ok(tree)
     }
@@ -198,6 +191,11 @@ impl Tree {
         depths
     }
 
+    /// Levels below the root.
+    pub fn depth(&self) -> usize {
+        self.depths().into_iter().max().unwrap_or(0)
+    }
+
     /// The largest number of children of any node.
     pub fn width(&self) -> usize {
         let mut counts = vec![0; self.len()];
@@ -216,6 +214,12 @@ impl Tree {
         }
         path.reverse();
         path
+    }
+
+    /// The tokens from the root's down to `node`'s.
+    pub fn tokens_to(&self, node: usize) -> Vec<u32> {
+        let below = self.path_to(node).into_iter().map(|n| self.tokens[n]);
+        std::iter::once(self.tokens[0]).chain(below).collect()
     }
 
     /// The id a token of the draft has in the target.
@@ -263,7 +267,7 @@ impl Tree {
                 ));
             }
         }
-        let deepest = self.depths().into_iter().max().unwrap_or(0);
+        let deepest = self.depth();
         if deepest > budget.levels() {
             return bad(format!(
                 "{deepest} levels in a budget of {}",
@@ -357,7 +361,8 @@ mod tests {
         let b = t.push(0, 2);
         let c = t.push(a, 1);
         assert_eq!(t.path_to(c), [a, c]);
-        assert_eq!(t.depths(), [0, 1, 1, 2]);
+        assert_eq!(t.tokens_to(c), [9, 1, 1]);
+        assert_eq!((t.depths(), t.depth()), (vec![0, 1, 1, 2], 2));
         assert_eq!(t.children(0).collect::<Vec<_>>(), [a, b]);
         assert_eq!(t.width(), 2);
     }

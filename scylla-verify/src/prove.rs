@@ -46,7 +46,7 @@ pub fn prove(
     let mut branches = 0;
     let cycle = |chance: &mut dyn Chance| {
         let tree = draw(chance)?;
-        let deepest = tree.depths().into_iter().max().unwrap_or(0);
+        let deepest = tree.depth();
         if tree.tokens[0] != root || deepest > depth {
             return Err(Error::Invalid(format!(
                 "a tree rooted at {} with {deepest} levels, expected root {root} and at most {depth}",

@@ -65,7 +65,7 @@ impl Verifier for Typical {
         rows: &dyn TargetRows,
         chance: &mut dyn Chance,
     ) -> Result<Verdict> {
-        let mut p = Weights::of(rows, 0)?;
+        let mut p = Weights::empty();
         let mut accepted = vec![false; tree.len()];
         accepted[0] = true;
         for node in 0..tree.len() {

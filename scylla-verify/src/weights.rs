@@ -24,12 +24,17 @@ pub(crate) struct Weights {
 }
 
 impl Weights {
-    /// The distribution after a node.
-    pub(crate) fn of(rows: &dyn TargetRows, node: usize) -> Result<Self> {
-        let mut weights = Self {
+    /// None yet.
+    pub(crate) fn empty() -> Self {
+        Self {
             buffers: SPARE.with_borrow_mut(Vec::pop).unwrap_or_default(),
             sparse: false,
-        };
+        }
+    }
+
+    /// The distribution after a node.
+    pub(crate) fn of(rows: &dyn TargetRows, node: usize) -> Result<Self> {
+        let mut weights = Self::empty();
         weights.load(rows, node)?;
         Ok(weights)
     }
@@ -122,10 +127,7 @@ impl Weights {
         let (near, far) = dense.split_at_mut(shared);
         probability::scale(far, a);
         let left = probability::residual(near, a, &q[..shared], b);
-        match far.is_empty() {
-            true => left,
-            false => left + probability::sum_and_least(far).0,
-        }
+        left + probability::sum_and_least(far).0
     }
 
     /// `p <- a p` everywhere, then `p <- (p - b)+` at one token; the sum of what is left.

@@ -94,7 +94,7 @@ pub fn run(registry: &Registry, args: impl IntoIterator<Item = OsString>) -> i32
     let done = match cli.command {
         Command::Generate(c) => c.run(registry, &stop),
         Command::Bench(c) => c.run(registry, &stop),
-        Command::Prove(c) => c.run(registry),
+        Command::Prove(c) => c.run(registry, &stop),
         Command::Inspect(c) => c.run(),
         Command::Assets(c) => c.run(),
     };

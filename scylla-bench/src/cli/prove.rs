@@ -1,13 +1,15 @@
 //! `scylla prove`
 
+use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
 use scylla_core::plugin::Verifier;
 use scylla_core::sampling::Sampling;
 use serde::Serialize;
 
-use super::{ModelOptions, print_json, print_text, with_download};
+use super::{ModelOptions, Progress, print_json, print_text, with_download};
 use crate::chi_square::{Found, Setup};
 use crate::experiment::Experiment;
 use crate::prove::{Proposals, load};
@@ -97,7 +99,7 @@ struct Outcome {
 }
 
 impl Prove {
-    pub(super) fn run(self, registry: &Registry) -> Result<()> {
+    pub(super) fn run(self, registry: &Registry, stop: &AtomicBool) -> Result<()> {
         let mut settings = toml::Table::new();
         for text in &self.set {
             experiment::set(&mut settings, text)?;
@@ -114,11 +116,14 @@ impl Prove {
         sampling.check()?;
         let rule = registry.make_rule(&self.rule, &sampling, 1, settings)?;
         if let Some(target) = &self.target {
-            return self.on_model(target, rule.as_ref(), proposals, &sampling);
+            return self.on_model(target, rule.as_ref(), proposals, &sampling, stop);
         }
         let mut cases = Vec::new();
         let path = self.case.unwrap_or_default();
         for case in load(&path)? {
+            if stop.load(Ordering::Relaxed) {
+                return Err(Error::Interrupted(format!(" before case `{}`", case.name)));
+            }
             let proof = case.prove(rule.as_ref(), proposals)?;
             let measure = |cycles| case.measure(rule.as_ref(), proposals, cycles, self.seed);
             let measured_committed = match self.cycles {
@@ -169,6 +174,7 @@ impl Prove {
         rule: &dyn Verifier,
         proposals: Proposals,
         sampling: &Sampling,
+        stop: &AtomicBool,
     ) -> Result<()> {
         let cycles = self.cycles.unwrap_or(20_000);
         if cycles < 1000 || sampling.is_greedy() {
@@ -181,21 +187,29 @@ impl Prove {
         overrides.push(format!("target.model={target:?}"));
         let experiment = Experiment::from_overrides(&overrides)?;
         let mut session = with_download(|p| Session::open(&experiment, p))?;
-        // The same weights once more: the draft reads them after another prefix.
-        let mut draft = with_download(|p| Session::open(&experiment, p))?;
         let known = session.tokenizer()?.size();
         let prefixes: Vec<String> = match self.prefix.is_empty() {
             true => PREFIXES.map(String::from).to_vec(),
             false => self.prefix.clone(),
         };
+        let total = (cycles * prefixes.len()) as u64;
+        let mut progress = Progress::new("proving", false);
         let mut tests = Vec::new();
-        for prefix in prefixes {
+        for (i, prefix) in prefixes.into_iter().enumerate() {
             let ids = session.tokenizer()?.encode(&prefix)?;
-            let (target, draft) = (&mut session.target.model, &mut draft.target.model);
-            let mut setup = Setup::new(target.as_mut(), draft.as_mut(), &ids, known, sampling)?;
-            let found = setup.test(rule, proposals, cycles, self.seed)?;
+            let model = session.target.model.as_mut();
+            let mut setup = Setup::new(model, &ids, known, sampling)?;
+            let mut on_cycle = |done: usize| {
+                progress.set((i * cycles + done) as u64, total);
+                match stop.load(Ordering::Relaxed) {
+                    true => ControlFlow::Break(()),
+                    false => ControlFlow::Continue(()),
+                }
+            };
+            let found = setup.test(rule, proposals, cycles, self.seed, &mut on_cycle)?;
             tests.push(OnPrefix { prefix, found });
         }
+        progress.finish();
         let answer = OnModel {
             target: session.environment.target_hash.clone(),
             temperature: self.temperature,

@@ -87,7 +87,7 @@ impl Hub {
 
 /// Whether the hub answered that there is no such file.
 fn is_missing(e: &hf_hub::api::sync::ApiError) -> bool {
-    matches!(e, hf_hub::api::sync::ApiError::RequestError(e) if e.to_string().contains("404"))
+    matches!(e, hf_hub::api::sync::ApiError::RequestError(e) if e.to_string().ends_with("404"))
 }
 
 /// Fetches configuration, tokenizer and weights of a model and returns their directory.

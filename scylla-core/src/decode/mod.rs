@@ -400,7 +400,7 @@ impl Loop<'_, '_> {
             let (kept, finish) = keep(live, &tokens, settings, context, on_event)?;
             live.output.cycles.push(Cycle {
                 nodes: tree.len(),
-                depth: tree.depths().into_iter().max().unwrap_or(0),
+                depth: tree.depth(),
                 accepted: verdict.path.len().min(kept),
                 committed: kept,
                 cut: kept < tokens.len() || finish.is_some_and(|f| f != Finish::Interrupted),

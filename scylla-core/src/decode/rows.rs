@@ -29,13 +29,8 @@ impl LogitRows<'_> {
             return Ok(row);
         }
         let mut row = row.into_owned();
-        let path = self
-            .tree
-            .path_to(node)
-            .into_iter()
-            .map(|n| self.tree.tokens[n]);
-        let root = std::iter::once(self.tree.tokens[0]);
-        let before = self.history.iter().copied().chain(root).chain(path);
+        let path = self.tree.tokens_to(node);
+        let before = self.history.iter().copied().chain(path);
         self.sampling.penalise(&mut row, before);
         Ok(Cow::Owned(row))
     }

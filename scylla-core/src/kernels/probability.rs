@@ -131,12 +131,18 @@ pub fn residual(p: &mut [f64], a: f64, q: &[f64], b: f64) -> f64 {
 
 #[inline(always)]
 fn residual_of<S: Simd>(p: &mut [f64], a: f64, q: &[f64], b: f64) -> f64 {
-    let mut lanes = [0.0; LANES];
-    let (mut ps, mut qs) = (p.chunks_exact_mut(LANES), q.chunks_exact(LANES));
+    lessen(p, q, |p, q| a * p - b * q)
+}
+
+/// `p <- (change(p, q))+` and the sum of what is left.
+#[inline(always)]
+fn lessen(p: &mut [f64], q: &[f64], change: impl Fn(f64, f64) -> f64) -> f64 {
     let left = |p: f64, q: f64| {
-        let d = a * p - b * q;
+        let d = change(p, q);
         if d > 0.0 { d } else { 0.0 }
     };
+    let mut lanes = [0.0; LANES];
+    let (mut ps, mut qs) = (p.chunks_exact_mut(LANES), q.chunks_exact(LANES));
     for (p, q) in (&mut ps).zip(&mut qs) {
         for i in 0..LANES {
             p[i] = left(p[i], q[i]);
@@ -159,25 +165,10 @@ pub fn spare(p: &mut [f64], q: &[f64], factor: f64, scale: f64) -> f64 {
 
 #[inline(always)]
 fn spare_of<S: Simd>(p: &mut [f64], q: &[f64], factor: f64, scale: f64) -> f64 {
-    let left = |p: f64, q: f64| {
+    lessen(p, q, |p, q| {
         let share = p * scale;
-        let d = p - factor * if q < share { q } else { share };
-        if d > 0.0 { d } else { 0.0 }
-    };
-    let mut lanes = [0.0; LANES];
-    let (mut ps, mut qs) = (p.chunks_exact_mut(LANES), q.chunks_exact(LANES));
-    for (p, q) in (&mut ps).zip(&mut qs) {
-        for i in 0..LANES {
-            p[i] = left(p[i], q[i]);
-            lanes[i] += p[i];
-        }
-    }
-    let mut rest = 0.0;
-    for (p, q) in ps.into_remainder().iter_mut().zip(qs.remainder()) {
-        *p = left(*p, *q);
-        rest += *p;
-    }
-    lanes_sum(&lanes) + rest
+        p - factor * if q < share { q } else { share }
+    })
 }
 
 /// Of rows p and q: the sum of p where `p < gamma q`, and the sum of q elsewhere.
