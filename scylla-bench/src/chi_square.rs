@@ -127,6 +127,7 @@ fn forward(
         slots: vec![rows],
         taps: &[],
     })?;
+    model.commit(slot, &[])?;
     let logits = found.logits.into_iter().next();
     logits.ok_or_else(|| scylla_core::Error::Invalid("the target returned no logits".into()))
 }

@@ -153,8 +153,9 @@ pub struct SlotRows<'a> {
     pub slot: Slot,
     /// The tokens `[N]`.
     pub tokens: &'a [u32],
-    /// For each row the earlier row (of this step) it follows; `None` follows the last committed position. An
-    /// empty list means a chain. Positions follow from it: committed length plus depth.
+    /// For each row the earlier row it follows, counted over all rows of the slot that wait for a commit (those of
+    /// earlier forwards first); `None` follows the last committed position. An empty list means a chain behind that
+    /// position. Positions follow from it: committed length plus depth.
     pub parents: &'a [Option<usize>],
     /// Logits to return.
     pub want: Want<'a>,
@@ -180,7 +181,8 @@ pub struct Forward {
 
 /// The language model being accelerated.
 ///
-/// A slot holds committed positions; `forward` appends rows after them, and `commit` keeps some of those rows.
+/// A slot holds committed positions; `forward` appends rows after them and after rows that wait already (so a tree
+/// may be run level by level), and `commit` keeps some of those rows.
 pub trait TargetModel {
     /// Starts an empty sequence in a slot.
     fn open(&mut self, slot: Slot) -> Result<()>;
@@ -188,7 +190,7 @@ pub trait TargetModel {
     fn close(&mut self, slot: Slot);
     /// Runs rows through the model. They stay in the cache until the next `commit` of their slot.
     fn forward(&mut self, step: &Step<'_>) -> Result<Forward>;
-    /// Keeps the rows of the last forward that are listed (a path from a first row, in order) and drops the rest.
+    /// Keeps the waiting rows that are listed (a path from a first row, in order) and drops the rest.
     fn commit(&mut self, slot: Slot, path: &[usize]) -> Result<()>;
     /// Sizes that drafts and the loop need.
     fn shape(&self) -> TargetShape;

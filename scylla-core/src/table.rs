@@ -66,21 +66,19 @@ impl TargetModel for TableTarget {
         let mut logits = Vec::new();
         for rows in &step.slots {
             let (committed, pending) = self.slot(rows.slot)?;
-            let parent = |i: usize| match rows.parents {
-                [] => i.checked_sub(1),
-                parents => parents[i],
-            };
-            *pending = rows
-                .tokens
-                .iter()
-                .enumerate()
-                .map(|(i, &t)| (t, parent(i)))
-                .collect();
-            let wanted = rows.want.of(pending.len())?;
+            let first = pending.len();
+            for (i, &token) in rows.tokens.iter().enumerate() {
+                let parent = match rows.parents {
+                    [] => i.checked_sub(1).map(|above| first + above),
+                    parents => parents[i],
+                };
+                pending.push((token, parent));
+            }
+            let wanted = rows.want.of(rows.tokens.len())?;
             let mut values = Vec::new();
             for row in wanted {
                 let mut path = Vec::new();
-                let mut at = Some(row);
+                let mut at = Some(first + row);
                 while let Some(i) = at {
                     path.push(pending[i].0);
                     at = pending[i].1;

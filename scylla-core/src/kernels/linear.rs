@@ -175,6 +175,35 @@ impl Weight {
         Ok(())
     }
 
+    /// The listed rows of `k` values, in that order and, where a row is whole blocks of a form that can be cut, in
+    /// the same form; other forms are requantised to Q8_0 or widened.
+    pub fn rows(&self, rows: &[u32], k: usize) -> Result<Self> {
+        fn pick<T: Clone>(from: &[T], rows: &[u32], per_row: usize) -> Vec<T> {
+            let row = |&r: &u32| &from[r as usize * per_row..(r as usize + 1) * per_row];
+            rows.iter().flat_map(row).cloned().collect()
+        }
+        Ok(match self {
+            Self::F32(w) => Self::F32(pick(w, rows, k)),
+            Self::Bf16(w) => Self::Bf16(pick(w, rows, k)),
+            Self::Blocks(Blocks(Form::Q8(w))) => {
+                Self::Blocks(Blocks(Form::Q8(pick(w, rows, k / BLOCK))))
+            }
+            Self::Blocks(Blocks(Form::Q4(w))) => {
+                Self::Blocks(Blocks(Form::Q4(pick(w, rows, k / BLOCK))))
+            }
+            Self::Candle(_) => {
+                let mut values = vec![0.0; rows.len() * k];
+                for (&row, out) in rows.iter().zip(values.chunks_exact_mut(k)) {
+                    self.row(row as usize, k, out)?;
+                }
+                match k.is_multiple_of(BLOCK) {
+                    true => Self::quantize_q8_0(&values),
+                    false => Self::F32(values),
+                }
+            }
+        })
+    }
+
     /// All weights, widened to f32, `[N, K]`.
     pub fn to_f32(&self, k: usize) -> Result<Vec<f32>> {
         let mut out = vec![0.0; self.count()];

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, IndexOp, Module, Tensor};
 use candle_nn::ops::{rms_norm, silu, softmax_last_dim};
 use candle_nn::rotary_emb::rope;
 
-use super::slots::{RowView, Slots};
+use super::slots::{RowView, Slots, rows_of};
 use super::{LoadOptions, ModelConfig, ModelFiles, WeightForm};
 use crate::plugin::{Forward, Matrix, Slot, Step, Tap, TargetModel, TargetShape, Want};
 use crate::{Error, Result};
@@ -145,9 +145,9 @@ impl DeviceModel {
     }
 
     /// Attention of one slot's rows `[n, A E]` after their keys and values were stored.
-    fn attend(&self, cache: &Cache, q: &Tensor, len: usize, views: &[RowView]) -> Result<Tensor> {
+    fn attend(&self, cache: &Cache, q: &Tensor, views: &[RowView]) -> Result<Tensor> {
         let c = &self.config;
-        let (n, seen) = (views.len(), len + views.len());
+        let (n, seen) = (views.len(), views.last().map_or(0, |v| v.at + 1));
         let group = c.heads / c.kv_heads;
         // [A, n, E] -> [K, group * n, E]: the group is folded into rows, so that keys are never repeated.
         let q = q.reshape((c.kv_heads, group * n, c.head_dim))?;
@@ -193,21 +193,20 @@ impl DeviceModel {
         let mut first = 0;
         for (slot, views) in step.slots.iter().zip(views) {
             let n = views.len();
-            let state = self.slots.get(slot.slot)?;
-            let len = state.len;
-            let cache = &state.cache[index];
+            let cache = &self.slots.get(slot.slot)?.cache[index];
+            let at = views.first().map_or(0, |v| v.at);
             cache
                 .keys
-                .slice_set(&k.narrow(1, first, n)?.contiguous()?, 1, len)?;
+                .slice_set(&k.narrow(1, first, n)?.contiguous()?, 1, at)?;
             cache
                 .values
-                .slice_set(&v.narrow(1, first, n)?.contiguous()?, 1, len)?;
+                .slice_set(&v.narrow(1, first, n)?.contiguous()?, 1, at)?;
             let cache = Cache {
                 keys: cache.keys.clone(),
                 values: cache.values.clone(),
             };
             let q = q.narrow(1, first, n)?.contiguous()?;
-            mixed.push(self.attend(&cache, &q, len, views)?);
+            mixed.push(self.attend(&cache, &q, views)?);
             first += n;
         }
         let l = &self.layers[index];
@@ -312,7 +311,7 @@ impl TargetModel for DeviceModel {
     }
 
     fn forward(&mut self, step: &Step<'_>) -> Result<Forward> {
-        let views = self.slots.begin(step, self.config.vocab)?;
+        let views = self.slots.begin(&rows_of(step, self.config.vocab)?)?;
         let tokens: Vec<u32> = step.slots.iter().flat_map(|s| s.tokens).copied().collect();
         let positions: Vec<u32> = views.iter().flatten().map(|v| v.position as u32).collect();
         let rows = tokens.len();

@@ -3,20 +3,26 @@
 mod config;
 mod cpu;
 mod device;
+mod ends;
 mod slots;
 mod source;
+mod stack;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::Device;
 
 pub use config::{ModelConfig, RopeScaling};
 pub use cpu::CpuModel;
 pub use device::DeviceModel;
+pub use ends::Ends;
+pub use slots::Rows;
 pub(crate) use source::shard_names;
 pub use source::{Gguf, Raw, Shards, Source};
+pub use stack::{CpuStack, Layer, Weights};
 
-use crate::kernels::Weight;
+use crate::kernels::{Pool, Weight};
 use crate::plugin::TargetModel;
 use crate::{Error, Result};
 
@@ -63,7 +69,7 @@ impl std::fmt::Display for WeightForm {
 
 impl WeightForm {
     /// Brings a matrix of `k` columns into this form.
-    fn apply(self, weight: Weight, k: usize) -> Result<Weight> {
+    pub fn apply(self, weight: Weight, k: usize) -> Result<Weight> {
         match (self, &weight) {
             (Self::AsIs, _) | (Self::F32, Weight::F32(_)) => Ok(weight),
             (Self::F32, _) => Ok(Weight::F32(weight.to_f32(k)?)),
@@ -183,6 +189,23 @@ pub struct Loaded {
     pub weight_bytes: usize,
     /// The forms of the weights, most bytes first.
     pub forms: Vec<&'static str>,
+    /// Its ends and threads, where it runs on the CPU.
+    shared: Option<(Ends, Arc<Pool>)>,
+}
+
+impl Loaded {
+    /// What drafts on the CPU share with this target: embedding, head and threads. A target that runs elsewhere has
+    /// its ends read again, as `files` and `options` say.
+    pub fn shared(&self, files: &ModelFiles, options: &LoadOptions) -> Result<(Ends, Arc<Pool>)> {
+        match &self.shared {
+            Some((ends, pool)) => Ok((ends.clone(), Arc::clone(pool))),
+            None => {
+                let held = cpu::Held { files, options };
+                let pool = Pool::new(options.thread_count());
+                Ok((Ends::read(&held, &files.config)?, Arc::new(pool)))
+            }
+        }
+    }
 }
 
 /// Loads a target: on a CPU with this crate's kernels, elsewhere through candle.
@@ -193,6 +216,7 @@ pub fn load(files: &ModelFiles, options: &LoadOptions) -> Result<Loaded> {
         Ok(Loaded {
             weight_bytes: model.weight_bytes(),
             forms: model.forms(),
+            shared: Some((model.ends().clone(), Arc::clone(model.pool()))),
             model: Box::new(model),
             config,
         })
@@ -201,6 +225,7 @@ pub fn load(files: &ModelFiles, options: &LoadOptions) -> Result<Loaded> {
         Ok(Loaded {
             weight_bytes: model.weight_bytes(),
             forms: model.forms(),
+            shared: None,
             model: Box::new(model),
             config,
         })

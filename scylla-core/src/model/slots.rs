@@ -1,15 +1,35 @@
-//! Bookkeeping of slots that every transformer shares: lengths, pending rows, and what each row sees.
+//! Bookkeeping of slots that every transformer shares: lengths, waiting rows, and what each row sees.
 
-use crate::plugin::{SlotRows, Step, Want};
+use crate::plugin::{Slot, Step};
 use crate::{Error, Result};
+
+/// Rows to run in one slot; what they hold is passed beside.
+#[derive(Debug, Clone, Copy)]
+pub struct Rows<'a> {
+    /// Where.
+    pub slot: Slot,
+    /// How many.
+    pub count: usize,
+    /// For each the waiting row it follows, as [`crate::plugin::SlotRows::parents`] says.
+    pub parents: &'a [Option<usize>],
+}
+
+/// A row that waits for a commit.
+#[derive(Debug, Clone, Copy)]
+struct Waiting {
+    parent: Option<usize>,
+    /// Waiting rows above it.
+    depth: usize,
+    /// Waiting rows `0..run` are the first ones of its path, hence contiguous in the cache.
+    run: usize,
+}
 
 /// One open sequence with its cache.
 pub(super) struct SlotState<C> {
     pub(super) cache: C,
     /// Committed positions.
-    pub(super) len: usize,
-    /// Parents of the rows that wait for a commit.
-    pending: Vec<Option<usize>>,
+    len: usize,
+    waiting: Vec<Waiting>,
 }
 
 /// The slots of a model.
@@ -19,8 +39,11 @@ pub(super) struct Slots<C> {
     pub(super) capacity: usize,
 }
 
-/// What one row of a step sees: positions `0..contiguous`, then single ones.
+/// Where one row lies, and what it sees: places `0..contiguous` of the cache, then single ones.
 pub(super) struct RowView {
+    /// Its place in the cache.
+    pub(super) at: usize,
+    /// Its position in the sequence.
     pub(super) position: usize,
     pub(super) contiguous: usize,
     pub(super) scattered: Vec<u32>,
@@ -47,7 +70,7 @@ impl<C> Slots<C> {
         self.slots[slot] = Some(SlotState {
             cache,
             len: 0,
-            pending: Vec::new(),
+            waiting: Vec::new(),
         });
         Ok(())
     }
@@ -63,33 +86,23 @@ impl<C> Slots<C> {
         }
     }
 
-    /// Checks a step and notes its rows as pending; returns what each row sees, slot by slot.
-    pub(super) fn begin(&mut self, step: &Step<'_>, vocab: usize) -> Result<Vec<Vec<RowView>>> {
+    /// Checks rows and notes them as waiting, after those that wait already; returns what each of them sees, slot
+    /// by slot.
+    pub(super) fn begin(&mut self, rows: &[Rows<'_>]) -> Result<Vec<Vec<RowView>>> {
         let capacity = self.capacity;
-        for (i, rows) in step.slots.iter().enumerate() {
-            let len = self.get(rows.slot)?.len;
-            check_rows(rows, len, capacity, vocab)?;
-            if step.slots[..i].iter().any(|r| r.slot == rows.slot) {
-                return Err(Error::Invalid(format!(
-                    "slot {} twice in one step",
-                    rows.slot
-                )));
+        for (i, r) in rows.iter().enumerate() {
+            let state = self.get(r.slot)?;
+            check_rows(r, state.len, state.waiting.len(), capacity)?;
+            if rows[..i].iter().any(|other| other.slot == r.slot) {
+                return Err(Error::Invalid(format!("slot {} twice in one step", r.slot)));
             }
         }
-        step.slots
-            .iter()
-            .map(|rows| {
-                let state = self.get(rows.slot)?;
-                state.pending = match rows.parents {
-                    [] => (0..rows.tokens.len()).map(|i| i.checked_sub(1)).collect(),
-                    parents => parents.to_vec(),
-                };
-                Ok(views(&state.pending, state.len))
-            })
+        rows.iter()
+            .map(|r| Ok(self.get(r.slot)?.wait(r)))
             .collect()
     }
 
-    /// Checks a path and moves its rows together with `copy(cache, from, to)`.
+    /// Checks a path and moves its rows together with `copy(cache, from, to)`; the others are dropped.
     pub(super) fn commit(
         &mut self,
         slot: usize,
@@ -99,10 +112,10 @@ impl<C> Slots<C> {
         let state = self.get(slot)?;
         let mut parent = None;
         for &row in path {
-            if state.pending.get(row) != Some(&parent) {
+            if state.waiting.get(row).map(|w| w.parent) != Some(parent) {
                 return Err(Error::Invalid(format!(
                     "commit of slot {slot}: row {row} of {} does not follow {parent:?}",
-                    state.pending.len()
+                    state.waiting.len()
                 )));
             }
             parent = Some(row);
@@ -113,117 +126,150 @@ impl<C> Slots<C> {
             }
         }
         state.len += path.len();
-        state.pending.clear();
+        state.waiting.clear();
         Ok(())
     }
 }
 
-fn check_rows(rows: &SlotRows<'_>, len: usize, capacity: usize, vocab: usize) -> Result<()> {
-    let n = rows.tokens.len();
+impl<C> SlotState<C> {
+    fn wait(&mut self, rows: &Rows<'_>) -> Vec<RowView> {
+        let first = self.waiting.len();
+        for i in 0..rows.count {
+            let parent = match rows.parents {
+                [] if i == 0 => None,
+                [] => Some(first + i - 1),
+                parents => parents[i],
+            };
+            let row = first + i;
+            let (depth, run) = match parent {
+                None => (0, usize::from(row == 0)),
+                Some(p) => {
+                    let above = self.waiting[p];
+                    let whole = above.run == p + 1 && row == p + 1;
+                    (above.depth + 1, if whole { row + 1 } else { above.run })
+                }
+            };
+            self.waiting.push(Waiting { parent, depth, run });
+        }
+        (first..self.waiting.len()).map(|row| self.view(row)).collect()
+    }
+
+    fn view(&self, row: usize) -> RowView {
+        let Waiting { depth, run, .. } = self.waiting[row];
+        let mut scattered = Vec::with_capacity(depth + 1 - run);
+        let mut above = Some(row);
+        while scattered.len() < depth + 1 - run {
+            let Some(row) = above else { break };
+            scattered.push((self.len + row) as u32);
+            above = self.waiting[row].parent;
+        }
+        scattered.reverse();
+        RowView {
+            at: self.len + row,
+            position: self.len + depth,
+            contiguous: self.len + run,
+            scattered,
+        }
+    }
+}
+
+fn check_rows(rows: &Rows<'_>, len: usize, waiting: usize, capacity: usize) -> Result<()> {
+    let n = rows.count;
+    let bad = |message: String| Err(Error::Invalid(message));
     if n == 0 {
-        return Err(Error::Invalid(format!("slot {}: no rows", rows.slot)));
+        return bad(format!("slot {}: no rows", rows.slot));
     }
-    if len + n > capacity {
-        return Err(Error::Invalid(format!(
-            "slot {}: {len} positions and {n} more do not fit a context of {capacity}",
-            rows.slot
-        )));
-    }
-    if let Some(token) = rows.tokens.iter().find(|&&t| t as usize >= vocab) {
-        return Err(Error::Invalid(format!(
-            "token {token} outside the vocabulary of {vocab}"
-        )));
+    if len + waiting + n > capacity {
+        return bad(format!(
+            "slot {}: {} positions and {n} more do not fit a context of {capacity}",
+            rows.slot,
+            len + waiting
+        ));
     }
     if !rows.parents.is_empty() && rows.parents.len() != n {
-        return Err(Error::Invalid(format!(
-            "{} parents for {n} rows",
-            rows.parents.len()
-        )));
+        return bad(format!("{} parents for {n} rows", rows.parents.len()));
     }
-    if let Want::Rows(_) = rows.want {
-        rows.want.of(n)?;
-    }
-    match rows
-        .parents
-        .iter()
-        .enumerate()
-        .find(|(i, p)| p.is_some_and(|p| p >= *i))
-    {
-        Some((i, p)) => Err(Error::Invalid(format!("row {i} before its parent {p:?}"))),
+    let after = |(i, p): &(usize, &Option<usize>)| p.is_some_and(|p| p >= waiting + i);
+    match rows.parents.iter().enumerate().find(after) {
+        Some((i, p)) => bad(format!("row {} before its parent {p:?}", waiting + i)),
         None => Ok(()),
     }
 }
 
-/// What each row sees when `len` positions are committed and row `i` lies at position `len + i` of the cache.
-fn views(parents: &[Option<usize>], len: usize) -> Vec<RowView> {
-    let mut depths: Vec<usize> = Vec::with_capacity(parents.len());
-    // Rows 0..run[i] of the path are rows 0.. of the step themselves, hence contiguous in the cache.
-    let mut runs: Vec<usize> = Vec::with_capacity(parents.len());
-    for (i, parent) in parents.iter().enumerate() {
-        let (depth, run) = match *parent {
-            None => (0, usize::from(i == 0)),
-            Some(p) if runs[p] == p + 1 && i == p + 1 => (depths[p] + 1, i + 1),
-            Some(p) => (depths[p] + 1, runs[p]),
-        };
-        depths.push(depth);
-        runs.push(run);
-    }
-    (0..parents.len())
-        .map(|i| {
-            let mut scattered = Vec::with_capacity(depths[i] + 1 - runs[i]);
-            let mut at = Some(i);
-            while scattered.len() < depths[i] + 1 - runs[i] {
-                let Some(row) = at else { break };
-                scattered.push((len + row) as u32);
-                at = parents[row];
-            }
-            scattered.reverse();
-            RowView {
-                position: len + depths[i],
-                contiguous: len + runs[i],
-                scattered,
-            }
+/// The rows of a step, its tokens and wanted rows checked.
+pub(super) fn rows_of<'a>(step: &Step<'a>, vocab: usize) -> Result<Vec<Rows<'a>>> {
+    let rows = step.slots.iter().map(|s| {
+        if let Some(token) = s.tokens.iter().find(|&&t| t as usize >= vocab) {
+            return Err(Error::Invalid(format!(
+                "token {token} outside the vocabulary of {vocab}"
+            )));
+        }
+        s.want.of(s.tokens.len())?;
+        Ok(Rows {
+            slot: s.slot,
+            count: s.tokens.len(),
+            parents: s.parents,
         })
-        .collect()
+    });
+    rows.collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plugin::{SlotRows, Want};
+
+    type Seen = (usize, usize, Vec<u32>);
+
+    /// Position, contiguous and scattered places of rows added one batch after the other behind `len` positions.
+    fn seen(len: usize, batches: &[&[Option<usize>]]) -> Vec<Seen> {
+        let mut slots = Slots::new(64);
+        slots.open(0, ()).expect("open");
+        let begin = |slots: &mut Slots<()>, count, parents| {
+            let rows = Rows {
+                slot: 0,
+                count,
+                parents,
+            };
+            slots.begin(&[rows]).expect("begin").remove(0)
+        };
+        if len > 0 {
+            begin(&mut slots, len, &[]);
+            let all: Vec<usize> = (0..len).collect();
+            slots.commit(0, &all, |_, _, _| Ok(())).expect("commit");
+        }
+        let views = batches
+            .iter()
+            .flat_map(|parents| begin(&mut slots, parents.len(), parents));
+        views
+            .enumerate()
+            .map(|(i, v)| {
+                assert_eq!(v.at, len + i);
+                (v.position, v.contiguous, v.scattered)
+            })
+            .collect()
+    }
 
     #[test]
     fn a_chain_is_contiguous_and_branches_are_scattered() {
-        let chain = views(&[None, Some(0), Some(1)], 5);
-        assert!(
-            chain
-                .iter()
-                .enumerate()
-                .all(|(i, v)| v.contiguous == 6 + i && v.scattered.is_empty())
-        );
+        let chain = seen(5, &[&[None, Some(0), Some(1)]]);
+        assert_eq!(chain, [(5, 6, vec![]), (6, 7, vec![]), (7, 8, vec![])]);
         //      0
         //    1   2
         //    3   4
-        let tree = views(&[None, Some(0), Some(0), Some(1), Some(2)], 5);
-        let seen: Vec<(usize, usize, &[u32])> = tree
-            .iter()
-            .map(|v| (v.position, v.contiguous, &v.scattered[..]))
-            .collect();
-        assert_eq!(
-            seen,
-            [
-                (5, 6, &[][..]),
-                (6, 7, &[]),
-                (6, 6, &[7]),
-                (7, 7, &[8]),
-                (7, 6, &[7, 9])
-            ]
-        );
-        let forest = views(&[None, None, Some(1)], 0);
-        let seen: Vec<(usize, usize, &[u32])> = forest
-            .iter()
-            .map(|v| (v.position, v.contiguous, &v.scattered[..]))
-            .collect();
-        assert_eq!(seen, [(0, 1, &[][..]), (0, 0, &[1]), (1, 0, &[1, 2])]);
+        let tree = [None, Some(0), Some(0), Some(1), Some(2)];
+        let expected = [
+            (5, 6, vec![]),
+            (6, 7, vec![]),
+            (6, 6, vec![7]),
+            (7, 7, vec![8]),
+            (7, 6, vec![7, 9]),
+        ];
+        assert_eq!(seen(5, &[&tree]), expected);
+        // The same, level by level.
+        assert_eq!(seen(5, &[&tree[..1], &tree[1..3], &tree[3..]]), expected);
+        let forest = seen(0, &[&[None, None, Some(1)]]);
+        assert_eq!(forest, [(0, 1, vec![]), (0, 0, vec![1]), (1, 0, vec![1, 2])]);
     }
 
     #[test]
@@ -231,17 +277,12 @@ mod tests {
         let mut slots = Slots::new(10);
         slots.open(0, ()).expect("open");
         let parents = [None, Some(0), Some(0)];
-        let rows = SlotRows {
+        let rows = Rows {
             slot: 0,
-            tokens: &[1, 2, 3],
+            count: 3,
             parents: &parents,
-            want: Want::None,
         };
-        let step = Step {
-            slots: vec![rows],
-            taps: &[],
-        };
-        slots.begin(&step, 10).expect("begin");
+        slots.begin(&[rows]).expect("begin");
         assert!(slots.commit(0, &[0, 3], |_, _, _| Ok(())).is_err());
         assert!(slots.commit(0, &[1], |_, _, _| Ok(())).is_err());
         let mut moved = Vec::new();
@@ -260,40 +301,34 @@ mod tests {
         let mut slots = Slots::new(4);
         slots.open(0, ()).expect("open");
         assert!(slots.open(0, ()).is_err());
-        let mut refused = |slot, tokens: &[u32], parents: &[Option<usize>]| {
-            let rows = SlotRows {
+        let mut refused = |slot, count, parents: &[Option<usize>]| {
+            let rows = Rows {
                 slot,
-                tokens,
+                count,
                 parents,
-                want: Want::None,
+            };
+            let error = slots.begin(&[rows]).map(|_| ()).expect_err("refused");
+            error.to_string()
+        };
+        assert!(refused(1, 1, &[]).contains("not open"));
+        assert!(refused(0, 0, &[]).contains("no rows"));
+        assert!(refused(0, 5, &[]).contains("context of 4"));
+        assert!(refused(0, 2, &[None]).contains("1 parents for 2 rows"));
+        assert!(refused(0, 2, &[None, Some(1)]).contains("before its parent"));
+        let refused = |tokens: &[u32], want| {
+            let rows = SlotRows {
+                slot: 0,
+                tokens,
+                parents: &[],
+                want,
             };
             let step = Step {
                 slots: vec![rows],
                 taps: &[],
             };
-            slots
-                .begin(&step, 10)
-                .map(|_| ())
-                .expect_err("refused")
-                .to_string()
+            rows_of(&step, 10).map(|_| ()).expect_err("refused").to_string()
         };
-        assert!(refused(1, &[1], &[]).contains("not open"));
-        assert!(refused(0, &[], &[]).contains("no rows"));
-        assert!(refused(0, &[1; 5], &[]).contains("context of 4"));
-        assert!(refused(0, &[10], &[]).contains("vocabulary of 10"));
-        assert!(refused(0, &[1, 2], &[None]).contains("1 parents for 2 rows"));
-        assert!(refused(0, &[1, 2], &[None, Some(1)]).contains("before its parent"));
-        let beyond = SlotRows {
-            slot: 0,
-            tokens: &[1, 2],
-            parents: &[],
-            want: Want::Rows(&[0, 2]),
-        };
-        let step = Step {
-            slots: vec![beyond],
-            taps: &[],
-        };
-        let error = slots.begin(&step, 10).map(|_| ()).expect_err("refused");
-        assert!(error.to_string().contains("row 2 of 2"));
+        assert!(refused(&[10], Want::None).contains("vocabulary of 10"));
+        assert!(refused(&[1, 2], Want::Rows(&[0, 2])).contains("row 2 of 2"));
     }
 }
