@@ -42,6 +42,28 @@ pub fn children(
     }
 }
 
+/// Adds up to `n` children of `node`, drawn from `q` over draft ids as the tree's `drawing` says, and keeps q beside
+/// them where they were drawn at random. Returns the new nodes.
+pub fn expand(
+    tree: &mut Tree,
+    node: usize,
+    n: usize,
+    q: Arc<[f64]>,
+    chance: &mut dyn Chance,
+) -> Result<Vec<usize>> {
+    let mut added = Vec::with_capacity(n);
+    for x in children(tree.drawing, &q, n, chance)? {
+        let token = tree.target_id(x);
+        let unmapped = || Error::Invalid(format!("draft id {x} has no target id"));
+        added.push(tree.push(node, token.ok_or_else(unmapped)?));
+    }
+    if tree.drawing != Drawing::Deterministic {
+        tree.q.resize(tree.len(), None);
+        tree.q[node] = Some(q);
+    }
+    Ok(added)
+}
+
 /// A draft's distribution over its ids, given the tokens from the root down to a node.
 pub type Conditional<'a> = dyn FnMut(&[u32]) -> Result<Arc<[f64]>> + 'a;
 
@@ -64,15 +86,7 @@ pub fn grow(
                 break;
             }
             let q = q(&tree.tokens_to(node))?;
-            for x in children(tree.drawing, &q, width, chance)? {
-                let token = tree.target_id(x);
-                let unmapped = || Error::Invalid(format!("draft id {x} has no target id"));
-                next.push(tree.push(node, token.ok_or_else(unmapped)?));
-            }
-            if tree.drawing != Drawing::Deterministic {
-                tree.q.resize(tree.len(), None);
-                tree.q[node] = Some(q);
-            }
+            next.extend(expand(tree, node, width, q, chance)?);
         }
         frontier = next;
     }

@@ -182,6 +182,31 @@ pub fn argmax(values: &[f32]) -> Result<u32> {
     Ok(at as u32)
 }
 
+/// The `k` most probable of the first `limit` tokens with their log-probabilities (temperature 1), the most probable
+/// first; ties go to the lowest id. `scratch` is kept from call to call.
+///
+/// # Errors
+/// If a logit is NaN or +infinite, or all are -infinite.
+pub fn top_log_probabilities(
+    logits: &[f32],
+    limit: usize,
+    k: usize,
+    scratch: &mut Vec<f64>,
+) -> Result<Vec<(usize, f64)>> {
+    let inside = &logits[..limit.min(logits.len())];
+    let max = finite(best_of(inside)?)?;
+    scratch.resize(inside.len(), 0.0);
+    let log_sum = max + probability::exponentials(inside, max, 1.0, scratch).ln();
+    let mut top = match k {
+        0 => Vec::new(),
+        k if k < scratch.len() => largest(scratch, k),
+        _ => at_least(scratch, 0.0),
+    };
+    top.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    let log = |(_, i): (f64, usize)| (i, f64::from(inside[i]) - log_sum);
+    Ok(top.into_iter().map(log).collect())
+}
+
 /// A weight and its place.
 type Placed = (f64, usize);
 
@@ -252,6 +277,24 @@ fn nucleus(mut left: Vec<Placed>, mut wanted: f64) -> Vec<Placed> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn the_most_probable_come_first_with_their_log_probabilities(
+            logits in prop::collection::vec((-6i8..6).prop_map(f32::from), 1..300), limit in 1usize..300, k in 0usize..20,
+        ) {
+            let found = top_log_probabilities(&logits, limit, k, &mut Vec::new()).expect("top");
+            let inside = &logits[..limit.min(logits.len())];
+            let sum: f64 = inside.iter().map(|&v| f64::from(v).exp()).sum();
+            let mut order: Vec<usize> = (0..inside.len()).collect();
+            order.sort_by(|&a, &b| inside[b].total_cmp(&inside[a]).then(a.cmp(&b)));
+            order.truncate(k);
+            prop_assert_eq!(found.iter().map(|f| f.0).collect::<Vec<_>>(), order);
+            for (i, log) in found {
+                prop_assert!((log - (f64::from(inside[i]) - sum.ln())).abs() < 1e-12 && log <= 0.0);
+            }
+        }
+    }
 
     /// The transform by sorting, for comparison.
     fn by_sorting(s: &Sampling, logits: &[f32]) -> Vec<f64> {

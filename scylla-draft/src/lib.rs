@@ -1,7 +1,14 @@
 //! Draft models: what proposes tokens for a target to verify.
 //!
-//! One file per draft. A draft never verifies, and never runs a whole decode.
+//! One file per draft. Networks ([`network`]) and the trees they grow ([`tree`]) are apart, so any network may grow any
+//! tree. A draft never verifies, and never runs a whole decode.
+
+pub mod checkpoint;
+pub mod network;
+pub mod tree;
 
 mod ngram;
+mod suffix;
 
 pub use ngram::Ngram;
+pub use suffix::Suffix;

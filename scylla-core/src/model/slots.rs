@@ -97,9 +97,7 @@ impl<C> Slots<C> {
                 return Err(Error::Invalid(format!("slot {} twice in one step", r.slot)));
             }
         }
-        rows.iter()
-            .map(|r| Ok(self.get(r.slot)?.wait(r)))
-            .collect()
+        rows.iter().map(|r| Ok(self.get(r.slot)?.wait(r))).collect()
     }
 
     /// Checks a path and moves its rows together with `copy(cache, from, to)`; the others are dropped.
@@ -151,7 +149,9 @@ impl<C> SlotState<C> {
             };
             self.waiting.push(Waiting { parent, depth, run });
         }
-        (first..self.waiting.len()).map(|row| self.view(row)).collect()
+        (first..self.waiting.len())
+            .map(|row| self.view(row))
+            .collect()
     }
 
     fn view(&self, row: usize) -> RowView {
@@ -269,7 +269,10 @@ mod tests {
         // The same, level by level.
         assert_eq!(seen(5, &[&tree[..1], &tree[1..3], &tree[3..]]), expected);
         let forest = seen(0, &[&[None, None, Some(1)]]);
-        assert_eq!(forest, [(0, 1, vec![]), (0, 0, vec![1]), (1, 0, vec![1, 2])]);
+        assert_eq!(
+            forest,
+            [(0, 1, vec![]), (0, 0, vec![1]), (1, 0, vec![1, 2])]
+        );
     }
 
     #[test]
@@ -326,7 +329,10 @@ mod tests {
                 slots: vec![rows],
                 taps: &[],
             };
-            rows_of(&step, 10).map(|_| ()).expect_err("refused").to_string()
+            rows_of(&step, 10)
+                .map(|_| ())
+                .expect_err("refused")
+                .to_string()
         };
         assert!(refused(&[10], Want::None).contains("vocabulary of 10"));
         assert!(refused(&[1, 2], Want::Rows(&[0, 2])).contains("row 2 of 2"));

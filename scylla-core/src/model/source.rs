@@ -129,8 +129,46 @@ impl Shards {
         self.index.contains_key(name)
     }
 
-    /// Finds a tensor, its shape checked.
-    fn place(&self, name: &str, shape: &[usize]) -> Result<Place<'_>> {
+    /// The tensors' names, in order.
+    pub fn names(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = self.index.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        names
+    }
+
+    /// Shape of a tensor, where it is there.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.index.get(name).map(|(_, _, shape, _)| &shape[..])
+    }
+
+    /// The first file.
+    pub fn path(&self) -> &Path {
+        &self.files[0]
+    }
+
+    /// Type of a tensor, its shape checked.
+    pub fn dtype(&self, name: &str, shape: &[usize]) -> Result<Dtype> {
+        Ok(self.find(name, shape)?.1)
+    }
+
+    /// Type and bytes of a tensor of any type, as stored.
+    pub fn stored(&self, name: &str, shape: &[usize]) -> Result<(Dtype, Vec<u8>)> {
+        let (path, dtype, range) = self.find(name, shape)?;
+        let mut file = File::open(path).map_err(Error::io(path))?;
+        let mut bytes = vec![0; range.len()];
+        file.seek(SeekFrom::Start(range.start as u64))
+            .and_then(|_| file.read_exact(&mut bytes))
+            .map_err(Error::io(path))?;
+        Ok((dtype, bytes))
+    }
+
+    /// Reads a matrix or vector of f32, f16 or bf16.
+    pub fn weight(&self, name: &str, shape: &[usize]) -> Result<Weight> {
+        self.place(name, shape)?.weight()
+    }
+
+    /// File, type and place of a tensor, its shape checked.
+    fn find(&self, name: &str, shape: &[usize]) -> Result<(&Path, Dtype, std::ops::Range<usize>)> {
         let Some((file, dtype, found, range)) = self.index.get(name) else {
             return Err(missing(self.files[0].clone(), name, shape));
         };
@@ -140,16 +178,22 @@ impl Shards {
                 path: path.clone(),
                 tensor: name.into(),
                 expected: format!("shape {shape:?}"),
-                found: format!("{found:?}"),
+                found: format!("shape {found:?}"),
             });
         }
+        Ok((path, *dtype, range.clone()))
+    }
+
+    /// Finds a tensor of floating-point values, its shape checked.
+    fn place(&self, name: &str, shape: &[usize]) -> Result<Place<'_>> {
+        let (path, dtype, range) = self.find(name, shape)?;
         let ggml = match dtype {
             Dtype::F32 => GgmlDType::F32,
             Dtype::F16 => GgmlDType::F16,
             Dtype::BF16 => GgmlDType::BF16,
             other => {
                 return Err(Error::Tensor {
-                    path: path.clone(),
+                    path: path.to_path_buf(),
                     tensor: name.into(),
                     expected: "F32, F16 or BF16".into(),
                     found: format!("{other:?}"),

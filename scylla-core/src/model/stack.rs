@@ -128,12 +128,7 @@ pub struct CpuStack {
 
 impl CpuStack {
     /// Layers of the shape `config` (its number of layers aside), whose slots hold `positions` rows.
-    pub fn new(
-        config: ModelConfig,
-        layers: Vec<Layer>,
-        positions: usize,
-        pool: Arc<Pool>,
-    ) -> Self {
+    pub fn new(config: ModelConfig, layers: Vec<Layer>, positions: usize, pool: Arc<Pool>) -> Self {
         let (cos, sin) = config.rope_tables(positions);
         Self {
             config,

@@ -1,0 +1,111 @@
+//! EAGLE-3's own matters: the draft vocabulary and the layers it taps.
+
+use scylla_core::plugin::{Tap, TargetShape};
+use scylla_core::{Error, Result};
+use serde_json::Value;
+
+use super::Checkpoint;
+use crate::network::Ids;
+
+/// The layers whose inputs EAGLE-3 reads of a target of `n` layers: 2, n/2 and n-3.
+///
+/// # Errors
+/// If they coincide or do not rise, as in targets of up to 6 layers.
+pub fn default_taps(n: usize) -> Result<[usize; 3]> {
+    let taps = [2, n / 2, n.saturating_sub(3)];
+    match taps[0] < taps[1] && taps[1] < taps[2] {
+        true => Ok(taps),
+        false => Err(Error::Invalid(format!(
+            "a target of {n} layers is too shallow for EAGLE-3's default taps (the inputs of layers 2, n/2 and n-3 are {taps:?}); \
+             give three layers (draft.taps)"
+        ))),
+    }
+}
+
+/// The taps of a checkpoint, see [`Checkpoint::taps`].
+pub fn tap_layers(
+    checkpoint: &Checkpoint,
+    layers: Option<&[usize]>,
+    target: &TargetShape,
+) -> Result<Vec<Tap>> {
+    let layers = match layers {
+        Some(layers) => layers.to_vec(),
+        None => match configured(&checkpoint.json) {
+            Some(layers) => layers,
+            None => default_taps(target.layers)?.to_vec(),
+        },
+    };
+    let rising = layers.windows(2).all(|w| w[0] < w[1]);
+    if layers.len() != 3 || !rising || layers.iter().any(|&l| l > target.layers) {
+        return Err(Error::Invalid(format!(
+            "taps {layers:?}: expected three different layer inputs in rising order, of 0..={}",
+            target.layers
+        )));
+    }
+    Ok(layers.into_iter().map(Tap::Input).collect())
+}
+
+/// Layer inputs that a configuration names: vLLM's top-level key counts inputs, SGLang's nested one counts outputs.
+fn configured(json: &Value) -> Option<Vec<usize>> {
+    let key = "eagle_aux_hidden_state_layer_ids";
+    let list = |value: &Value| -> Option<Vec<usize>> {
+        let ids = value.as_array()?.iter();
+        ids.map(|v| usize::try_from(v.as_u64()?).ok()).collect()
+    };
+    let nested = json.get("eagle_config").and_then(|c| c.get(key));
+    match json.get(key).and_then(list) {
+        Some(inputs) => Some(inputs),
+        None => Some(nested.and_then(list)?.into_iter().map(|l| l + 1).collect()),
+    }
+}
+
+/// `d2t` offsets of ascending target ids: `d2t[i] = target[i] - i`.
+pub fn offsets_of(targets: &[u32]) -> Vec<i64> {
+    let offset = |(i, &target): (usize, &u32)| i64::from(target) - i as i64;
+    targets.iter().enumerate().map(offset).collect()
+}
+
+impl Checkpoint {
+    /// The draft vocabulary of an EAGLE-3 checkpoint.
+    ///
+    /// # Errors
+    /// If an offset leads outside the target's vocabulary, two lead to one token, or `t2d` says otherwise.
+    pub fn draft_ids(&self, known: usize) -> Result<Ids> {
+        let (count, vocab) = (self.draft_vocab(), self.config.vocab);
+        if !self.has("d2t") {
+            return Ok(Ids::same(count, known));
+        }
+        let (_, bytes) = self.stored("d2t", &[count])?;
+        let mut targets = Vec::with_capacity(count);
+        for (i, b) in bytes.chunks_exact(8).enumerate() {
+            let offset = i64::from_le_bytes(std::array::from_fn(|k| b[k]));
+            let target = (i as i64).checked_add(offset);
+            match target.and_then(|t| u32::try_from(t).ok()) {
+                Some(t) if (t as usize) < vocab => targets.push(t),
+                _ => {
+                    let expected = format!("offsets that lead into 0..{vocab}");
+                    let found = format!("{offset} at draft id {i}");
+                    return Err(self.wrong("d2t", expected, found));
+                }
+            }
+        }
+        let ids = Ids::mapped(targets, vocab).map_err(|e| {
+            self.wrong("d2t", "a different token for each id".into(), e.to_string())
+        })?;
+        if self.has("t2d") {
+            let (_, marked) = self.stored("t2d", &[vocab])?;
+            let sum = marked.iter().filter(|&&b| b != 0).count();
+            let expected = format!("true for exactly the {count} tokens of d2t");
+            if sum != count {
+                return Err(self.wrong("t2d", expected, format!("{sum} true")));
+            }
+            if let Some(token) = (0..count)
+                .map(|i| ids.target(i))
+                .find(|&t| marked[t as usize] == 0)
+            {
+                return Err(self.wrong("t2d", expected, format!("false for token {token}")));
+            }
+        }
+        Ok(ids)
+    }
+}

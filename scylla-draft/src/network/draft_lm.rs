@@ -1,0 +1,171 @@
+//! A standalone language model as draft (arXiv:2211.17192, 2302.01318): any model that can be a target, with the
+//! target's tokenizer.
+
+use std::collections::HashMap;
+
+use scylla_core::plugin::{Committed, Slot, SlotRows, Step, Tap, TargetModel, Want};
+use scylla_core::{Error, Result};
+
+use super::{Ids, Network, Nodes};
+
+#[derive(Default)]
+struct Sequence {
+    committed: usize,
+    /// Tokens that wait for a forward.
+    tokens: Vec<u32>,
+    /// Logits after the last committed token; empty before the first.
+    last: Vec<f32>,
+}
+
+/// A language model that drafts.
+pub struct DraftLm {
+    model: Box<dyn TargetModel + Send>,
+    ids: Ids,
+    /// Positions a slot holds beside nodes.
+    positions: usize,
+    slots: HashMap<Slot, Sequence>,
+}
+
+/// Tokens that wait for one forward: enough to be worth it.
+const CHUNK: usize = 64;
+
+impl DraftLm {
+    /// A draft over `model`, for a target of `vocab` tokens of which the tokenizer knows `known`.
+    ///
+    /// # Errors
+    /// If the model has fewer rows of logits than the tokenizer has tokens, or its context leaves no room for a tree.
+    pub fn new(model: Box<dyn TargetModel + Send>, vocab: usize, known: usize) -> Result<Self> {
+        let shape = model.shape();
+        if shape.vocab < known {
+            return Err(Error::Invalid(format!(
+                "the draft model has a vocabulary of {}; its target's tokenizer has {known} tokens",
+                shape.vocab
+            )));
+        }
+        let nodes = super::NODES.min(shape.context / 2);
+        Ok(Self {
+            ids: Ids::same(shape.vocab, known.min(vocab)),
+            positions: shape.context - nodes,
+            model,
+            slots: HashMap::new(),
+        })
+    }
+
+    /// Forwards what waits in these slots, all in one, and keeps the logits after each slot's last token.
+    fn catch_up(&mut self, slots: &[Slot]) -> Result<()> {
+        let mut rows = Vec::with_capacity(slots.len());
+        for &slot in slots {
+            self.model.commit(slot, &[])?;
+            let s = self.slots.get(&slot).ok_or_else(|| closed(slot))?;
+            if !s.tokens.is_empty() {
+                rows.push(SlotRows {
+                    slot,
+                    tokens: &s.tokens,
+                    parents: &[],
+                    want: Want::Last,
+                });
+            }
+        }
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let moved: Vec<(Slot, usize)> = rows.iter().map(|r| (r.slot, r.tokens.len())).collect();
+        let found = self.model.forward(&Step {
+            slots: rows,
+            taps: &[],
+        })?;
+        for ((slot, count), logits) in moved.into_iter().zip(&found.logits) {
+            let path: Vec<usize> = (0..count).collect();
+            self.model.commit(slot, &path)?;
+            let s = self.slots.get_mut(&slot).ok_or_else(|| closed(slot))?;
+            s.committed += count;
+            s.tokens.clear();
+            s.last.clear();
+            s.last.extend_from_slice(&logits.row(0)?);
+        }
+        Ok(())
+    }
+}
+
+fn closed(slot: Slot) -> Error {
+    Error::Invalid(format!("slot {slot} is not open"))
+}
+
+impl Network for DraftLm {
+    fn taps(&self) -> Vec<Tap> {
+        Vec::new()
+    }
+
+    fn ids(&self) -> &Ids {
+        &self.ids
+    }
+
+    fn open(&mut self, slot: Slot) -> Result<()> {
+        self.model.open(slot)?;
+        self.slots.insert(slot, Sequence::default());
+        Ok(())
+    }
+
+    fn close(&mut self, slot: Slot) {
+        self.model.close(slot);
+        self.slots.remove(&slot);
+    }
+
+    fn observe(&mut self, committed: &Committed<'_>) -> Result<()> {
+        let slot = committed.slot;
+        let s = self.slots.get_mut(&slot).ok_or_else(|| closed(slot))?;
+        if s.committed + s.tokens.len() > self.positions {
+            return Ok(()); // it drafts no more in this slot
+        }
+        let columns = self.ids.columns;
+        if let Some(token) = committed.tokens.iter().find(|&&t| t as usize >= columns) {
+            return Err(Error::Invalid(format!(
+                "token {token} is outside the draft model's vocabulary of {columns}"
+            )));
+        }
+        s.tokens.extend_from_slice(committed.tokens);
+        let fits = s.committed + s.tokens.len() <= self.positions;
+        match fits && s.tokens.len() >= CHUNK {
+            true => self.catch_up(&[slot]),
+            false => Ok(()),
+        }
+    }
+
+    fn has_room(&self, slot: Slot) -> bool {
+        let fits = |s: &Sequence| s.committed + s.tokens.len() <= self.positions;
+        self.slots.get(&slot).is_some_and(fits)
+    }
+
+    fn start(&mut self, slots: &[Slot], logits: &mut Vec<f32>) -> Result<()> {
+        self.catch_up(slots)?;
+        logits.clear();
+        for slot in slots {
+            let s = self.slots.get(slot).ok_or_else(|| closed(*slot))?;
+            if s.last.is_empty() {
+                return Err(Error::Invalid(format!(
+                    "slot {slot} is asked for a tree before it saw a token"
+                )));
+            }
+            logits.extend_from_slice(&s.last);
+        }
+        Ok(())
+    }
+
+    fn expand(&mut self, nodes: &[Nodes<'_>], logits: &mut Vec<f32>) -> Result<()> {
+        let rows = nodes.iter().map(|n| SlotRows {
+            slot: n.slot,
+            tokens: n.tokens,
+            parents: n.parents,
+            want: Want::All,
+        });
+        let found = self.model.forward(&Step {
+            slots: rows.collect(),
+            taps: &[],
+        })?;
+        logits.clear();
+        for rows in &found.logits {
+            logits.extend_from_slice(&rows.all()?);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,77 @@
+//! The models that trees are grown with, one file each.
+
+mod blocks;
+mod draft_lm;
+mod eagle;
+mod eagle3;
+mod feature;
+mod hass;
+mod ids;
+mod scylla;
+
+use std::sync::Arc;
+
+use scylla_core::Result;
+use scylla_core::kernels::Pool;
+use scylla_core::model::{Ends, WeightForm};
+use scylla_core::plugin::{Committed, Slot, Tap, TargetShape};
+
+pub use draft_lm::DraftLm;
+pub use eagle::load as eagle;
+pub use eagle3::load as eagle3;
+pub use feature::{Body, Feature};
+pub use hass::load as hass;
+pub use ids::Ids;
+pub use scylla::load as scylla;
+
+/// Nodes that may be forwarded while one tree grows; a tree stops growing there.
+pub const NODES: usize = 1024;
+
+/// New nodes of one slot's tree.
+#[derive(Debug, Clone)]
+pub struct Nodes<'a> {
+    /// Where.
+    pub slot: Slot,
+    /// Target ids.
+    pub tokens: &'a [u32],
+    /// For each the earlier node of this tree it follows, in the order they were forwarded; `None`: the root.
+    pub parents: &'a [Option<usize>],
+}
+
+/// A model over draft ids that grows trees: committed rows stay in its cache, nodes only while a tree grows.
+pub trait Network: Send {
+    /// Hidden states it wants with each committed position.
+    fn taps(&self) -> Vec<Tap>;
+    /// The ids it proposes among.
+    fn ids(&self) -> &Ids;
+    /// Starts an empty sequence in a slot.
+    fn open(&mut self, slot: Slot) -> Result<()>;
+    /// Ends it; closing a slot that is not open does nothing.
+    fn close(&mut self, slot: Slot);
+    /// Learns what became final.
+    fn observe(&mut self, committed: &Committed<'_>) -> Result<()>;
+    /// Whether a tree may still be grown in this slot.
+    fn has_room(&self, slot: Slot) -> bool;
+    /// Drops all nodes, brings the caches up to date in one forward, and writes the logits after the last committed
+    /// token of each slot, `[slots, V_d]`.
+    fn start(&mut self, slots: &[Slot], logits: &mut Vec<f32>) -> Result<()>;
+    /// Forwards new nodes, all slots at once, and writes the logits after each `[nodes, V_d]`, slot by slot.
+    fn expand(&mut self, nodes: &[Nodes<'_>], logits: &mut Vec<f32>) -> Result<()>;
+}
+
+/// What a draft shares with its target, and how it is held.
+#[derive(Clone)]
+pub struct Shared {
+    /// The target's embedding and head.
+    pub ends: Ends,
+    /// The threads that work.
+    pub pool: Arc<Pool>,
+    /// The target's sizes.
+    pub target: TargetShape,
+    /// Tokens the tokenizer knows; ids beyond are padding.
+    pub known: usize,
+    /// Form of the draft's own weights.
+    pub weights: WeightForm,
+    /// Target ids that the draft may propose, where its head is truncated.
+    pub head: Option<Arc<[u32]>>,
+}

@@ -1,0 +1,313 @@
+//! How trees grow, apart from the networks they grow with.
+
+mod dynamic;
+mod fixed;
+mod optimal;
+mod settings;
+mod stop;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use scylla_core::Result;
+use scylla_core::plugin::{Committed, DraftModel, Request, Slot, Tap};
+use scylla_core::sampling::{Sampling, top_log_probabilities};
+use scylla_core::tree::{Budget, Drawing, Tree};
+
+pub use dynamic::Dynamic;
+pub use fixed::{EAGLE1, Fixed, Growing, StaticTree};
+pub use optimal::{expected_tokens, optimal};
+pub use settings::{TreeKind, TreeSettings};
+pub use stop::EarlyStop;
+
+use crate::network::{Ids, NODES, Network, Nodes};
+
+/// A tree that grows.
+pub struct Growth {
+    /// What was drawn so far; more than is proposed, where a shape re-ranks.
+    pub tree: Tree,
+    /// Log-probability of each node's path under the draft `[N]`, the root's 0.
+    pub scores: Vec<f64>,
+    /// Place of each node in a static tree `[N]`.
+    pub places: Vec<usize>,
+    /// Nodes whose children come next.
+    pub frontier: Vec<usize>,
+    /// Levels grown.
+    pub level: usize,
+    /// For each node the order in which it was forwarded.
+    rows: Vec<Option<usize>>,
+    forwarded: usize,
+}
+
+impl Growth {
+    fn new(root: u32, drawing: Drawing, ids: &Ids) -> Self {
+        let mut tree = Tree::root(root);
+        tree.drawing = drawing;
+        if drawing != Drawing::Deterministic {
+            tree.draft_to_target = ids.map();
+        }
+        Self {
+            tree,
+            scores: vec![0.0],
+            places: vec![0],
+            frontier: vec![0],
+            level: 0,
+            rows: vec![None],
+            forwarded: 0,
+        }
+    }
+
+    /// Adds a point mass.
+    pub fn push(&mut self, parent: usize, token: u32, score: f64, place: usize) -> usize {
+        self.scores.push(score);
+        self.places.push(place);
+        self.tree.push(parent, token)
+    }
+
+    /// The frontier as the network takes it, all of it or as much as still has room.
+    fn forward(&mut self) -> (Vec<u32>, Vec<Option<usize>>) {
+        self.frontier.truncate(NODES - self.forwarded);
+        self.rows.resize(self.tree.len(), None);
+        let mut tokens = Vec::with_capacity(self.frontier.len());
+        let mut parents = Vec::with_capacity(self.frontier.len());
+        for &node in &self.frontier {
+            tokens.push(self.tree.tokens[node]);
+            parents.push(self.rows[self.tree.parents[node]]);
+            self.rows[node] = Some(self.forwarded);
+            self.forwarded += 1;
+        }
+        (tokens, parents)
+    }
+}
+
+/// What a shape sees of one slot and level: the logits after each node of the frontier.
+pub struct Level<'a, 'r> {
+    logits: &'a [f32],
+    ids: &'a Ids,
+    history: &'a [u32],
+    request: &'a mut Request<'r>,
+    scratch: &'a mut Vec<f64>,
+}
+
+impl Level<'_, '_> {
+    /// The budget asked for.
+    pub fn budget(&self) -> Budget {
+        self.request.budget
+    }
+
+    /// The logits after the `i`-th node of the frontier, penalised as the target's are.
+    fn row(&self, i: usize, tree: &Tree, node: usize) -> std::borrow::Cow<'_, [f32]> {
+        let columns = self.ids.columns;
+        let row = &self.logits[i * columns..(i + 1) * columns];
+        if self.request.sampling.repetition_penalty == 1.0 {
+            return row.into();
+        }
+        let mut row = row.to_vec();
+        let path = tree.tokens_to(node);
+        let before = self.history.iter().chain(&path[1..]);
+        let seen = before.filter_map(|&t| Some(self.ids.draft(t)? as u32));
+        self.request.sampling.penalise(&mut row, seen);
+        row.into()
+    }
+
+    /// The `k` most probable children of the `i`-th node of the frontier: target id and log-probability.
+    pub fn top(&mut self, i: usize, tree: &Tree, node: usize, k: usize) -> Result<Vec<(u32, f64)>> {
+        let mut scratch = std::mem::take(self.scratch);
+        let row = self.row(i, tree, node);
+        let top = top_log_probabilities(&row, self.ids.limit, k, &mut scratch);
+        drop(row);
+        *self.scratch = scratch;
+        let target = |(id, log): (usize, f64)| (self.ids.target(id), log);
+        Ok(top?.into_iter().map(target).collect())
+    }
+
+    /// The distribution after the `i`-th node of the frontier, through the same transform as the target's.
+    pub fn q(&self, i: usize, tree: &Tree, node: usize) -> Result<Arc<[f64]>> {
+        let mut q = Vec::new();
+        let row = self.row(i, tree, node);
+        let sampling = self.request.sampling;
+        sampling.distribution(&row, self.ids.limit, &mut q)?;
+        Ok(q.into())
+    }
+}
+
+/// How a tree grows from its network's logits. Level 0 holds the root's children.
+pub trait Shape: Send {
+    /// How children are chosen under a sampling setting.
+    fn drawing(&self, sampling: &Sampling) -> Drawing;
+    /// Adds the children of the frontier's nodes and chooses the next frontier; an empty one ends the growth.
+    fn grow(&mut self, growth: &mut Growth, level: &mut Level<'_, '_>) -> Result<()>;
+    /// The nodes that are proposed, the root first and in order.
+    fn chosen(&self, growth: &Growth, budget: Budget) -> Vec<usize>;
+}
+
+/// A tree with the log-probability of each node's path under the draft `[N]`; 0 throughout where it was drawn.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scored {
+    /// The tree.
+    pub tree: Tree,
+    /// Its scores.
+    pub scores: Vec<f64>,
+}
+
+/// A draft: a network and the shape of its trees.
+pub struct TreeDraft {
+    network: Box<dyn Network>,
+    shape: Box<dyn Shape>,
+    stop: Option<EarlyStop>,
+    /// Tokens of each slot, for the repetition penalty.
+    histories: HashMap<Slot, Vec<u32>>,
+    logits: Vec<f32>,
+    scratch: Vec<f64>,
+}
+
+impl TreeDraft {
+    /// A draft that grows trees as the settings say.
+    pub fn new(network: impl Network + 'static, settings: &TreeSettings) -> Result<Self> {
+        Ok(Self {
+            network: Box::new(network),
+            shape: settings.shape()?,
+            stop: settings.early_stop.then(EarlyStop::default),
+            histories: HashMap::new(),
+            logits: Vec::new(),
+            scratch: Vec::new(),
+        })
+    }
+
+    /// Lets every growth take its level; the logits are those of all frontiers, one after the other.
+    fn grow(&mut self, growths: &mut [Growth], requests: &mut [Request<'_>]) -> Result<()> {
+        let ids = self.network.ids();
+        let mut first = 0;
+        for (growth, request) in growths.iter_mut().zip(requests) {
+            let count = growth.frontier.len();
+            if count == 0 {
+                continue;
+            }
+            let rows = first * ids.columns..(first + count) * ids.columns;
+            first += count;
+            let history = self.histories.get(&request.slot);
+            let mut level = Level {
+                logits: &self.logits[rows],
+                ids,
+                history: history.map_or(&[], |h| &h[..]),
+                request,
+                scratch: &mut self.scratch,
+            };
+            self.shape.grow(growth, &mut level)?;
+            growth.level += 1;
+        }
+        Ok(())
+    }
+}
+
+impl DraftModel for TreeDraft {
+    fn taps(&self) -> Vec<Tap> {
+        self.network.taps()
+    }
+
+    fn drawing(&self, sampling: &Sampling) -> Drawing {
+        match sampling.is_greedy() {
+            true => Drawing::Deterministic,
+            false => self.shape.drawing(sampling),
+        }
+    }
+
+    fn open(&mut self, slot: Slot) -> Result<()> {
+        self.network.open(slot)?;
+        self.histories.insert(slot, Vec::new());
+        Ok(())
+    }
+
+    fn close(&mut self, slot: Slot) {
+        self.network.close(slot);
+        self.histories.remove(&slot);
+    }
+
+    fn observe(&mut self, committed: &[Committed<'_>]) -> Result<()> {
+        for c in committed {
+            if let Some(stop) = &mut self.stop {
+                stop.committed(c.tokens.len());
+            }
+            if let Some(history) = self.histories.get_mut(&c.slot) {
+                history.extend_from_slice(c.tokens);
+            }
+            self.network.observe(c)?;
+        }
+        Ok(())
+    }
+
+    fn propose(&mut self, requests: &mut [Request<'_>]) -> Result<Vec<Tree>> {
+        let scored = self.propose_scored(requests)?;
+        Ok(scored.into_iter().map(|s| s.tree).collect())
+    }
+}
+
+impl TreeDraft {
+    /// Proposes, and says how probable the draft holds each node.
+    pub fn propose_scored(&mut self, requests: &mut [Request<'_>]) -> Result<Vec<Scored>> {
+        let mut slots = Vec::with_capacity(requests.len());
+        let mut growths = Vec::with_capacity(requests.len());
+        for r in requests.iter() {
+            let mut growth = Growth::new(r.root, self.drawing(r.sampling), self.network.ids());
+            match r.budget.levels() > 0 && self.network.has_room(r.slot) {
+                true => slots.push(r.slot),
+                false => growth.frontier.clear(),
+            }
+            growths.push(growth);
+        }
+        if !slots.is_empty() {
+            self.grow_all(&slots, &mut growths, requests)?;
+        }
+        let scored = |(growth, request): (Growth, &mut Request<'_>)| {
+            let nodes = self.shape.chosen(&growth, request.budget);
+            Ok(Scored {
+                tree: growth.tree.select(&nodes)?,
+                scores: nodes.iter().map(|&n| growth.scores[n]).collect(),
+            })
+        };
+        growths.into_iter().zip(requests).map(scored).collect()
+    }
+
+    /// Grows the trees level by level, one forward for all slots each.
+    fn grow_all(
+        &mut self,
+        slots: &[Slot],
+        growths: &mut [Growth],
+        requests: &mut [Request<'_>],
+    ) -> Result<()> {
+        if let Some(stop) = &mut self.stop {
+            stop.begin();
+        }
+        self.network.start(slots, &mut self.logits)?;
+        loop {
+            self.grow(growths, requests)?;
+            if let Some(stop) = &mut self.stop
+                && !stop.pays(growths)
+            {
+                return Ok(());
+            }
+            let rows: Vec<(Slot, Vec<u32>, Vec<Option<usize>>)> = growths
+                .iter_mut()
+                .zip(requests.iter())
+                .filter(|(growth, _)| !growth.frontier.is_empty())
+                .map(|(growth, request)| {
+                    let (tokens, parents) = growth.forward();
+                    (request.slot, tokens, parents)
+                })
+                .filter(|(_, tokens, _)| !tokens.is_empty())
+                .collect();
+            if rows.is_empty() {
+                return Ok(());
+            }
+            let nodes: Vec<Nodes<'_>> = rows
+                .iter()
+                .map(|(slot, tokens, parents)| Nodes {
+                    slot: *slot,
+                    tokens,
+                    parents,
+                })
+                .collect();
+            self.network.expand(&nodes, &mut self.logits)?;
+        }
+    }
+}
