@@ -12,6 +12,7 @@
 pub mod bench;
 pub mod chi_square;
 pub mod cli;
+mod drafts;
 mod environment;
 mod error;
 pub mod experiment;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use scylla_core::plugin::{DraftModel, TargetShape, Verifier};
 use scylla_core::sampling::Sampling;
-use scylla_draft::Ngram;
+use scylla_draft::{Ngram, Suffix};
 use scylla_verify::{
     Block, Chain, DeterministicTree, Greedy, KSeq, RrsWithoutReplacement, SpecInfer, Traversal,
     Typical,
@@ -12,20 +12,22 @@ use scylla_verify::{
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use crate::{Error, Result};
+use crate::{Error, Result, Session, drafts};
 
 /// What a draft may want to know when it is made.
-#[derive(Debug, Clone)]
-pub struct DraftContext {
+pub struct DraftContext<'a> {
     /// Sizes of the target.
     pub target: TargetShape,
     /// Its sha256.
     pub target_hash: String,
-    /// Directory of the draft's weights, where one was given.
+    /// The draft's weights, where some were given: a directory, a file, or a hub id.
     pub dir: Option<PathBuf>,
+    /// The loaded target.
+    pub session: &'a Session,
 }
 
-type MakeDraft = dyn Fn(&DraftContext, toml::Table) -> Result<Box<dyn DraftModel>> + Send + Sync;
+type MakeDraft =
+    dyn Fn(&DraftContext<'_>, toml::Table) -> Result<Box<dyn DraftModel>> + Send + Sync;
 type MakeRule = dyn Fn(toml::Table) -> Result<Box<dyn Verifier>> + Send + Sync;
 
 /// Everything that can be named in an experiment.
@@ -48,6 +50,15 @@ impl Default for Registry {
             let s: NgramSettings = parse("draft", settings)?;
             Ok(Box::new(Ngram::new(s.shortest, s.longest)?))
         });
+        registry.draft("suffix", |_, settings| {
+            let s: SuffixSettings = parse("draft", settings)?;
+            Ok(Box::new(Suffix::new(s.shortest, s.per_match)?))
+        });
+        registry.draft("draft-lm", drafts::draft_lm);
+        registry.draft("eagle2", drafts::eagle2);
+        registry.draft("eagle3", drafts::eagle3);
+        registry.draft("hass", drafts::hass);
+        registry.draft("scylla", drafts::scylla);
         registry.rule("greedy", |settings| no_settings(settings, Greedy));
         registry.rule("chain", |settings| no_settings(settings, Chain));
         registry.rule("block", |settings| no_settings(settings, Block));
@@ -80,6 +91,22 @@ impl Default for NgramSettings {
         Self {
             shortest: 2,
             longest: 4,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct SuffixSettings {
+    shortest: usize,
+    per_match: f64,
+}
+
+impl Default for SuffixSettings {
+    fn default() -> Self {
+        Self {
+            shortest: 2,
+            per_match: 4.0,
         }
     }
 }
@@ -126,7 +153,10 @@ impl Registry {
     pub fn draft(
         &mut self,
         name: &str,
-        make: impl Fn(&DraftContext, toml::Table) -> Result<Box<dyn DraftModel>> + Send + Sync + 'static,
+        make: impl Fn(&DraftContext<'_>, toml::Table) -> Result<Box<dyn DraftModel>>
+        + Send
+        + Sync
+        + 'static,
     ) {
         self.drafts.retain(|(n, _)| n != name);
         self.drafts.push((name.into(), Box::new(make)));
@@ -158,7 +188,7 @@ impl Registry {
     pub fn make_draft(
         &self,
         name: &str,
-        context: &DraftContext,
+        context: &DraftContext<'_>,
         settings: toml::Table,
     ) -> Result<Option<Box<dyn DraftModel>>> {
         if name == PLAIN {

@@ -1,10 +1,13 @@
 //! A loaded target with its tokenizer, and the decoders made for it.
 
 use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use scylla_core::assets::{self, OnProgress};
 use scylla_core::decode::{Event, Job, Output, Parts, Settings, decode};
-use scylla_core::model::{LoadOptions, Loaded, ModelFiles, load, parse_device};
+use scylla_core::kernels::Pool;
+use scylla_core::model::{Ends, LoadOptions, Loaded, ModelFiles, load, parse_device};
 use scylla_core::plugin::{DraftModel, Fixed, Verifier};
 use scylla_core::text::{Message, Tokenizer, eos_of_model};
 
@@ -23,6 +26,10 @@ pub struct Session {
     pub eos: Vec<u32>,
     /// Where it runs.
     pub environment: Environment,
+    /// Its directory or file.
+    pub path: PathBuf,
+    /// How it is held and run.
+    pub options: LoadOptions,
 }
 
 /// A draft and a rule, made for a session's target.
@@ -66,6 +73,8 @@ impl Session {
             target,
             tokenizer,
             eos,
+            path,
+            options,
         })
     }
 
@@ -94,6 +103,24 @@ impl Session {
         Ok(tokenizer.encode(&text)?)
     }
 
+    /// Tokens the tokenizer knows; without one, the target's vocabulary.
+    pub fn known_tokens(&self) -> usize {
+        let vocab = self.target.config.vocab;
+        self.tokenizer.as_ref().map_or(vocab, Tokenizer::size)
+    }
+
+    /// What drafts on the CPU share with the target: embedding, head and threads.
+    pub fn shared(&self) -> Result<(Ends, Arc<Pool>)> {
+        match self.target.shared() {
+            Some((ends, pool)) => Ok((ends.clone(), Arc::clone(pool))),
+            None => {
+                let files = ModelFiles::open(&self.path)?;
+                let pool = Pool::new(self.options.thread_count());
+                Ok((Ends::open(&files, &self.options)?, Arc::new(pool)))
+            }
+        }
+    }
+
     /// Makes the draft and the rule of an experiment.
     pub fn decoder(&self, registry: &Registry, experiment: &Experiment) -> Result<Decoder> {
         let spec = &experiment.draft;
@@ -101,6 +128,7 @@ impl Session {
             target: self.target.model.shape(),
             target_hash: self.environment.target_hash.clone(),
             dir: spec.dir.clone(),
+            session: self,
         };
         let rule = &experiment.verifier;
         Ok(Decoder {

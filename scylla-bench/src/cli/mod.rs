@@ -2,6 +2,7 @@
 
 mod assets;
 mod bench;
+mod export;
 mod generate;
 mod inspect;
 mod prove;
@@ -33,6 +34,8 @@ enum Command {
     Bench(bench::Bench),
     /// Prove a rule: the law of one cycle by enumeration, against the target's.
     Prove(prove::Prove),
+    /// Write a draft in a layout that vLLM, SGLang or speculators load.
+    Export(export::Export),
     /// Look inside a model.
     #[command(subcommand)]
     Inspect(inspect::Inspect),
@@ -95,6 +98,7 @@ pub fn run(registry: &Registry, args: impl IntoIterator<Item = OsString>) -> i32
         Command::Generate(c) => c.run(registry, &stop),
         Command::Bench(c) => c.run(registry, &stop),
         Command::Prove(c) => c.run(registry, &stop),
+        Command::Export(c) => c.run(),
         Command::Inspect(c) => c.run(),
         Command::Assets(c) => c.run(),
     };

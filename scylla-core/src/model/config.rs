@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::plugin::TargetShape;
 use crate::{Error, Result};
 
 /// How rotary frequencies are stretched for longer contexts.
@@ -209,6 +210,16 @@ impl ModelConfig {
                     (1.0 - smooth) * frequency / factor + smooth * frequency
                 }
             }
+        }
+    }
+
+    /// The sizes that drafts need, with the whole context.
+    pub fn shape(&self) -> TargetShape {
+        TargetShape {
+            vocab: self.vocab,
+            hidden: self.hidden,
+            layers: self.layers,
+            context: self.context,
         }
     }
 

@@ -45,11 +45,15 @@ impl Weights for Held<'_> {
 impl CpuModel {
     /// Loads the weights in the form the options ask for.
     pub fn load(files: &ModelFiles, options: &LoadOptions) -> Result<Self> {
+        Self::load_on(files, options, Arc::new(Pool::new(options.thread_count())))
+    }
+
+    /// The same, on threads that it shares with other models; two pools would spin against each other.
+    pub fn load_on(files: &ModelFiles, options: &LoadOptions, pool: Arc<Pool>) -> Result<Self> {
         let c = &files.config;
         let held = Held { files, options };
         let layer = |i| Layer::read(&held, &format!("model.layers.{i}"), c, c.hidden, true);
         let layers = (0..c.layers).map(layer).collect::<Result<_>>()?;
-        let pool = Arc::new(Pool::new(options.thread_count()));
         Ok(Self {
             ends: Ends::read(&held, c)?,
             norm: held.vector("model.norm.weight", c.hidden)?,
@@ -190,10 +194,8 @@ impl TargetModel for CpuModel {
 
     fn shape(&self) -> TargetShape {
         TargetShape {
-            vocab: self.config.vocab,
-            hidden: self.config.hidden,
-            layers: self.config.layers,
             context: self.stack.capacity(),
+            ..self.config.shape()
         }
     }
 }

@@ -378,10 +378,8 @@ impl TargetModel for DeviceModel {
 
     fn shape(&self) -> TargetShape {
         TargetShape {
-            vocab: self.config.vocab,
-            hidden: self.config.hidden,
-            layers: self.config.layers,
             context: self.slots.capacity,
+            ..self.config.shape()
         }
     }
 }

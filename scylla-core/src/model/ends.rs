@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use super::ModelConfig;
+use super::cpu::Held;
 use super::stack::Weights;
+use super::{LoadOptions, ModelConfig, ModelFiles};
 use crate::kernels::{Linear, Weight};
 use crate::{Error, Result};
 
@@ -20,6 +21,11 @@ pub struct Ends {
 }
 
 impl Ends {
+    /// Reads those of a model's files, for drafts of a target that holds its own elsewhere.
+    pub fn open(files: &ModelFiles, options: &LoadOptions) -> Result<Self> {
+        Self::read(&Held { files, options }, &files.config)
+    }
+
     /// Reads them with Hugging Face names.
     pub fn read(from: &dyn Weights, c: &ModelConfig) -> Result<Self> {
         let (vocab, hidden) = (c.vocab, c.hidden);

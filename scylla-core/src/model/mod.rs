@@ -194,17 +194,9 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// What drafts on the CPU share with this target: embedding, head and threads. A target that runs elsewhere has
-    /// its ends read again, as `files` and `options` say.
-    pub fn shared(&self, files: &ModelFiles, options: &LoadOptions) -> Result<(Ends, Arc<Pool>)> {
-        match &self.shared {
-            Some((ends, pool)) => Ok((ends.clone(), Arc::clone(pool))),
-            None => {
-                let held = cpu::Held { files, options };
-                let pool = Pool::new(options.thread_count());
-                Ok((Ends::read(&held, &files.config)?, Arc::new(pool)))
-            }
-        }
+    /// Embedding, head and threads, which drafts share with a target that runs on the CPU.
+    pub fn shared(&self) -> Option<&(Ends, Arc<Pool>)> {
+        self.shared.as_ref()
     }
 }
 

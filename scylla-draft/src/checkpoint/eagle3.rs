@@ -36,9 +36,10 @@ pub fn tap_layers(
         },
     };
     let rising = layers.windows(2).all(|w| w[0] < w[1]);
-    if layers.len() != 3 || !rising || layers.iter().any(|&l| l > target.layers) {
+    let count = checkpoint.tap_count();
+    if layers.len() != count || !rising || layers.iter().any(|&l| l > target.layers) {
         return Err(Error::Invalid(format!(
-            "taps {layers:?}: expected three different layer inputs in rising order, of 0..={}",
+            "taps {layers:?}: expected {count} different layer inputs in rising order, of 0..={}",
             target.layers
         )));
     }
@@ -66,6 +67,22 @@ pub fn offsets_of(targets: &[u32]) -> Vec<i64> {
 }
 
 impl Checkpoint {
+    /// Hidden states side by side that make up a feature.
+    pub fn tap_count(&self) -> usize {
+        let listed = configured(&self.json).map(|layers| layers.len());
+        self.size("num_aux_hidden_states").or(listed).unwrap_or(3)
+    }
+
+    /// Whether the features are normed as one before `fc` (EAGLE-3.1); the nested key counts more.
+    pub fn norm_before_fc(&self) -> bool {
+        let key = "norm_before_fc";
+        let nested = self.json.get("eagle_config").and_then(|c| c.get(key));
+        match nested.and_then(Value::as_bool) {
+            Some(flag) => flag,
+            None => self.flag(key),
+        }
+    }
+
     /// The draft vocabulary of an EAGLE-3 checkpoint.
     ///
     /// # Errors

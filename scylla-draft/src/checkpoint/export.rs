@@ -1,1 +1,405 @@
-//! Writing checkpoint directories.
+//! Writing a checkpoint in the layouts that vLLM, SGLang and the speculators library load: exactly their keys.
+
+use std::path::Path;
+
+use half::{bf16, f16};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+use scylla_core::assets::write_atomically;
+use scylla_core::model::{ModelConfig, RopeScaling, Weights};
+use scylla_core::plugin::Tap;
+use scylla_core::{Error, Result};
+use serde_json::{Map, Value, json};
+
+use super::{Checkpoint, Entry, Family, default_taps, eagle3_prefix, entries};
+
+/// The layouts that can be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// EAGLE-1/2.
+    Eagle,
+    /// EAGLE-3, one directory for both engines.
+    Eagle3,
+    /// EAGLE-3 for the speculators library.
+    Speculators,
+}
+
+impl std::str::FromStr for Format {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "eagle" => Ok(Self::Eagle),
+            "eagle3" => Ok(Self::Eagle3),
+            "speculators" => Ok(Self::Speculators),
+            other => {
+                let known = ["eagle", "eagle3", "speculators"];
+                Err(Error::unknown("format", other, known))
+            }
+        }
+    }
+}
+
+/// Type of the exported values.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// What the engines compute in.
+    #[default]
+    Bf16,
+    /// Single precision.
+    F32,
+    /// Each tensor's own.
+    AsIs,
+}
+
+impl std::str::FromStr for Precision {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "bf16" => Ok(Self::Bf16),
+            "f32" => Ok(Self::F32),
+            "as-is" => Ok(Self::AsIs),
+            other => Err(Error::unknown("dtype", other, ["bf16", "f32", "as-is"])),
+        }
+    }
+}
+
+/// What is exported, and for which target.
+pub struct Export<'a> {
+    /// The draft.
+    pub checkpoint: &'a Checkpoint,
+    /// The layout.
+    pub format: Format,
+    /// Type of the values.
+    pub precision: Precision,
+    /// Whether EAGLE-1's `fc` gets a zero bias, which SGLang's loader expects (vLLM drops it).
+    pub zero_bias: bool,
+    /// The target's shape.
+    pub target: &'a ModelConfig,
+    /// Its name or path and its architecture, as served.
+    pub verifier: (&'a str, &'a str),
+    /// The target's embedding `[V, H]`, for layouts that hold it.
+    pub embedding: &'a dyn Fn() -> Result<Vec<f32>>,
+    /// Layers whose inputs an EAGLE-3 network reads.
+    pub taps: &'a [Tap],
+    /// Drafted tokens that a speculators configuration proposes.
+    pub speculative_tokens: usize,
+}
+
+/// What was written.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Written {
+    /// Keys, in order.
+    pub keys: Vec<String>,
+    /// Values that lost precision.
+    pub rounded: usize,
+    /// What the user should know.
+    pub notes: Vec<String>,
+}
+
+/// A tensor to be written.
+struct Stored {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+/// Writes `config.json` and `model.safetensors` into a directory, which is made where it is not there.
+///
+/// # Errors
+/// If the network cannot be said in the format, or a file cannot be written.
+pub fn export(what: &Export<'_>, dir: &Path) -> Result<Written> {
+    let from = what.checkpoint;
+    let fits = match what.format {
+        Format::Eagle => from.family == Family::Eagle,
+        Format::Eagle3 | Format::Speculators => {
+            matches!(from.family, Family::Eagle3 | Family::Speculators)
+        }
+    };
+    if !fits {
+        return Err(Error::Unsupported(format!(
+            "{}: {} cannot be written in format {:?}",
+            from.dir.display(),
+            from.family,
+            what.format
+        )));
+    }
+    let mut written = Written::default();
+    let tensors = tensors(what, &mut written)?;
+    let config = config(what, &mut written.notes);
+    std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+    let views = tensors.iter().map(|t| {
+        let view = TensorView::new(t.dtype, t.shape.clone(), &t.bytes);
+        view.map(|view| (t.name.as_str(), view))
+    });
+    let bad = |e: safetensors::SafeTensorError| Error::file(dir, format!("safetensors: {e}"));
+    let views = views.collect::<Result<Vec<_>, _>>().map_err(bad)?;
+    let metadata = [("format".to_string(), "pt".to_string())].into();
+    let bytes = safetensors::serialize(views, Some(metadata)).map_err(bad)?;
+    write_atomically(&dir.join("model.safetensors"), &bytes)?;
+    let text = serde_json::to_string_pretty(&config)
+        .map_err(|e| Error::Invalid(format!("configuration: {e}")))?;
+    write_atomically(&dir.join("config.json"), (text + "\n").as_bytes())?;
+    written.keys = tensors.into_iter().map(|t| t.name).collect();
+    written.keys.sort_unstable();
+    Ok(written)
+}
+
+/// The tensors of the format, under its names.
+fn tensors(what: &Export<'_>, written: &mut Written) -> Result<Vec<Stored>> {
+    let from = what.checkpoint;
+    let c = &from.config;
+    let same_vocab = from.draft_vocab() == c.vocab;
+    let mut all = Vec::new();
+    for Entry { name, shape, .. } in entries(from, &what.target.shape()) {
+        // vLLM refuses maps where there is nothing to map; EAGLE-1's bias is written below, where it is wanted.
+        let dropped = same_vocab && (name == "d2t" || name == "t2d");
+        let zero = name == "fc.bias" && is_zero(from, &shape)?;
+        if !from.has(&name) || dropped || zero {
+            continue;
+        }
+        let (dtype, bytes) = from.stored(&name, &shape)?;
+        all.push(Stored {
+            name: renamed(&name, what),
+            dtype,
+            shape,
+            bytes,
+        });
+    }
+    let bias = all.iter().any(|t| t.name == "fc.bias");
+    if bias {
+        written
+            .notes
+            .push("fc.bias is not zero: vLLM drops it and will draft worse; SGLang uses it".into());
+    }
+    let wide = |name: &str, values: Vec<f32>, shape: &[usize]| Stored {
+        name: name.into(),
+        dtype: Dtype::F32,
+        shape: shape.to_vec(),
+        bytes: values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+    };
+    if what.zero_bias && what.format == Format::Eagle && !bias {
+        all.push(wide("fc.bias", vec![0.0; c.hidden], &[c.hidden]));
+    }
+    if what.format == Format::Speculators && !from.has("embed_tokens.weight") {
+        let values = (what.embedding)()?;
+        all.push(wide("embed_tokens.weight", values, &[c.vocab, c.hidden]));
+    }
+    for tensor in &mut all {
+        written.rounded += convert(tensor, what.precision);
+    }
+    Ok(all)
+}
+
+/// Whether an EAGLE-1 network has no bias to speak of.
+fn is_zero(from: &Checkpoint, shape: &[usize]) -> Result<bool> {
+    let zero = |bias: Vec<f32>| bias.iter().all(|&b| b == 0.0);
+    match from.has("fc.bias") {
+        true => from.vector("fc.bias", shape[0]).map(zero),
+        false => Ok(true),
+    }
+}
+
+fn renamed(name: &str, what: &Export<'_>) -> String {
+    let ours = eagle3_prefix(what.checkpoint.family);
+    let theirs = match what.format {
+        Format::Eagle => return name.into(),
+        Format::Eagle3 => eagle3_prefix(Family::Eagle3),
+        Format::Speculators => eagle3_prefix(Family::Speculators),
+    };
+    match name.strip_prefix(ours) {
+        Some(rest) => format!("{theirs}{rest}"),
+        None => name.into(),
+    }
+}
+
+/// Brings floating-point values to a type; returns how many lost precision.
+fn convert(tensor: &mut Stored, precision: Precision) -> usize {
+    let size = match tensor.dtype {
+        Dtype::F32 => 4,
+        Dtype::BF16 | Dtype::F16 => 2,
+        _ => return 0,
+    };
+    let to = match precision {
+        Precision::AsIs => return 0,
+        Precision::Bf16 => Dtype::BF16,
+        Precision::F32 => Dtype::F32,
+    };
+    if to == tensor.dtype {
+        return 0;
+    }
+    let from = tensor.dtype;
+    let value = |b: &[u8]| match from {
+        Dtype::F32 => f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
+        Dtype::F16 => f16::from_le_bytes([b[0], b[1]]).to_f32(),
+        _ => bf16::from_le_bytes([b[0], b[1]]).to_f32(),
+    };
+    let mut rounded = 0;
+    let mut bytes = Vec::with_capacity(tensor.bytes.len());
+    for b in tensor.bytes.chunks_exact(size) {
+        let v = value(b);
+        match to {
+            Dtype::F32 => bytes.extend(v.to_le_bytes()),
+            _ => {
+                let short = bf16::from_f32(v);
+                rounded += usize::from(short.to_f32().to_bits() != v.to_bits());
+                bytes.extend(short.to_le_bytes());
+            }
+        }
+    }
+    tensor.dtype = to;
+    tensor.bytes = bytes;
+    rounded
+}
+
+/// Plain Llama fields, with the rotary positions in both spellings.
+fn llama(c: &ModelConfig, what: &Export<'_>) -> Map<String, Value> {
+    let scaling = match &c.rope_scaling {
+        RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+        RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original,
+        } => json!({
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor,
+            "original_max_position_embeddings": *original as u64,
+        }),
+        RopeScaling::None | RopeScaling::Factors(_) => Value::Null,
+    };
+    let mut parameters = match &scaling {
+        Value::Object(map) => map.clone(),
+        _ => Map::from_iter([("rope_type".into(), json!("default"))]),
+    };
+    parameters.insert("rope_theta".into(), json!(c.rope_theta));
+    let dtype = match what.precision {
+        Precision::Bf16 => "bfloat16",
+        _ => "float32",
+    };
+    let fields = json!({
+        "model_type": "llama",
+        "hidden_size": c.hidden,
+        "intermediate_size": c.ffn,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        // The nearest decimal: 1e-5 is not written as 9.99999974e-6.
+        "rms_norm_eps": c.norm_eps.to_string().parse::<f64>().unwrap_or(1e-6),
+        "vocab_size": c.vocab,
+        // SGLang refuses a draft whose context is shorter than its target's.
+        "max_position_embeddings": c.context.max(what.target.context),
+        "rope_theta": c.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": parameters,
+        "attention_bias": c.qkv_bias,
+        "mlp_bias": false,
+        "tie_word_embeddings": false,
+        "torch_dtype": dtype,
+    });
+    match fields {
+        Value::Object(map) => map,
+        _ => Map::new(),
+    }
+}
+
+fn config(what: &Export<'_>, notes: &mut Vec<String>) -> Value {
+    let from = what.checkpoint;
+    let c = &from.config;
+    let plain = llama(c, what);
+    let mut all = Map::new();
+    let mut set = |key: &str, value: Value| {
+        all.insert(key.into(), value);
+    };
+    match what.format {
+        Format::Eagle => {
+            // SGLang takes the first name; vLLM the first that it knows.
+            let names: &[&str] = match what.zero_bias {
+                true => &["LlamaForCausalLMEagle", "LlamaForCausalLM"],
+                false => &["LlamaForCausalLM"],
+            };
+            set("architectures", json!(names));
+            all.extend(plain);
+            // The engines read `bias` as biases of the attention, which has none.
+            all.insert("bias".into(), json!(false));
+        }
+        Format::Eagle3 => {
+            set("architectures", json!(["LlamaForCausalLMEagle3"]));
+            all.extend(plain);
+            eagle3_fields(what, &mut all, notes);
+        }
+        Format::Speculators => {
+            // No `model_type` here: vLLM takes the file for a speculators one only without it.
+            set("architectures", json!(["Eagle3Speculator"]));
+            set("speculators_model_type", json!("eagle3"));
+            set("speculators_version", json!("0.9.0"));
+            let proposal = json!({
+                "proposal_type": "greedy",
+                "speculative_tokens": what.speculative_tokens,
+                "verifier_accept_k": 1,
+                "accept_tolerance": 0.0,
+            });
+            let (name, architecture) = what.verifier;
+            let speculators = json!({
+                "algorithm": "eagle3",
+                "default_proposal_method": "greedy",
+                "proposal_methods": [proposal],
+                "verifier": {"name_or_path": name, "architectures": [architecture]},
+            });
+            set("speculators_config", speculators);
+            let mut layer = plain;
+            layer.insert("architectures".into(), json!(["LlamaForCausalLM"]));
+            let dtype = layer.get("torch_dtype").cloned().unwrap_or_default();
+            set("torch_dtype", dtype);
+            set("tie_word_embeddings", json!(false));
+            set("transformer_layer_config", Value::Object(layer));
+            eagle3_fields(what, &mut all, notes);
+        }
+    }
+    Value::Object(all)
+}
+
+/// What an EAGLE-3 configuration says beside its layer.
+fn eagle3_fields(what: &Export<'_>, all: &mut Map<String, Value>, notes: &mut Vec<String>) {
+    let from = what.checkpoint;
+    let mut set = |key: &str, value: Value| {
+        all.insert(key.into(), value);
+    };
+    set("draft_vocab_size", json!(from.draft_vocab()));
+    let before = from.flag("norm_before_residual");
+    set("norm_before_residual", json!(before));
+    if before {
+        notes.push(
+            "norm_before_residual is true: vLLM and speculators follow it, SGLang does not".into(),
+        );
+    }
+    for key in ["fc_norm", "norm_output"] {
+        if from.flag(key) {
+            set(key, json!(true));
+        }
+    }
+    if from.norm_before_fc() {
+        set("norm_before_fc", json!(true));
+    }
+    if what.target.hidden != from.config.hidden {
+        set("target_hidden_size", json!(what.target.hidden));
+    }
+    let input = |tap: &Tap| match tap {
+        Tap::Input(layer) => *layer,
+        Tap::Final => what.target.layers,
+    };
+    let layers: Vec<usize> = what.taps.iter().map(input).collect();
+    let usual = default_taps(what.target.layers).is_ok_and(|usual| layers == usual);
+    if !usual {
+        // vLLM counts layer inputs, SGLang layer outputs.
+        let key = "eagle_aux_hidden_state_layer_ids";
+        let outputs: Vec<i64> = layers.iter().map(|&l| l as i64 - 1).collect();
+        set(key, json!(layers));
+        set("num_aux_hidden_states", json!(layers.len()));
+        set("eagle_config", json!({ key: outputs }));
+    }
+}

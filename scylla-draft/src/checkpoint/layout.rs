@@ -143,8 +143,15 @@ pub fn entries(checkpoint: &Checkpoint, target: &TargetShape) -> Vec<Entry> {
         Family::Eagle3 | Family::Speculators => {
             let prefix = eagle3_prefix(checkpoint.family);
             let mut all = layer(prefix, 2 * h);
-            let taps = 3;
+            let taps = checkpoint.tap_count();
             all.push(float("fc.weight", &[h, taps * target.hidden]));
+            if checkpoint.flag("fc_norm") {
+                let norm = |i| float(format!("fc_norm.{i}.weight"), &[target.hidden]);
+                all.extend((0..taps).map(norm));
+            }
+            if checkpoint.norm_before_fc() {
+                all.push(float("input_norm.weight", &[taps * target.hidden]));
+            }
             all.push(float(format!("{prefix}.hidden_norm.weight"), &[h]));
             all.push(float(format!("{prefix}.input_layernorm.weight"), &[h]));
             all.push(float("norm.weight", &[h]));

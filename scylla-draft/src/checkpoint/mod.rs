@@ -4,6 +4,7 @@
 //! vLLM rejects what SGLang silently skips.
 
 mod eagle3;
+mod export;
 
 mod layout;
 
@@ -18,6 +19,7 @@ use serde_json::Value;
 
 pub use eagle3::{default_taps, offsets_of, tap_layers};
 
+pub use export::{Export, Format, Precision, Written, export};
 pub(crate) use layout::eagle3_prefix;
 pub use layout::{Entry, Family, entries};
 

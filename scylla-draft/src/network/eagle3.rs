@@ -1,5 +1,9 @@
 //! EAGLE-3 (arXiv:2503.01840): three taps of the target reduced by `fc`, one decoder layer over
 //! `cat(norm(embed(x_{t+1})), norm(g))`, a vocabulary and a head of its own.
+//!
+//! Options of the configuration, all off by default: `norm_before_residual` begins the residual stream with the normed
+//! feature; EAGLE-3.1's `fc_norm` norms each tap and `norm_before_fc` all of them together before `fc`, and
+//! `norm_output` lets the state recur after the final norm.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -20,12 +24,17 @@ struct Eagle3 {
     hidden: usize,
     eps: f32,
     embedding: Embedding,
-    /// `[H, 3 H_t]`
+    /// Norms of the features before `fc`: as one, then tap by tap.
+    whole_norm: Option<Vec<f32>>,
+    tap_norms: Vec<Vec<f32>>,
+    /// `[H, taps H_t]`
     fc: Linear,
     input_norm: Vec<f32>,
     hidden_norm: Vec<f32>,
     /// Whether the residual stream begins with the normed feature.
     norm_before_residual: bool,
+    /// Whether the state recurs after the final norm.
+    norm_output: bool,
     stack: CpuStack,
     norm: Vec<f32>,
     head: Head,
@@ -44,7 +53,17 @@ pub fn load(
     let families = [Family::Eagle3, Family::Speculators];
     let from = Checkpoint::open(dir, &families, &shared.target, shared.weights)?;
     let c = &from.config;
-    let (h, width) = (c.hidden, 3 * shared.target.hidden);
+    let (h, tapped) = (c.hidden, shared.target.hidden);
+    let width = from.tap_count() * tapped;
+    let tap_norm = |i| from.vector(&format!("fc_norm.{i}.weight"), tapped);
+    let tap_norms = match from.flag("fc_norm") {
+        true => (0..from.tap_count()).map(tap_norm).collect::<Result<_>>()?,
+        false => Vec::new(),
+    };
+    let whole_norm = match from.norm_before_fc() {
+        true => Some(from.vector("input_norm.weight", width)?),
+        false => None,
+    };
     let prefix = eagle3_prefix(from.family);
     let own = match from.has("embed_tokens.weight") {
         true => Some(from.matrix("embed_tokens.weight", c.vocab, h)?),
@@ -61,10 +80,13 @@ pub fn load(
         hidden: h,
         eps: c.norm_eps,
         embedding: Embedding::new(own, shared, h),
+        whole_norm,
+        tap_norms,
         fc: from.linear("fc", h, width, false)?,
         input_norm: from.vector(&format!("{prefix}.input_layernorm.weight"), h)?,
         hidden_norm: from.vector(&format!("{prefix}.hidden_norm.weight"), h)?,
         norm_before_residual: from.flag("norm_before_residual"),
+        norm_output: from.flag("norm_output"),
         stack: CpuStack::new(c.clone(), vec![layer], capacity(positions), pool),
         norm: from.vector("norm.weight", h)?,
         head: Head::own(head, h, ids, shared)?,
@@ -99,8 +121,23 @@ impl Body for Eagle3 {
 
     fn project(&mut self, features: &[f32], out: &mut Vec<f32>) -> Result<()> {
         out.resize(features.len() / self.width * self.hidden, 0.0);
+        let mut features = std::borrow::Cow::Borrowed(features);
+        if let Some(norm) = &self.whole_norm {
+            self.normed.resize(features.len(), 0.0);
+            rms_norm(&features, norm, self.eps, &mut self.normed);
+            features.to_mut().copy_from_slice(&self.normed);
+        }
+        if !self.tap_norms.is_empty() {
+            let each = self.width / self.tap_norms.len();
+            self.normed.resize(each, 0.0);
+            let norms = self.tap_norms.iter().cycle();
+            for (tap, norm) in features.to_mut().chunks_exact_mut(each).zip(norms) {
+                rms_norm(tap, norm, self.eps, &mut self.normed);
+                tap.copy_from_slice(&self.normed);
+            }
+        }
         let pool = self.stack.pool();
-        self.fc.forward(pool, features, &mut self.scratch, out)
+        self.fc.forward(pool, &features, &mut self.scratch, out)
     }
 
     fn run(
@@ -133,13 +170,22 @@ impl Body for Eagle3 {
             true => &self.normed,
             false => features,
         });
-        self.stack.forward(rows, out, Some(&self.joined), |_, _| {})
+        self.stack
+            .forward(rows, out, Some(&self.joined), |_, _| {})?;
+        if self.norm_output {
+            self.normed.copy_from_slice(out);
+            rms_norm(&self.normed, &self.norm, self.eps, out);
+        }
+        Ok(())
     }
 
     fn logits(&mut self, states: &[f32], out: &mut Vec<f32>) -> Result<()> {
+        let pool = Arc::clone(self.stack.pool());
+        if self.norm_output {
+            return self.head.forward(&pool, states, out);
+        }
         self.normed.resize(states.len(), 0.0);
         rms_norm(states, &self.norm, self.eps, &mut self.normed);
-        let pool = Arc::clone(self.stack.pool());
         self.head.forward(&pool, &self.normed, out)
     }
 }

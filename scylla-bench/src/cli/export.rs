@@ -1,0 +1,133 @@
+//! `scylla export`
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use scylla_core::assets::resolve;
+use scylla_core::model::{ModelFiles, WeightForm};
+use scylla_draft::checkpoint::{self, Checkpoint, Family, Format, Precision};
+use serde::Serialize;
+
+use super::{print_json, with_download};
+use crate::{Error, Result};
+
+#[derive(Args)]
+pub(super) struct Export {
+    /// Draft by name, with the directory of its weights behind a colon
+    #[arg(long, value_name = "NAME:DIR")]
+    draft: String,
+    /// The draft's target: `default`, a directory, a GGUF file, or a hub id
+    #[arg(long, default_value = "default")]
+    target: String,
+    /// eagle, eagle3 or speculators
+    #[arg(long)]
+    format: Format,
+    /// Directory to write; it must not hold a checkpoint yet
+    #[arg(long)]
+    output: PathBuf,
+    /// Type of the values: bf16, f32 or as-is
+    #[arg(long, default_value = "bf16")]
+    dtype: Precision,
+    /// Write a zero fc.bias, which SGLang's EAGLE-1 loader expects
+    #[arg(long)]
+    zero_bias: bool,
+    /// Name of the target as it will be served [default: what --target says]
+    #[arg(long)]
+    verifier: Option<String>,
+    /// Layers whose inputs an EAGLE-3 draft reads [default: what its configuration says]
+    #[arg(long, value_delimiter = ',')]
+    taps: Option<Vec<usize>>,
+    /// Tokens a cycle that a speculators configuration proposes
+    #[arg(long, default_value_t = 5)]
+    speculative_tokens: usize,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    output: &'a Path,
+    #[serde(flatten)]
+    written: checkpoint::Written,
+}
+
+impl Export {
+    pub(super) fn run(self) -> Result<()> {
+        let bad = |message: String| Err(Error::Experiment(message));
+        let Some((name, dir)) = self.draft.split_once(':') else {
+            return bad(format!("--draft `{}`: expected NAME:DIR", self.draft));
+        };
+        let families: &[Family] = match name {
+            "eagle2" | "hass" => &[Family::Eagle],
+            "eagle3" => &[Family::Eagle3, Family::Speculators],
+            "scylla" => &[Family::Scylla],
+            other => {
+                let known = ["eagle2", "eagle3", "hass", "scylla"];
+                return Err(scylla_core::Error::unknown("exportable draft", other, known).into());
+            }
+        };
+        if self.speculative_tokens == 0 {
+            return bad("--speculative-tokens must be at least 1".into());
+        }
+        for file in ["config.json", "model.safetensors"] {
+            let file = self.output.join(file);
+            if file.exists() {
+                let message = "is there already; choose another --output";
+                return Err(Error::file(&file, message));
+            }
+        }
+        let target = with_download(|p| Ok(resolve(&self.target, p)?))?;
+        let files = ModelFiles::open(&target)?;
+        let c = &files.config;
+        let dir = with_download(|p| Ok(resolve(dir, p)?))?;
+        let checkpoint = Checkpoint::open(&dir, families, &c.shape(), WeightForm::AsIs)?;
+        let taps = match checkpoint.family {
+            Family::Eagle3 | Family::Speculators => {
+                checkpoint.taps(self.taps.as_deref(), &c.shape())?
+            }
+            _ => Vec::new(),
+        };
+        let embedding = || {
+            let shape = [c.vocab, c.hidden];
+            let table = files
+                .source
+                .tensor("model.embed_tokens.weight", &shape, c)?;
+            table.to_f32(c.hidden)
+        };
+        let architecture = match c.architecture.as_str() {
+            "qwen2" => "Qwen2ForCausalLM",
+            "mistral" => "MistralForCausalLM",
+            _ => "LlamaForCausalLM",
+        };
+        let export = checkpoint::Export {
+            checkpoint: &checkpoint,
+            format: self.format,
+            precision: self.dtype,
+            zero_bias: self.zero_bias,
+            target: c,
+            verifier: (self.verifier.as_ref().unwrap_or(&self.target), architecture),
+            embedding: &embedding,
+            taps: &taps,
+            speculative_tokens: self.speculative_tokens,
+        };
+        let written = checkpoint::export(&export, &self.output)?;
+        for note in &written.notes {
+            eprintln!("note: {note}");
+        }
+        if written.rounded > 0 {
+            eprintln!(
+                "note: {} values were rounded to bf16; --dtype as-is keeps them",
+                written.rounded
+            );
+        }
+        if self.json {
+            return print_json(&Report {
+                output: &self.output,
+                written,
+            });
+        }
+        let keys = written.keys.join("\n  ");
+        super::print_text(&format!("{}\n  {keys}\n", self.output.display()))
+    }
+}

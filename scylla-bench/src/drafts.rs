@@ -1,0 +1,210 @@
+//! The drafts that have weights, made for a loaded target from their settings in an experiment.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use scylla_core::assets;
+use scylla_core::model::{CpuModel, DeviceModel, LoadOptions, ModelFiles, WeightForm};
+use scylla_core::plugin::{DraftModel, TargetModel};
+use scylla_core::text::Tokenizer;
+use scylla_draft::network::{self, DraftLm, NODES, Network, Shared};
+use scylla_draft::tree::{TreeDraft, TreeSettings};
+use serde::Deserialize;
+use toml::Table;
+
+use crate::registry::{DraftContext, parse};
+use crate::{Error, Result};
+
+/// Settings of a draft with weights, beside those of its tree.
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct WeightSettings {
+    /// Form of its weights.
+    weights: WeightForm,
+    /// Layers whose inputs an EAGLE-3 draft reads.
+    taps: Option<Vec<usize>>,
+    /// File with the target ids that it may propose, the most frequent first.
+    head: Option<PathBuf>,
+    /// How many of them; without a file, the lowest ids.
+    head_size: Option<usize>,
+}
+
+const KEYS: [&str; 4] = ["weights", "taps", "head", "head_size"];
+
+/// Takes a draft's own settings out of its table; the rest is the tree's.
+fn settings(mut table: Table) -> Result<(WeightSettings, TreeSettings)> {
+    let own = KEYS
+        .iter()
+        .filter_map(|&key| Some((key.to_string(), table.remove(key)?)));
+    let own: WeightSettings = parse("draft", own.collect())?;
+    Ok((own, parse("draft", table)?))
+}
+
+/// The settings of a draft that knows only some of the keys.
+fn without(keys: &[&str], name: &str, table: &Table) -> Result<()> {
+    match keys.iter().find(|key| table.contains_key(**key)) {
+        Some(key) => Err(Error::Experiment(format!(
+            "[draft]: draft `{name}` has no setting `{key}`"
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// Where the draft's weights lie.
+fn weights_of(context: &DraftContext<'_>, name: &str) -> Result<PathBuf> {
+    let Some(dir) = &context.dir else {
+        return Err(Error::Experiment(format!(
+            "draft `{name}` needs its weights: --draft {name}:DIR (draft.dir)"
+        )));
+    };
+    Ok(assets::resolve(&dir.to_string_lossy(), &mut |_, _| {})?)
+}
+
+/// The ids of a truncated head.
+fn head(context: &DraftContext<'_>, own: &WeightSettings) -> Result<Option<Arc<[u32]>>> {
+    let known = context.session.known_tokens();
+    let mut ids: Vec<u32> = match (&own.head, own.head_size) {
+        (None, None) => return Ok(None),
+        (Some(path), _) => read_ids(path)?,
+        // Byte-level vocabularies list their merges by frequency; the ends of sequences are proposed too.
+        (None, Some(size)) => {
+            let eos = context.session.eos.iter().copied();
+            let low = 0..known as u32;
+            let others = low.filter(|id| !context.session.eos.contains(id));
+            eos.chain(others).take(size).collect()
+        }
+    };
+    if let Some(size) = own.head_size {
+        if size == 0 || size > ids.len() {
+            return Err(Error::Experiment(format!(
+                "[draft]: head_size {size} of {} ids",
+                ids.len()
+            )));
+        }
+        ids.truncate(size);
+    }
+    ids.sort_unstable();
+    Ok(Some(ids.into()))
+}
+
+/// Reads ids, one per line; what follows an id on its line (a count) is not looked at.
+fn read_ids(path: &Path) -> Result<Vec<u32>> {
+    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+    let lines = text
+        .lines()
+        .enumerate()
+        .filter(|(_, l)| !l.trim().is_empty());
+    lines
+        .map(|(i, line)| {
+            let id = line.split_whitespace().next().unwrap_or_default();
+            let bad = |_| Error::file(path, format!("line {}: `{id}` is no token id", i + 1));
+            id.parse().map_err(bad)
+        })
+        .collect()
+}
+
+fn shared(context: &DraftContext<'_>, own: &WeightSettings) -> Result<Shared> {
+    let (ends, pool) = context.session.shared()?;
+    Ok(Shared {
+        ends,
+        pool,
+        target: context.target.clone(),
+        known: context.session.known_tokens(),
+        weights: own.weights,
+        head: head(context, own)?,
+    })
+}
+
+/// A draft that was trained for another target works, and accepts little.
+fn warn_of_other_target(dir: &Path, context: &DraftContext<'_>) {
+    let text = std::fs::read_to_string(dir.join("config.json")).unwrap_or_default();
+    let json: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+    let hash = json.get("target_sha256").and_then(|v| v.as_str());
+    if let Some(hash) = hash.filter(|h| *h != context.target_hash) {
+        eprintln!(
+            "warning: {} was made for the target with sha256 {hash}; this one has {}",
+            dir.display(),
+            context.target_hash
+        );
+    }
+}
+
+fn feature<N: Network + 'static>(
+    name: &str,
+    context: &DraftContext<'_>,
+    table: Table,
+    load: impl FnOnce(&Path, Option<&[usize]>, &Shared) -> scylla_core::Result<N>,
+) -> Result<Box<dyn DraftModel>> {
+    let (own, tree) = settings(table)?;
+    let dir = weights_of(context, name)?;
+    warn_of_other_target(&dir, context);
+    let network = load(&dir, own.taps.as_deref(), &shared(context, &own)?)?;
+    Ok(Box::new(TreeDraft::new(network, &tree)?))
+}
+
+pub(crate) fn eagle2(context: &DraftContext<'_>, table: Table) -> Result<Box<dyn DraftModel>> {
+    without(&["taps"], "eagle2", &table)?;
+    feature("eagle2", context, table, |dir, _, s| network::eagle(dir, s))
+}
+
+pub(crate) fn hass(context: &DraftContext<'_>, table: Table) -> Result<Box<dyn DraftModel>> {
+    without(&["taps"], "hass", &table)?;
+    feature("hass", context, table, |dir, _, s| network::hass(dir, s))
+}
+
+pub(crate) fn scylla(context: &DraftContext<'_>, table: Table) -> Result<Box<dyn DraftModel>> {
+    without(&["taps"], "scylla", &table)?;
+    feature("scylla", context, table, |dir, _, s| {
+        network::scylla(dir, s)
+    })
+}
+
+pub(crate) fn eagle3(context: &DraftContext<'_>, table: Table) -> Result<Box<dyn DraftModel>> {
+    feature("eagle3", context, table, network::eagle3)
+}
+
+/// A whole language model; it must have the target's tokenizer.
+pub(crate) fn draft_lm(context: &DraftContext<'_>, table: Table) -> Result<Box<dyn DraftModel>> {
+    without(&["taps", "head", "head_size"], "draft-lm", &table)?;
+    let (own, tree) = settings(table)?;
+    let files = ModelFiles::open(&weights_of(context, "draft-lm")?)?;
+    if let (Some(ours), Some(theirs)) = (&context.session.tokenizer, Tokenizer::of_model(&files)?) {
+        check_same(ours, &theirs, &files.path)?;
+    }
+    let options = LoadOptions {
+        weights: own.weights,
+        context: (context.target.context + NODES).min(files.config.context),
+        ..context.session.options.clone()
+    };
+    let model: Box<dyn TargetModel + Send> = match context.session.target.shared() {
+        Some((_, pool)) => Box::new(CpuModel::load_on(&files, &options, Arc::clone(pool))?),
+        None => Box::new(DeviceModel::load(&files, &options)?),
+    };
+    let known = context.session.known_tokens();
+    let network = DraftLm::new(model, context.target.vocab, known)?;
+    Ok(Box::new(TreeDraft::new(network, &tree)?))
+}
+
+/// Token by token: a vocabulary of the same size may still be another one.
+fn check_same(ours: &Tokenizer, theirs: &Tokenizer, path: &Path) -> Result<()> {
+    let count = ours.size().max(theirs.size());
+    let differs = |&id: &u32| ours.token_bytes(id) != theirs.token_bytes(id);
+    match (0..count as u32).find(differs) {
+        None => Ok(()),
+        Some(id) => {
+            let text = |t: &Tokenizer| {
+                t.token_bytes(id)
+                    .map(String::from_utf8_lossy)
+                    .map(|s| s.into_owned())
+            };
+            Err(Error::file(
+                path,
+                format!(
+                    "the draft model has another tokenizer than its target: token {id} is {:?}, the target's is {:?}",
+                    text(theirs),
+                    text(ours)
+                ),
+            ))
+        }
+    }
+}
