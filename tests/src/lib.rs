@@ -1,5 +1,6 @@
 //! What the integration tests share: random tiny models in every file format, and where larger inputs lie.
 
+mod drafts;
 mod tiny;
 
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use scylla_core::model::{
 };
 use scylla_core::plugin::TargetModel;
 
+pub use drafts::{DraftTensor, TinyDraft};
 pub use tiny::{Tiny, write_gguf, write_hf, write_sentencepiece_gguf};
 
 /// The folder of golden values, named by `SCYLLA_GOLDEN`; without it a test prints why it is skipped.

@@ -129,7 +129,7 @@ impl Tiny {
     }
 }
 
-fn to_bytes(values: &[f32], dtype: Dtype) -> Vec<u8> {
+pub(crate) fn to_bytes(values: &[f32], dtype: Dtype) -> Vec<u8> {
     match dtype {
         Dtype::BF16 => values
             .iter()

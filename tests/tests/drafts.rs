@@ -1,0 +1,610 @@
+//! What every draft must hold: greedy text unchanged, trees within bounds, slots that do not see one another, exact laws.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use proptest::prelude::*;
+use safetensors::Dtype;
+use scylla_core::chance::Seeded;
+use scylla_core::decode::{Event, Job, Output, Parts, Settings, decode};
+use scylla_core::model::{LoadOptions, Loaded, ModelFiles, WeightForm, load};
+use scylla_core::plugin::{
+    Chance, Committed, DraftModel, Fixed, Matrix, Request, SlotRows, Step, TargetModel, Verifier,
+    Want,
+};
+use scylla_core::sampling::Sampling;
+use scylla_core::table::Law;
+use scylla_core::tree::{Budget, Drawing, Tree};
+use scylla_draft::network::{self, DraftLm, Shared};
+use scylla_draft::tree::{Scored, TreeDraft, TreeKind, TreeSettings};
+use scylla_draft::{Ngram, Suffix};
+use scylla_tests::{Tiny, TinyDraft, write_hf};
+use scylla_verify::prove::prove;
+use scylla_verify::{DeterministicTree, Greedy, RrsWithoutReplacement, SpecInfer, Traversal};
+use serde_json::json;
+
+/// A small vocabulary, so that random drafts are accepted now and then; layers enough for three taps.
+const TINY: Tiny = Tiny {
+    family: "llama",
+    vocab: 13,
+    hidden: 32,
+    ffn: 48,
+    layers: 7,
+    heads: 2,
+    kv_heads: 1,
+    head_dim: 16,
+    tied: false,
+    seed: 0,
+};
+
+/// A target and random drafts of every kind beside it.
+struct Bench {
+    dir: tempfile::TempDir,
+    target: Loaded,
+    options: LoadOptions,
+}
+
+const NETWORKS: [&str; 7] = [
+    "eagle2",
+    "eagle3",
+    "speculators",
+    "hass",
+    "scylla",
+    "draft-lm",
+    "eagle3.1",
+];
+
+impl Bench {
+    fn new(tiny: Tiny, threads: usize) -> Self {
+        let dir = tempfile::tempdir().expect("dir");
+        let target = dir.path().join("target");
+        std::fs::create_dir(&target).expect("directory");
+        write_hf(&tiny, &target, Dtype::F32, 1);
+        let other = Tiny {
+            seed: tiny.seed + 1,
+            layers: 1,
+            ..tiny
+        };
+        let lm = dir.path().join("draft-lm");
+        std::fs::create_dir(&lm).expect("directory");
+        write_hf(&other, &lm, Dtype::F32, 1);
+        let write = |name: &str, family: &str, config| {
+            TinyDraft::new(&tiny, family, config, tiny.seed).write(&dir.path().join(name));
+        };
+        write("eagle2", "eagle", json!({}));
+        write("hass", "eagle", json!({}));
+        write("eagle3", "eagle3", json!({}));
+        write(
+            "speculators",
+            "speculators",
+            json!({"norm_before_residual": true}),
+        );
+        write("scylla", "scylla", json!({}));
+        let newer = json!({"fc_norm": true, "norm_before_fc": true, "norm_output": true});
+        write("eagle3.1", "eagle3", newer);
+        let options = LoadOptions {
+            threads,
+            ..LoadOptions::default()
+        };
+        Self {
+            target: load(&ModelFiles::open(&target).expect("opens"), &options).expect("loads"),
+            options,
+            dir,
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn shared(&self, head: Option<&[u32]>) -> Shared {
+        let (ends, pool) = self.target.shared().expect("on the CPU").clone();
+        let target = self.target.model.shape();
+        Shared {
+            ends,
+            pool,
+            known: target.vocab,
+            target,
+            weights: WeightForm::AsIs,
+            head: head.map(Into::into),
+        }
+    }
+
+    fn draft(&self, name: &str, tree: &TreeSettings, head: Option<&[u32]>) -> TreeDraft {
+        let (dir, shared) = (self.path(name), self.shared(head));
+        match name {
+            "eagle2" => TreeDraft::new(network::eagle(&dir, &shared).expect(name), tree),
+            "hass" => TreeDraft::new(network::hass(&dir, &shared).expect(name), tree),
+            "scylla" => TreeDraft::new(network::scylla(&dir, &shared).expect(name), tree),
+            "draft-lm" => {
+                let files = ModelFiles::open(&dir).expect("opens");
+                let model = load(&files, &self.options).expect("loads").model;
+                let vocab = shared.target.vocab;
+                TreeDraft::new(DraftLm::new(model, vocab, vocab).expect(name), tree)
+            }
+            _ => TreeDraft::new(network::eagle3(&dir, None, &shared).expect(name), tree),
+        }
+        .expect(name)
+    }
+
+    fn decode(
+        &mut self,
+        draft: Option<&mut dyn DraftModel>,
+        rule: &dyn Verifier,
+        budget: Budget,
+        prompts: &[Vec<u32>],
+        settings: &Settings,
+    ) -> scylla_core::Result<Vec<Output>> {
+        let mut policy = Fixed(budget);
+        let mut parts = Parts {
+            target: self.target.model.as_mut(),
+            draft: None,
+            verifier: rule,
+            policy: &mut policy,
+        };
+        if let Some(draft) = draft {
+            parts.draft = Some(("under test", draft));
+        }
+        let jobs: Vec<Job> = (0..)
+            .zip(prompts)
+            .map(|(sequence, prompt)| Job {
+                prompt: prompt.clone(),
+                sequence,
+            })
+            .collect();
+        let go_on = &mut |_: Event<'_>| ControlFlow::Continue(());
+        decode(&mut parts, &jobs, settings, None, go_on)
+    }
+}
+
+fn trees() -> Vec<TreeSettings> {
+    let of = |tree| TreeSettings {
+        tree,
+        ..TreeSettings::default()
+    };
+    vec![
+        of(TreeKind::Dynamic),
+        TreeSettings {
+            early_stop: true,
+            ..of(TreeKind::Dynamic)
+        },
+        of(TreeKind::Static),
+        of(TreeKind::Chain),
+        TreeSettings {
+            widths: vec![3, 2, 1],
+            ..of(TreeKind::Widths)
+        },
+        TreeSettings {
+            alpha: vec![vec![0.5, 0.2, 0.1], vec![0.3, 0.2]],
+            ..of(TreeKind::Optimal)
+        },
+    ]
+}
+
+fn prompts() -> impl Strategy<Value = Vec<Vec<u32>>> {
+    prop::collection::vec(prop::collection::vec(0u32..13, 1..90), 1..4)
+}
+
+fn budgets() -> impl Strategy<Value = Budget> {
+    (2usize..24, 1usize..5, 0usize..5).prop_map(|(total, width, depth)| Budget {
+        total,
+        width,
+        depth,
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    #[test]
+    fn greedy_text_is_that_of_plain_decoding(
+        prompts in prompts(), budget in budgets(), batch in 1usize..4, seed in 0u64..50, threads in 1usize..3,
+        tree in prop::sample::select(trees()),
+        head in prop::option::of(Just([1u32, 4, 5, 6, 9, 11, 12])),
+    ) {
+        let mut bench = Bench::new(Tiny { seed, ..TINY }, threads);
+        let settings = Settings { max_new_tokens: 20, batch, ..Settings::default() };
+        let plain = bench.decode(None, &Greedy, Budget::OFF, &prompts, &settings).expect("plain");
+        let rules: [&dyn Verifier; 3] = [&Greedy, &DeterministicTree, &Traversal];
+        let mut accepted = 0;
+        for name in NETWORKS {
+            let head = head.as_ref().filter(|_| name != "draft-lm").map(|h| &h[..]);
+            let mut draft = bench.draft(name, &tree, head);
+            for rule in rules {
+                let found = bench.decode(Some(&mut draft), rule, budget, &prompts, &settings).expect(name);
+                for (a, b) in plain.iter().zip(&found) {
+                    prop_assert_eq!(&a.ids, &b.ids, "{} with {}", name, rule.name());
+                    accepted += b.cycles.iter().map(|c| c.accepted).sum::<usize>();
+                }
+            }
+        }
+        for draft in [&mut Ngram::new(1, 3).expect("ngram") as &mut dyn DraftModel, &mut Suffix::new(1, 4.0).expect("suffix")] {
+            for rule in rules {
+                let found = bench.decode(Some(&mut *draft), rule, budget, &prompts, &settings).expect("lookup");
+                for (a, b) in plain.iter().zip(&found) {
+                    prop_assert_eq!(&a.ids, &b.ids);
+                }
+            }
+        }
+        prop_assert!(accepted > 0, "no draft was ever accepted: the comparison says nothing");
+    }
+
+    #[test]
+    fn slots_together_give_the_trees_of_slots_alone_in_any_order_of_opening_and_closing(
+        actions in prop::collection::vec((0usize..4, 0usize..4, 1usize..70, 0u64..1000), 4..24),
+        tree in prop::sample::select(trees()), name in prop::sample::select(NETWORKS.to_vec()),
+        temperature in prop::sample::select(vec![0.0, 1.0]), seed in 0u64..20,
+    ) {
+        let tree = TreeSettings { early_stop: false, ..tree };
+        let bench = Bench::new(Tiny { seed, ..TINY }, 2);
+        let mut together = bench.draft(name, &tree, None);
+        let mut open: Vec<Option<Vec<Part>>> = vec![None; 4];
+        let sampling = Sampling { temperature, repetition_penalty: 1.2, ..Sampling::default() };
+        for (action, slot, count, seed) in actions {
+            match action {
+                0 if open[slot].is_some() => {
+                    together.close(slot);
+                    open[slot] = None;
+                }
+                1 => {
+                    let slots: Vec<usize> = (0..4).filter(|&s| open[s].is_some()).collect();
+                    let found = propose(&mut together, &slots, &open, &sampling, seed);
+                    for (&slot, found) in slots.iter().zip(found) {
+                        let mut alone = bench.draft(name, &tree, None);
+                        alone.open(0).expect("open");
+                        for part in open[slot].iter().flatten() {
+                            part.show(&mut alone, 0);
+                        }
+                        let history = vec![open[slot].clone()];
+                        let expected = propose(&mut alone, &[0], &history, &sampling, seed + slot as u64);
+                        prop_assert_eq!(&found, &expected[0], "{} slot {}", name, slot);
+                    }
+                }
+                _ => {
+                    let first = open[slot].is_none();
+                    if first {
+                        together.open(slot).expect("open");
+                    }
+                    let part = Part::random(count + usize::from(first), first, together.taps().len(), seed);
+                    part.show(&mut together, slot);
+                    open[slot].get_or_insert_default().push(part);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn trees_keep_their_bounds_and_a_bigger_budget_holds_the_smaller_ones_tree(
+        count in 2usize..40, seed in 0u64..1000, small in 2usize..20, more in 0usize..20, width in 1usize..5, depth in 0usize..5,
+        tree in prop::sample::select(trees()), name in prop::sample::select(NETWORKS.to_vec()),
+    ) {
+        let nested = tree.tree != TreeKind::Optimal; // the best of 9 nodes need not hold the best of 8
+        let tree = TreeSettings { early_stop: false, ..tree };
+        let bench = Bench::new(TINY, 1);
+        let mut draft = bench.draft(name, &tree, None);
+        draft.open(0).expect("open");
+        let part = Part::random(count, true, draft.taps().len(), seed);
+        part.show(&mut draft, 0);
+        let sampling = Sampling::default();
+        let mut grown = |total| {
+            let budget = Budget { total, width, depth };
+            let mut chance = Seeded::new(0, 0);
+            let request = Request { slot: 0, root: part.root(), budget, sampling: &sampling, chance: &mut chance };
+            let found = draft.propose_scored(&mut [request]).expect("propose").remove(0);
+            (found, budget)
+        };
+        let mut paths: Vec<Vec<Vec<u32>>> = Vec::new();
+        for total in [small, small + more] {
+            let (Scored { tree, scores }, budget) = grown(total);
+            tree.check(part.root(), TINY.vocab, budget).expect("within the budget");
+            prop_assert!(tree.width() <= width);
+            for node in 1..tree.len() {
+                prop_assert!(scores[node] <= scores[tree.parents[node]], "scores fall along a path");
+            }
+            paths.push((0..tree.len()).map(|n| tree.tokens_to(n)).collect());
+        }
+        prop_assert!(!nested || paths[0].iter().all(|path| paths[1].contains(path)));
+    }
+}
+
+/// What one `observe` shows: tokens, and features of the rows before the last.
+#[derive(Debug, Clone)]
+struct Part {
+    tokens: Vec<u32>,
+    taps: Vec<Matrix>,
+}
+
+impl Part {
+    fn random(count: usize, first: bool, taps: usize, seed: u64) -> Self {
+        let mut random = Seeded::new(seed, 0);
+        let mut number = |n: usize| random.pick(&vec![1.0; n]).expect("a number");
+        let tokens = (0..count).map(|_| number(TINY.vocab) as u32).collect();
+        // Features run one behind the tokens, and the root is not forwarded yet.
+        let rows = count - usize::from(first);
+        let mut matrix = |_| {
+            let values = (0..rows * TINY.hidden).map(|_| number(2001) as f32 / 1000.0 - 1.0);
+            Matrix::host(values.collect(), TINY.hidden)
+        };
+        let taps = (0..taps).map(&mut matrix).collect();
+        Self { tokens, taps }
+    }
+
+    fn root(&self) -> u32 {
+        self.tokens[self.tokens.len() - 1]
+    }
+
+    fn show(&self, draft: &mut dyn DraftModel, slot: usize) {
+        let rows = self.taps.first().map_or(0, Matrix::rows);
+        let path: Vec<usize> = (0..rows).collect();
+        let committed = Committed {
+            slot,
+            tokens: &self.tokens,
+            path: &path,
+            taps: &self.taps,
+        };
+        draft.observe(&[committed]).expect("observe");
+    }
+}
+
+fn propose(
+    draft: &mut dyn DraftModel,
+    slots: &[usize],
+    open: &[Option<Vec<Part>>],
+    sampling: &Sampling,
+    seed: u64,
+) -> Vec<Tree> {
+    let mut chances: Vec<Seeded> = slots
+        .iter()
+        .map(|&s| Seeded::new(seed + s as u64, 0))
+        .collect();
+    let mut requests: Vec<Request<'_>> = slots
+        .iter()
+        .zip(&mut chances)
+        .map(|(&slot, chance)| {
+            let parts = open[slot].as_ref().expect("open");
+            let root = parts[parts.len() - 1].root();
+            // Ragged: the depth hangs on the root, which is the slot's own wherever it runs.
+            let depth = root as usize % 4;
+            Request {
+                slot,
+                root,
+                budget: Budget {
+                    total: 9 + depth,
+                    width: 3,
+                    depth,
+                },
+                sampling,
+                chance,
+            }
+        })
+        .collect();
+    draft.propose(&mut requests).expect("propose")
+}
+
+/// The law of one cycle with real networks on both sides, enumerated.
+#[test]
+fn one_cycle_follows_the_targets_law_with_every_network_and_way_of_drawing() {
+    let tiny = Tiny { vocab: 4, ..TINY };
+    let bench = Bench::new(tiny, 1);
+    let prompt = [1u32, 3, 0];
+    let root = 2;
+    let settings = |tree, drawing: Option<&str>, widths: &[usize]| TreeSettings {
+        tree,
+        drawing: drawing.map(|d| serde_json::from_value(json!(d)).expect("a drawing")),
+        widths: widths.to_vec(),
+        ..TreeSettings::default()
+    };
+    let ways: [(TreeSettings, &dyn Verifier); 5] = [
+        (settings(TreeKind::Dynamic, None, &[]), &Traversal),
+        (settings(TreeKind::Dynamic, None, &[]), &DeterministicTree),
+        (
+            settings(TreeKind::Widths, None, &[2, 1]),
+            &RrsWithoutReplacement,
+        ),
+        (
+            settings(TreeKind::Widths, Some("independent"), &[2, 1]),
+            &SpecInfer,
+        ),
+        (settings(TreeKind::Widths, None, &[2, 1]), &Traversal),
+    ];
+    let sampling = Sampling {
+        temperature: 0.9,
+        top_p: 0.95,
+        repetition_penalty: 1.1,
+        ..Sampling::default()
+    };
+    let target = law(&bench, &prompt, &sampling, tiny.vocab);
+    for name in NETWORKS {
+        for (tree, rule) in &ways {
+            for head in [None, Some(&[0u32, 2, 3][..])] {
+                if name == "draft-lm" && head.is_some() {
+                    continue;
+                }
+                let mut draft = bench.draft(name, tree, head);
+                let drawing = draft.drawing(&sampling);
+                assert!(
+                    rule.exact_for(drawing, 2, &sampling),
+                    "{name} with {}",
+                    rule.name()
+                );
+                let part = Part {
+                    tokens: [&prompt[..], &[root]].concat(),
+                    taps: Part::random(4, true, draft.taps().len(), 5).taps,
+                };
+                draft.open(0).expect("open");
+                part.show(&mut draft, 0);
+                let mut drawn = |chance: &mut dyn Chance| {
+                    let budget = Budget {
+                        total: 5,
+                        width: 2,
+                        depth: 1,
+                    };
+                    let request = Request {
+                        slot: 0,
+                        root,
+                        budget,
+                        sampling: &sampling,
+                        chance,
+                    };
+                    let tree = draft.propose(&mut [request])?.remove(0);
+                    tree.check(root, tiny.vocab, budget)?;
+                    Ok(tree)
+                };
+                let proof = prove(*rule, &mut drawn, &target, root, tiny.vocab, 2).expect(name);
+                let off = proof.tv_to_target;
+                assert!(off < 1e-9, "{name}, {}, head {head:?}: {off}", rule.name());
+                assert!(proof.expected_committed > 1.0 && proof.branches > 1);
+            }
+        }
+    }
+}
+
+/// The target's next-token law behind a prompt, from the model itself.
+fn law(bench: &Bench, prompt: &[u32], sampling: &Sampling, vocab: usize) -> Law {
+    let files = ModelFiles::open(&bench.path("target")).expect("opens");
+    let model = load(&files, &bench.options).expect("loads").model;
+    let model: Mutex<Box<dyn TargetModel + Send>> = Mutex::new(model);
+    let (prompt, sampling) = (prompt.to_vec(), sampling.clone());
+    Arc::new(move |after: &[u32]| {
+        let mut model = model.lock().expect("the model");
+        let tokens = [&prompt[..], after].concat();
+        model.open(0).expect("open");
+        let found = model.forward(&Step {
+            slots: vec![SlotRows {
+                slot: 0,
+                tokens: &tokens,
+                parents: &[],
+                want: Want::Last,
+            }],
+            taps: &[],
+        });
+        model.close(0);
+        let logits = found.expect("forward").logits.remove(0);
+        let mut row = logits.row(0).expect("row").into_owned();
+        sampling.penalise(&mut row, tokens.iter().copied());
+        let mut law = Vec::new();
+        sampling.distribution(&row, vocab, &mut law).expect("a law");
+        law
+    })
+}
+
+#[test]
+fn drafts_whose_trees_a_rule_is_not_exact_for_are_refused() {
+    let mut bench = Bench::new(TINY, 1);
+    let sampled = Settings {
+        sampling: Sampling {
+            temperature: 1.0,
+            ..Sampling::default()
+        },
+        max_new_tokens: 8,
+        ..Settings::default()
+    };
+    let budget = Budget {
+        total: 8,
+        width: 2,
+        depth: 2,
+    };
+    let widths = TreeSettings {
+        tree: TreeKind::Widths,
+        ..TreeSettings::default()
+    };
+    let dynamic = TreeSettings::default();
+    for name in NETWORKS {
+        let mut draft = bench.draft(name, &dynamic, None);
+        assert_eq!(draft.drawing(&sampled.sampling), Drawing::Deterministic);
+        let rule = &RrsWithoutReplacement;
+        let refused = bench.decode(Some(&mut draft), rule, budget, &[vec![1, 2]], &sampled);
+        let error = refused.expect_err("refused").to_string();
+        assert!(
+            error.contains("rrs") && error.contains("under test"),
+            "{error}"
+        );
+        let mut draft = bench.draft(name, &widths, None);
+        let refused = bench.decode(
+            Some(&mut draft),
+            &SpecInfer,
+            budget,
+            &[vec![1, 2]],
+            &sampled,
+        );
+        let error = refused.expect_err("refused").to_string();
+        assert!(error.contains("without replacement"), "{error}");
+        let done = bench.decode(Some(&mut draft), rule, budget, &[vec![1, 2]], &sampled);
+        assert_eq!(done.expect("exact")[0].ids.len(), 8);
+    }
+}
+
+/// The context of the tiny models is 256: drafts follow to its end, and one that can no longer stands aside.
+#[test]
+fn drafts_work_to_the_end_of_the_context() {
+    let mut bench = Bench::new(TINY, 2);
+    let long: Vec<u32> = (0..200).map(|i| i % 13).collect();
+    let settings = Settings {
+        max_new_tokens: 100,
+        ..Settings::default()
+    };
+    let prompts = [long];
+    let plain = bench
+        .decode(None, &Greedy, Budget::OFF, &prompts, &settings)
+        .expect("plain");
+    assert_eq!(plain[0].ids.len(), 56);
+    let budget = Budget {
+        total: 40,
+        width: 6,
+        depth: 6,
+    };
+    for name in NETWORKS {
+        let mut draft = bench.draft(name, &TreeSettings::default(), None);
+        let found = bench.decode(Some(&mut draft), &Greedy, budget, &prompts, &settings);
+        assert_eq!(found.expect(name)[0].ids, plain[0].ids, "{name}");
+    }
+}
+
+#[test]
+fn a_truncated_head_proposes_its_ids_alone() {
+    let bench = Bench::new(TINY, 1);
+    let ids = [1u32, 4, 5, 9];
+    for name in ["eagle2", "eagle3", "hass", "scylla"] {
+        let mut draft = bench.draft(name, &TreeSettings::default(), Some(&ids));
+        draft.open(0).expect("open");
+        let part = Part::random(20, true, draft.taps().len(), 1);
+        part.show(&mut draft, 0);
+        let request = Request {
+            slot: 0,
+            root: part.root(),
+            budget: Budget {
+                total: 20,
+                width: 8,
+                depth: 2,
+            },
+            sampling: &Sampling::default(),
+            chance: &mut Seeded::new(0, 0),
+        };
+        let tree = draft.propose(&mut [request]).expect("propose").remove(0);
+        assert!(tree.len() > 4, "{name}");
+        assert!(
+            tree.tokens[1..].iter().all(|t| ids.contains(t)),
+            "{name}: {:?}",
+            tree.tokens
+        );
+    }
+    let outside = network::eagle(&bench.path("eagle2"), &bench.shared(Some(&[3, 13])));
+    let error = outside.map(|_| ()).expect_err("outside").to_string();
+    assert!(
+        error.contains("token 13") && error.contains("vocabulary of 13"),
+        "{error}"
+    );
+}
+
+/// A draft model with fewer logits than the tokenizer has tokens cannot have its tokenizer.
+#[test]
+fn a_draft_model_of_another_vocabulary_is_refused() {
+    let dir = tempfile::tempdir().expect("dir");
+    write_hf(&TINY, Path::new(dir.path()), Dtype::F32, 1);
+    let files = ModelFiles::open(dir.path()).expect("opens");
+    let model = load(&files, &LoadOptions::default()).expect("loads").model;
+    let error = DraftLm::new(model, 20, 18)
+        .map(|_| ())
+        .expect_err("refused");
+    assert!(error.to_string().contains("vocabulary of 13"), "{error}");
+}
