@@ -176,12 +176,21 @@ pub(crate) fn draft_lm(context: &DraftContext<'_>, table: Table) -> Result<Box<d
         context: (context.target.context + NODES).min(files.config.context),
         ..context.session.options.clone()
     };
-    let model: Box<dyn TargetModel + Send> = match context.session.target.shared() {
-        Some((_, pool)) => Box::new(CpuModel::load_on(&files, &options, Arc::clone(pool))?),
-        None => Box::new(DeviceModel::load(&files, &options)?),
+    let (model, bytes): (Box<dyn TargetModel + Send>, usize) = match context.session.target.shared()
+    {
+        Some((_, pool)) => {
+            let model = CpuModel::load_on(&files, &options, Arc::clone(pool))?;
+            let bytes = model.weight_bytes();
+            (Box::new(model), bytes)
+        }
+        None => {
+            let model = DeviceModel::load(&files, &options)?;
+            let bytes = model.weight_bytes();
+            (Box::new(model), bytes)
+        }
     };
     let known = context.session.known_tokens();
-    let network = DraftLm::new(model, context.target.vocab, known)?;
+    let network = DraftLm::new(model, bytes, context.target.vocab, known)?;
     Ok(Box::new(TreeDraft::new(network, &tree)?))
 }
 

@@ -52,7 +52,10 @@ impl TinyDraft {
             "max_position_embeddings": 256,
             "tie_word_embeddings": false,
         });
-        let draft_vocab = vocab - vocab / 3;
+        let draft_vocab = match config.get("draft_vocab_size").and_then(Value::as_u64) {
+            Some(size) => size as usize,
+            None => vocab - vocab / 3,
+        };
         match family {
             "eagle3" => {
                 all["architectures"] = json!(["LlamaForCausalLMEagle3"]);
@@ -153,10 +156,11 @@ impl TinyDraft {
     fn draft_vocabulary(&mut self, vocab: usize, count: usize, rng: &mut StdRng) {
         let mut ids: Vec<usize> = (0..vocab).collect();
         while ids.len() > count {
-            ids.remove(rng.random_range(0..ids.len()));
+            ids.swap_remove(rng.random_range(0..ids.len()));
         }
+        ids.sort_unstable();
         let offsets = ids.iter().enumerate().map(|(i, &id)| id as i64 - i as i64);
-        let mask = (0..vocab).map(|id| u8::from(ids.contains(&id)));
+        let mask = (0..vocab).map(|id| u8::from(ids.binary_search(&id).is_ok()));
         self.tensors.push(DraftTensor {
             name: "d2t".into(),
             dtype: Dtype::I64,

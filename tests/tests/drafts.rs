@@ -119,9 +119,10 @@ impl Bench {
             "scylla" => TreeDraft::new(network::scylla(&dir, &shared).expect(name), tree),
             "draft-lm" => {
                 let files = ModelFiles::open(&dir).expect("opens");
-                let model = load(&files, &self.options).expect("loads").model;
+                let lm = load(&files, &self.options).expect("loads");
                 let vocab = shared.target.vocab;
-                TreeDraft::new(DraftLm::new(model, vocab, vocab).expect(name), tree)
+                let network = DraftLm::new(lm.model, lm.weight_bytes, vocab, vocab);
+                TreeDraft::new(network.expect(name), tree)
             }
             _ => TreeDraft::new(network::eagle3(&dir, None, &shared).expect(name), tree),
         }
@@ -603,7 +604,7 @@ fn a_draft_model_of_another_vocabulary_is_refused() {
     write_hf(&TINY, Path::new(dir.path()), Dtype::F32, 1);
     let files = ModelFiles::open(dir.path()).expect("opens");
     let model = load(&files, &LoadOptions::default()).expect("loads").model;
-    let error = DraftLm::new(model, 20, 18)
+    let error = DraftLm::new(model, 0, 20, 18)
         .map(|_| ())
         .expect_err("refused");
     assert!(error.to_string().contains("vocabulary of 13"), "{error}");

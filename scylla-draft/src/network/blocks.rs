@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use scylla_core::kernels::{Linear, Pool, Scratch, Weight, rms_norm};
-use scylla_core::model::{CpuStack, Ends, ModelConfig, Rows, Weights};
+use scylla_core::model::{CpuStack, Ends, Layer, ModelConfig, Rows, Weights};
 use scylla_core::plugin::Tap;
 use scylla_core::{Error, Result};
 
@@ -84,11 +84,21 @@ impl Head {
         }
     }
 
+    /// Bytes of weights held.
+    pub(super) fn bytes(&self) -> usize {
+        self.linear.bytes()
+    }
+
     /// Logits `[M, V_d]` of `[M, H]`.
     pub(super) fn forward(&mut self, pool: &Pool, x: &[f32], out: &mut Vec<f32>) -> Result<()> {
         out.resize(x.len() / self.linear.k * self.linear.n, 0.0);
         self.linear.forward(pool, x, &mut self.scratch, out)
     }
+}
+
+/// Bytes of a stack's weights.
+pub(super) fn layer_bytes(stack: &CpuStack) -> usize {
+    stack.layers().iter().map(Layer::bytes).sum()
 }
 
 /// The network that EAGLE-1, EAGLE-2, HASS and Scylla share: `fc(cat(embed(x), f))`, decoder layers of which the first
@@ -153,6 +163,10 @@ impl Body for Reduced {
 
     fn ids(&self) -> &Ids {
         &self.head.ids
+    }
+
+    fn step_bytes(&self) -> usize {
+        layer_bytes(&self.stack) + self.fc.bytes() + self.head.bytes()
     }
 
     fn stack(&mut self) -> &mut CpuStack {

@@ -20,6 +20,7 @@ struct Sequence {
 /// A language model that drafts.
 pub struct DraftLm {
     model: Box<dyn TargetModel + Send>,
+    bytes: usize,
     ids: Ids,
     /// Positions a slot holds beside nodes.
     positions: usize,
@@ -30,11 +31,17 @@ pub struct DraftLm {
 const CHUNK: usize = 64;
 
 impl DraftLm {
-    /// A draft over `model`, for a target of `vocab` tokens of which the tokenizer knows `known`.
+    /// A draft over `model`, whose weights take `bytes`, for a target of `vocab` tokens of which the tokenizer knows
+    /// `known`.
     ///
     /// # Errors
     /// If the model has fewer rows of logits than the tokenizer has tokens, or its context leaves no room for a tree.
-    pub fn new(model: Box<dyn TargetModel + Send>, vocab: usize, known: usize) -> Result<Self> {
+    pub fn new(
+        model: Box<dyn TargetModel + Send>,
+        bytes: usize,
+        vocab: usize,
+        known: usize,
+    ) -> Result<Self> {
         let shape = model.shape();
         if shape.vocab < known {
             return Err(Error::Invalid(format!(
@@ -47,6 +54,7 @@ impl DraftLm {
             ids: Ids::same(shape.vocab, known.min(vocab)),
             positions: shape.context - nodes,
             model,
+            bytes,
             slots: HashMap::new(),
         })
     }
@@ -98,6 +106,10 @@ impl Network for DraftLm {
 
     fn ids(&self) -> &Ids {
         &self.ids
+    }
+
+    fn step_bytes(&self) -> usize {
+        self.bytes
     }
 
     fn open(&mut self, slot: Slot) -> Result<()> {

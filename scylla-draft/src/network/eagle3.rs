@@ -13,7 +13,7 @@ use scylla_core::kernels::{Linear, Scratch, rms_norm};
 use scylla_core::model::{CpuStack, Layer, Rows, Weights};
 use scylla_core::plugin::Tap;
 
-use super::blocks::{Embedding, Head};
+use super::blocks::{Embedding, Head, layer_bytes};
 use super::feature::capacity;
 use super::{Body, Feature, Ids, Shared};
 use crate::checkpoint::{Checkpoint, Family, eagle3_prefix};
@@ -113,6 +113,10 @@ impl Body for Eagle3 {
 
     fn ids(&self) -> &Ids {
         &self.head.ids
+    }
+
+    fn step_bytes(&self) -> usize {
+        layer_bytes(&self.stack) + self.head.bytes()
     }
 
     fn stack(&mut self) -> &mut CpuStack {

@@ -24,6 +24,8 @@ pub trait Body: Send {
     fn hidden(&self) -> usize;
     /// The ids it proposes among.
     fn ids(&self) -> &Ids;
+    /// Bytes of weights that one step reads.
+    fn step_bytes(&self) -> usize;
     /// Its decoder layers.
     fn stack(&mut self) -> &mut CpuStack;
     /// Brings target features `[M, F]` to the width that recurs, `[M, H]`.
@@ -149,6 +151,10 @@ impl<B: Body> Network for Feature<B> {
 
     fn ids(&self) -> &Ids {
         self.body.ids()
+    }
+
+    fn step_bytes(&self) -> usize {
+        self.body.step_bytes()
     }
 
     fn open(&mut self, slot: Slot) -> Result<()> {

@@ -44,6 +44,8 @@ pub trait Network: Send {
     fn taps(&self) -> Vec<Tap>;
     /// The ids it proposes among.
     fn ids(&self) -> &Ids;
+    /// Bytes of weights that one step reads, the head included and embeddings not.
+    fn step_bytes(&self) -> usize;
     /// Starts an empty sequence in a slot.
     fn open(&mut self, slot: Slot) -> Result<()>;
     /// Ends it; closing a slot that is not open does nothing.
