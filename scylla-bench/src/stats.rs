@@ -45,6 +45,40 @@ pub fn alpha<'a>(cycles: impl Iterator<Item = &'a Cycle> + Clone) -> Vec<Option<
     (0..deepest).map(rate).collect()
 }
 
+/// Share of visits to a node of depth `d` (the root's 0) in which its child of rank `r` was the one accepted, of those
+/// in which it had such a child. Cycles that ended their sequence count as in [`alpha`].
+///
+/// Where the tree hung on the draft's own probabilities, a rank was offered only when it looked promising, and its
+/// rate is that of such cases.
+pub fn alpha_by_rank<'a>(cycles: impl Iterator<Item = &'a Cycle>) -> Vec<Vec<f64>> {
+    // By depth and rank: how often offered, how often accepted.
+    let mut counts: Vec<Vec<(usize, usize)>> = Vec::new();
+    for c in cycles {
+        for (depth, &children) in c.offered.iter().enumerate() {
+            let rank = c.ranks.get(depth).copied();
+            if rank.is_none() && c.cut {
+                continue;
+            }
+            if counts.len() <= depth {
+                counts.resize(depth + 1, Vec::new());
+            }
+            let row = &mut counts[depth];
+            row.resize(row.len().max(children), (0, 0));
+            for (r, (offered, accepted)) in row.iter_mut().take(children).enumerate() {
+                *offered += 1;
+                *accepted += usize::from(rank == Some(r));
+            }
+        }
+    }
+    let rate = |(offered, accepted): (usize, usize)| accepted as f64 / offered as f64;
+    let rates = counts.into_iter().map(|row| row.into_iter().map(rate));
+    let mut rates: Vec<Vec<f64>> = rates.map(Iterator::collect).collect();
+    while rates.last().is_some_and(Vec::is_empty) {
+        rates.pop();
+    }
+    rates
+}
+
 /// Probability that a chi-square variable with `degrees` degrees of freedom is at least `x`.
 pub fn chi_square_tail(x: f64, degrees: usize) -> f64 {
     if x.is_nan() || degrees == 0 {
@@ -154,9 +188,29 @@ mod tests {
             depth,
             accepted,
             committed: accepted + 1,
+            ranks: vec![0; accepted],
+            offered: (0..=accepted).map(|d| usize::from(d < depth)).collect(),
             cut,
             ms: Phases::default(),
         }
+    }
+
+    #[test]
+    fn acceptance_by_rank_counts_the_visits_that_offered_the_rank() {
+        let visit = |offered: &[usize], ranks: &[usize], cut| Cycle {
+            offered: offered.to_vec(),
+            ranks: ranks.to_vec(),
+            ..cycle(2, ranks.len(), cut)
+        };
+        let cycles = [
+            visit(&[3, 2, 0], &[0, 1], false),
+            visit(&[3, 0], &[2], false),
+            visit(&[1], &[], false),
+            visit(&[2], &[], true), // cut off: nothing was tried to the end
+        ];
+        let found = alpha_by_rank(cycles.iter());
+        assert_eq!(found, [vec![1.0 / 3.0, 0.0, 0.5], vec![0.0, 1.0]]);
+        assert!(alpha_by_rank([cycle(0, 0, false)].iter()).is_empty());
     }
 
     #[test]

@@ -19,6 +19,10 @@ pub(super) enum Inspect {
     Forward(Forward),
     /// Say what a model is
     Model(Model),
+    /// The best static tree for the acceptance that a benchmark recorded
+    Tree(super::tree::Tree),
+    /// Count tokens of texts, for a truncated head (draft.head)
+    Frequencies(super::frequencies::Frequencies),
 }
 
 #[derive(Args)]
@@ -74,6 +78,8 @@ impl Inspect {
         match self {
             Self::Forward(c) => c.run(),
             Self::Model(c) => c.run(),
+            Self::Tree(c) => c.run(),
+            Self::Frequencies(c) => c.run(),
         }
     }
 }

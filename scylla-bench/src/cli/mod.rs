@@ -3,9 +3,11 @@
 mod assets;
 mod bench;
 mod export;
+mod frequencies;
 mod generate;
 mod inspect;
 mod prove;
+mod tree;
 
 use std::ffi::OsString;
 use std::io::IsTerminal;

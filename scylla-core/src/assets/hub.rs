@@ -128,7 +128,14 @@ pub fn fetch(spec: &str, mut on_progress: OnProgress<'_>) -> Result<PathBuf> {
     if hub.find("model.safetensors", &mut on_progress)?.is_some() {
         return Ok(dir);
     }
-    let listing = hub.get(INDEX, &mut on_progress)?;
+    let listing = match (hub.find(INDEX, &mut on_progress)?, &hub.network) {
+        (None, Some(_)) => {
+            return Err(Error::Fetch(format!(
+                "the hub has no model.safetensors of {id}, in one file or in shards; pickled weights (*.bin) are not read"
+            )));
+        }
+        _ => hub.get(INDEX, &mut on_progress)?,
+    };
     for shard in crate::model::shard_names(&listing)? {
         hub.get(&shard, &mut on_progress)?;
     }

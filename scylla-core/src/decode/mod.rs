@@ -398,11 +398,15 @@ impl Loop<'_, '_> {
             let (settings, context) = (self.settings, self.context);
             let live = &mut self.live[i];
             let (kept, finish) = keep(live, &tokens, settings, context, on_event)?;
+            let accepted = verdict.path.len().min(kept);
+            let (ranks, offered) = among_siblings(tree, &verdict.path[..accepted]);
             live.output.cycles.push(Cycle {
                 nodes: tree.len(),
                 depth: tree.depth(),
-                accepted: verdict.path.len().min(kept),
+                accepted,
                 committed: kept,
+                ranks,
+                offered,
                 cut: kept < tokens.len() || finish.is_some_and(|f| f != Finish::Interrupted),
                 ms: Phases::default(), // filled in below, when the whole cycle is known
             });
@@ -536,6 +540,17 @@ impl Loop<'_, '_> {
         }
         Ok(verdicts)
     }
+}
+
+/// Rank of each node of a path among its siblings, and how many children the root and each of them has.
+fn among_siblings(tree: &Tree, path: &[usize]) -> (Vec<usize>, Vec<usize>) {
+    let parent = |node: &usize| tree.parents[*node];
+    let rank = |node: &usize| tree.children(parent(node)).take_while(|n| n < node).count();
+    let visited = std::iter::once(0).chain(path.iter().copied());
+    (
+        path.iter().map(rank).collect(),
+        visited.map(|node| tree.children(node).count()).collect(),
+    )
 }
 
 fn no_logits() -> Error {

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// One cycle of one sequence.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Cycle {
     /// Nodes verified, root included.
     pub nodes: usize,
@@ -13,6 +13,12 @@ pub struct Cycle {
     pub accepted: usize,
     /// Tokens kept, bonus included.
     pub committed: usize,
+    /// Rank of each accepted token among its siblings, in the order a rule tries them.
+    #[serde(default)]
+    pub ranks: Vec<usize>,
+    /// Children that the root had, and then each accepted node.
+    #[serde(default)]
+    pub offered: Vec<usize>,
     /// Whether the sequence ended in this cycle (EOS, stop string, length or context).
     pub cut: bool,
     /// Time by phase.
