@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use scylla_core::kernels::{Linear, Pool, Scratch, Weight, rms_norm};
-use scylla_core::model::{CpuStack, Ends, Layer, ModelConfig, Rows, Weights};
+use scylla_core::model::{CpuStack, Ends, Layer, Rows, Weights};
 use scylla_core::plugin::Tap;
 use scylla_core::{Error, Result};
 
-use super::{Body, Ids, Shared};
+use super::feature::capacity;
+use super::{Body, Feature, Ids, Shared};
+use crate::checkpoint::Checkpoint;
 
 /// Token embeddings: the target's, or the draft's own.
 pub(super) enum Embedding {
@@ -104,53 +106,55 @@ pub(super) fn layer_bytes(stack: &CpuStack) -> usize {
 /// The network that EAGLE-1, EAGLE-2, HASS and Scylla share: `fc(cat(embed(x), f))`, decoder layers of which the first
 /// has no input norm, the target's head. Where there is a final norm, the logits are those of the normed state.
 pub(super) struct Reduced {
-    pub(super) taps: [Tap; 1],
-    pub(super) hidden: usize,
-    pub(super) eps: f32,
-    pub(super) embedding: Embedding,
+    hidden: usize,
+    eps: f32,
+    embedding: Embedding,
     /// `[H, 2 H]`
-    pub(super) fc: Linear,
-    pub(super) stack: CpuStack,
+    fc: Linear,
+    stack: CpuStack,
     /// Final norm, and whether the state recurs after it.
-    pub(super) norm: Option<(Vec<f32>, bool)>,
-    pub(super) head: Head,
-    pub(super) joined: Vec<f32>,
-    pub(super) normed: Vec<f32>,
-    pub(super) scratch: Scratch,
+    norm: Option<(Vec<f32>, bool)>,
+    head: Head,
+    joined: Vec<f32>,
+    normed: Vec<f32>,
+    scratch: Scratch,
 }
 
 impl Reduced {
-    /// Checks that the draft has the width of its target's features.
-    pub(super) fn check_width(c: &ModelConfig, shared: &Shared) -> Result<()> {
-        match c.hidden == shared.target.hidden {
-            true => Ok(()),
-            false => Err(Error::Invalid(format!(
-                "the draft's hidden_size is {}; its target's is {}",
-                c.hidden, shared.target.hidden
-            ))),
-        }
-    }
-
-    /// Reads what all four have: `fc`, and `embed_tokens` where it is there.
-    pub(super) fn front(
-        from: &dyn Weights,
-        own_embedding: bool,
-        bias: bool,
+    /// A network of these layers, with the front that all of them have.
+    pub(super) fn new(
+        from: &Checkpoint,
+        layers: Vec<Layer>,
+        norm: Option<(Vec<f32>, bool)>,
         shared: &Shared,
-    ) -> Result<(Embedding, Linear)> {
-        let (h, vocab) = (shared.target.hidden, shared.target.vocab);
-        let own = match own_embedding {
-            true => Some(from.matrix("embed_tokens.weight", vocab, h)?),
+    ) -> Result<Feature<Self>> {
+        let c = &from.config;
+        let h = c.hidden;
+        let own = match from.has("embed_tokens.weight") {
+            true => Some(from.matrix("embed_tokens.weight", c.vocab, h)?),
             false => None,
         };
-        let fc = from.linear("fc", h, 2 * h, bias)?;
-        Ok((Embedding::new(own, shared, h), fc))
+        let positions = shared.target.context;
+        let pool = Arc::clone(&shared.pool);
+        let body = Self {
+            hidden: h,
+            eps: c.norm_eps,
+            embedding: Embedding::new(own, shared, h),
+            fc: from.linear("fc", h, 2 * h, from.has("fc.bias"))?,
+            stack: CpuStack::new(c.clone(), layers, capacity(positions), pool),
+            norm,
+            head: Head::of_target(shared)?,
+            joined: Vec::new(),
+            normed: Vec::new(),
+            scratch: Scratch::default(),
+        };
+        Ok(Feature::new(body, positions))
     }
 }
 
 impl Body for Reduced {
     fn taps(&self) -> &[Tap] {
-        &self.taps
+        &[Tap::Final]
     }
 
     fn feature_width(&self) -> usize {

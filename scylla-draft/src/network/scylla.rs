@@ -7,12 +7,9 @@
 use std::path::Path;
 
 use scylla_core::Result;
-use scylla_core::kernels::Scratch;
-use scylla_core::model::{CpuStack, Layer, Weights};
-use scylla_core::plugin::Tap;
+use scylla_core::model::{Layer, Weights};
 
-use super::blocks::{Head, Reduced};
-use super::feature::capacity;
+use super::blocks::Reduced;
 use super::{Body, Feature, Shared};
 use crate::checkpoint::{Checkpoint, Family};
 
@@ -20,28 +17,12 @@ use crate::checkpoint::{Checkpoint, Family};
 pub fn load(dir: &Path, shared: &Shared) -> Result<Feature<impl Body + use<>>> {
     let from = Checkpoint::open(dir, &[Family::Scylla], &shared.target, shared.weights)?;
     let c = &from.config;
-    Reduced::check_width(c, shared)?;
-    let (embedding, fc) = Reduced::front(&from, from.has("embed_tokens.weight"), false, shared)?;
     let layers = (0..c.layers).map(|i| {
         let normed = i > 0 || from.flag("input_norm_first");
         Layer::read(&from, &format!("layers.{i}"), c, c.hidden, normed)
     });
-    let layers = layers.collect::<Result<Vec<_>>>()?;
-    let positions = shared.target.context;
-    let pool = shared.pool.clone();
+    let layers = layers.collect::<Result<_>>()?;
     let norm = from.vector("norm.weight", c.hidden)?;
-    let body = Reduced {
-        taps: [Tap::Final],
-        hidden: c.hidden,
-        eps: c.norm_eps,
-        embedding,
-        fc,
-        stack: CpuStack::new(c.clone(), layers, capacity(positions), pool),
-        norm: Some((norm, !from.flag("recur_before_norm"))),
-        head: Head::of_target(shared)?,
-        joined: Vec::new(),
-        normed: Vec::new(),
-        scratch: Scratch::default(),
-    };
-    Ok(Feature::new(body, positions))
+    let after = !from.flag("recur_before_norm");
+    Reduced::new(&from, layers, Some((norm, after)), shared)
 }

@@ -95,9 +95,9 @@ mod tests {
                 for n in 1..tree.len() {
                     depths.push(depths[tree.parents[n]] + 1);
                 }
-                for node in 0..tree.len() {
+                for (node, depth) in depths.into_iter().enumerate() {
                     let rank = tree.children(node).len();
-                    if depths[node] < budget.levels() && rank < budget.width {
+                    if depth < budget.levels() && rank < budget.width {
                         let mut next = tree.clone();
                         next.push(node, rank);
                         grown.push(next);
