@@ -1,0 +1,290 @@
+//! Drafts with weights on the command line: decoding, settings, export, and trees from recorded acceptance.
+
+mod common;
+
+use common::Place;
+use scylla_tests::{Tiny, TinyDraft};
+use serde_json::{Value, json};
+
+/// A folder with a tiny target in `model` and a draft of each kind beside it.
+fn place() -> Place {
+    let place = Place::new();
+    let tiny = Tiny::default();
+    for (name, family) in [
+        ("eagle2", "eagle"),
+        ("hass", "eagle"),
+        ("eagle3", "eagle3"),
+        ("scylla", "scylla"),
+    ] {
+        TinyDraft::new(&tiny, family, json!({}), 7).write(&place.dir.path().join(name));
+    }
+    place
+}
+
+fn generate<'a>(draft: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let mut args = vec![
+        "generate",
+        "--target",
+        "model",
+        "--ignore-eos",
+        "--json",
+        "--prompt-ids",
+        "5,6,7,5,6",
+        "--max-new-tokens",
+        "24",
+        "--draft",
+        draft,
+    ];
+    args.extend(more);
+    args
+}
+
+const TREE: [&str; 6] = [
+    "--set",
+    "budget.total=20",
+    "--set",
+    "budget.width=5",
+    "--set",
+    "budget.depth=3",
+];
+
+#[test]
+fn every_registered_draft_decodes_greedily_what_plain_decoding_decodes() {
+    let place = place();
+    let plain = place.json(&generate("plain", &[]));
+    for draft in [
+        "ngram",
+        "suffix",
+        "eagle2:eagle2",
+        "hass:hass",
+        "scylla:scylla",
+        "draft-lm:model",
+    ] {
+        let found = place.json(&generate(draft, &TREE));
+        assert_eq!(found["ids"], plain["ids"], "{draft}");
+    }
+    // The target of two layers is too shallow for the default taps.
+    let error = place.refused(&generate("eagle3:eagle3", &TREE));
+    assert!(
+        error.contains("2 layers") && error.contains("draft.taps"),
+        "{error}"
+    );
+    let mut args = generate("eagle3:eagle3", &TREE);
+    args.extend(["--set", "draft.taps=[0, 1, 2]"]);
+    assert_eq!(place.json(&args)["ids"], plain["ids"]);
+    // Its own target as draft is always right.
+    let mut args = generate("draft-lm:model", &TREE);
+    args.extend(["--set", "draft.tree=\"chain\""]);
+    let found = place.json(&args);
+    assert!(found["tau"].as_f64().expect("tau") > 3.0);
+    for cycle in found["cycles"].as_array().expect("cycles") {
+        assert_eq!(
+            cycle["ranks"].as_array().map(Vec::len),
+            cycle["accepted"].as_u64().map(|n| n as usize)
+        );
+    }
+}
+
+#[test]
+fn trees_and_heads_are_chosen_by_settings() {
+    let place = place();
+    let plain = place.json(&generate("plain", &[]));
+    let nodes = |settings: &[&str]| -> Vec<u64> {
+        let mut args = generate("eagle2:eagle2", &[]);
+        for setting in settings {
+            args.extend(["--set", setting]);
+        }
+        let found = place.json(&args);
+        assert_eq!(found["ids"], plain["ids"], "{settings:?}");
+        let cycles = found["cycles"].as_array().expect("cycles");
+        cycles
+            .iter()
+            .map(|c| c["nodes"].as_u64().expect("nodes"))
+            .collect()
+    };
+    let wide = ["budget.total=26", "budget.width=4", "budget.depth=4"];
+    let with = |more: &[&'static str]| nodes(&[&wide[..], more].concat());
+    assert_eq!(with(&["draft.tree=\"static\""])[0], 26, "EAGLE-1's tree");
+    assert_eq!(
+        with(&["draft.tree=\"static\"", "draft.paths=[[0],[1],[1,0]]"])[0],
+        4
+    );
+    assert_eq!(with(&["draft.tree=\"chain\""])[0], 6);
+    assert_eq!(
+        with(&["draft.tree=\"widths\"", "draft.widths=[2,1]"])[0],
+        11
+    );
+    assert_eq!(
+        with(&["draft.tree=\"optimal\"", "draft.alpha=[[0.5,0.3]]"])[0],
+        26
+    );
+    assert_eq!(with(&["draft.early_stop=true"])[0], 26);
+    // Three ids only: three children at most.
+    assert_eq!(
+        with(&["draft.head_size=3", "budget.depth=0", "budget.total=9"])[0],
+        4
+    );
+    assert_eq!(with(&["draft.weights=\"q8_0\""])[0], 26);
+
+    let refused = |setting: &str| {
+        let args = ["--set", setting];
+        place.refused(&generate("eagle2:eagle2", &args))
+    };
+    for (setting, words) in [
+        ("draft.tree=\"bush\"", &["bush", "dynamic"][..]),
+        ("draft.trees=\"chain\"", &["trees"]),
+        ("draft.drawing=\"independent\"", &["dynamic", "Independent"]),
+        ("draft.taps=[1,2,3]", &["eagle2", "taps"]),
+        ("draft.head_size=0", &["head_size 0"]),
+        ("draft.head=\"nowhere\"", &["nowhere"]),
+        ("draft.weights=\"q9\"", &["q9", "q8_0"]),
+    ] {
+        let error = refused(setting);
+        assert!(
+            words.iter().all(|word| error.contains(word)),
+            "{setting}: {error}"
+        );
+    }
+}
+
+#[test]
+fn drafts_without_weights_or_with_those_of_another_kind_say_so() {
+    let place = place();
+    let check = |draft: &str, words: &[&str]| {
+        let error = place.refused(&generate(draft, &[]));
+        assert!(
+            words.iter().all(|word| error.contains(word)),
+            "{draft}: {error}"
+        );
+    };
+    check("eagle2", &["needs its weights", "--draft eagle2:DIR"]);
+    check("eagle2:scylla", &["a Scylla network", "EAGLE-1/2"]);
+    check("scylla:eagle3", &["an EAGLE-3 network", "a Scylla network"]);
+    check("draft-lm:nowhere", &["nowhere"]);
+    check("eagle4:eagle3", &["eagle4", "eagle3", "suffix"]);
+}
+
+#[test]
+fn a_sampled_text_is_the_same_again_and_inexact_pairs_are_refused() {
+    let place = place();
+    let sampled = |draft, more: &[&'static str]| {
+        let mut args = generate(draft, &TREE);
+        args.extend(["--temperature", "0.8", "--seed", "3"]);
+        args.extend(more);
+        args
+    };
+    for draft in ["eagle2:eagle2", "scylla:scylla", "draft-lm:model"] {
+        for tree in ["draft.tree=\"dynamic\"", "draft.tree=\"widths\""] {
+            let args = sampled(draft, &["--set", tree]);
+            assert_eq!(
+                place.json(&args)["ids"],
+                place.json(&args)["ids"],
+                "{draft} {tree}"
+            );
+        }
+    }
+    let error = place.refused(&sampled(
+        "eagle2:eagle2",
+        &["--rule", "rrs-without-replacement"],
+    ));
+    assert!(
+        error.contains("rrs-without-replacement") && error.contains("eagle2"),
+        "{error}"
+    );
+}
+
+#[test]
+fn export_writes_once_and_says_what_it_cannot() {
+    let place = place();
+    let export = |draft, format, output, more: &[&'static str]| {
+        let mut args = vec![
+            "export", "--draft", draft, "--target", "model", "--format", format, "--output", output,
+        ];
+        args.extend(more);
+        args
+    };
+    let taps = ["--taps", "0,1,2", "--json"];
+    let found = place.json(&export("eagle3:eagle3", "eagle3", "out/3", &taps));
+    assert!(found["rounded"].as_u64().expect("a number") > 0);
+    assert_eq!(found["keys"].as_array().expect("keys").len(), 15);
+    let text = std::fs::read_to_string(place.path("out/3/config.json")).expect("written");
+    let config: Value = serde_json::from_str(&text).expect("json");
+    assert_eq!(config["eagle_aux_hidden_state_layer_ids"], json!([0, 1, 2]));
+    // What was written decodes, without naming the taps again.
+    let plain = place.json(&generate("plain", &[]));
+    assert_eq!(
+        place.json(&generate("eagle3:out/3", &TREE))["ids"],
+        plain["ids"]
+    );
+    let speculators = export("eagle3:out/3", "speculators", "out/s", &["--json"]);
+    let found = place.json(&speculators);
+    assert_eq!(found["keys"].as_array().expect("keys").len(), 16);
+    assert_eq!(
+        place.json(&generate("eagle3:out/s", &TREE))["ids"],
+        plain["ids"]
+    );
+
+    let refused = |args: Vec<&str>, words: &[&str]| {
+        let error = place.refused(&args);
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+    };
+    refused(
+        export("eagle3:out/3", "eagle3", "out/3", &[]),
+        &["is there already"],
+    );
+    refused(
+        export("scylla:scylla", "eagle", "out/x", &[]),
+        &["a Scylla network"],
+    );
+    refused(
+        export("eagle2:eagle2", "medusa", "out/x", &[]),
+        &["medusa", "speculators"],
+    );
+    refused(
+        export("ngram:eagle2", "eagle", "out/x", &[]),
+        &["ngram", "eagle2"],
+    );
+    refused(export("eagle2", "eagle", "out/x", &[]), &["NAME:DIR"]);
+}
+
+#[test]
+fn recorded_acceptance_gives_the_best_static_tree() {
+    let place = place();
+    let prompts =
+        (0..3).map(|i| format!("{{\"id\": \"p{i}\", \"category\": \"x\", \"prompt\": \"a\"}}\n"));
+    std::fs::write(place.path("prompts.jsonl"), prompts.collect::<String>()).expect("prompts");
+    // Cycles as a benchmark records them: the first child is right half of the time, the second a quarter.
+    let cycle = |ranks: &[usize]| {
+        let mut offered = vec![2; ranks.len() + 1];
+        offered.truncate(2);
+        json!({
+            "decoder": 1, "repeat": 0, "task": "x", "prompt": "p0", "turn": 0, "cycle": 0, "nodes": 7, "depth": 2,
+            "accepted": ranks.len(), "committed": ranks.len() + 1, "cut": false, "ranks": ranks, "offered": offered,
+            "ms": {"prefill": 0.0, "propose": 0.0, "forward": 0.0, "accept": 0.0, "commit": 0.0},
+        })
+    };
+    let cycles = [cycle(&[0, 0]), cycle(&[0]), cycle(&[1]), cycle(&[])];
+    std::fs::create_dir(place.path("run")).expect("directory");
+    let lines: String = cycles.iter().map(|c| format!("{c}\n")).collect();
+    std::fs::write(place.path("run/cycles.jsonl"), lines).expect("cycles");
+    let found = place.json(&[
+        "inspect", "tree", "run", "--total", "4", "--width", "2", "--depth", "1", "--json",
+    ]);
+    assert_eq!(found["alpha"][0], json!([0.5, 0.25]));
+    assert_eq!(found["paths"], json!([[0], [1], [0, 0]]));
+    let expected = 1.0 + 0.5 + 0.25 + 0.5 / 3.0;
+    assert!((found["tau_expected"].as_f64().expect("tau") - expected).abs() < 1e-12);
+    let error = place.refused(&["inspect", "tree", "run", "--decoder", "3"]);
+    assert!(error.contains("no cycles of decoder 3"), "{error}");
+    let error = place.refused(&[
+        "inspect",
+        "frequencies",
+        "--model",
+        "model",
+        "--text",
+        "prompts.jsonl",
+        "--output",
+        "f",
+    ]);
+    assert!(error.contains("no tokenizer"), "{error}");
+}
