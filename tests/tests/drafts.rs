@@ -460,6 +460,68 @@ fn one_cycle_follows_the_targets_law_with_every_network_and_way_of_drawing() {
     }
 }
 
+/// Of the target itself as draft, q is p: at every node of the tree, under every transform.
+#[test]
+fn q_passes_through_the_transform_that_p_passes_through() {
+    let bench = Bench::new(TINY, 2);
+    let prompt = [5u32, 7, 11, 5, 1];
+    let root = 9;
+    for (temperature, top_k, top_p, repetition_penalty) in [
+        (1.0, 0, 1.0, 1.0),
+        (0.7, 5, 1.0, 1.3),
+        (1.5, 0, 0.8, 1.0),
+        (0.9, 0, 0.9, 1.7),
+    ] {
+        let sampling = Sampling {
+            temperature,
+            top_k,
+            top_p,
+            repetition_penalty,
+            ..Sampling::default()
+        };
+        let p = law(&bench, &prompt, &sampling, TINY.vocab);
+        let settings = TreeSettings {
+            tree: TreeKind::Widths,
+            widths: vec![3, 2, 2],
+            ..TreeSettings::default()
+        };
+        let files = ModelFiles::open(&bench.path("target")).expect("opens");
+        let model = load(&files, &bench.options).expect("loads").model;
+        let lm = DraftLm::new(model, 0, TINY.vocab, TINY.vocab).expect("draft-lm");
+        let mut draft = TreeDraft::new(lm, &settings).expect("draft");
+        draft.open(0).expect("open");
+        let part = Part {
+            tokens: [&prompt[..], &[root]].concat(),
+            taps: Vec::new(),
+        };
+        part.show(&mut draft, 0);
+        let request = Request {
+            slot: 0,
+            root,
+            budget: Budget {
+                total: 22,
+                width: 3,
+                depth: 2,
+            },
+            sampling: &sampling,
+            chance: &mut Seeded::new(4, 0),
+        };
+        let tree = draft.propose(&mut [request]).expect("propose").remove(0);
+        let expanded = (0..tree.len()).filter(|&n| tree.children(n).next().is_some());
+        let mut count = 0;
+        for node in expanded {
+            let q = tree.q[node].as_ref().expect("q of an expanded node");
+            assert_eq!(
+                q[..],
+                p(&tree.tokens_to(node)),
+                "node {node} under {sampling:?}"
+            );
+            count += 1;
+        }
+        assert!(count >= 6, "{count} nodes with children");
+    }
+}
+
 /// The target's next-token law behind a prompt, from the model itself.
 fn law(bench: &Bench, prompt: &[u32], sampling: &Sampling, vocab: usize) -> Law {
     let files = ModelFiles::open(&bench.path("target")).expect("opens");
