@@ -277,6 +277,15 @@ proptest! {
     }
 }
 
+/// Prompts, budget, (batch, threads, seed), tree, truncated head.
+type Case = (
+    Vec<Vec<u32>>,
+    Budget,
+    (usize, usize, u64),
+    TreeSettings,
+    Option<Vec<u32>>,
+);
+
 #[test]
 fn greedy_text_is_that_of_plain_decoding() {
     let head = prop::option::of(Just(vec![1u32, 4, 5, 6, 9, 11, 12]));
@@ -289,13 +298,7 @@ fn greedy_text_is_that_of_plain_decoding() {
     );
     let mut runner = TestRunner::new(ProptestConfig::with_cases(24));
     let accepted = Cell::new(0);
-    let body = |(prompts, budget, (batch, threads, seed), tree, head): (
-        Vec<Vec<u32>>,
-        Budget,
-        (usize, usize, u64),
-        TreeSettings,
-        Option<Vec<u32>>,
-    )| {
+    let body = |(prompts, budget, (batch, threads, seed), tree, head): Case| {
         let mut bench = Bench::new(Tiny { seed, ..TINY }, threads);
         let settings = Settings {
             max_new_tokens: 20,

@@ -167,7 +167,7 @@ pub enum Growing {
     Static(StaticTree),
     /// Children per level, see [`StaticTree::from_widths`].
     Widths(Vec<usize>),
-    /// The budget's best for acceptance by depth and rank, see [`optimal`].
+    /// The budget's best for acceptance by depth and rank, see [`optimal()`].
     Optimal(Vec<Vec<f64>>),
 }
 
