@@ -95,7 +95,7 @@ fn limit(name: &str, bytes: usize, steps: usize, pool: &Arc<Pool>) {
     );
 }
 
-/// One forward of ten nodes, and a tree of 60 nodes, width 10 and depth 5: seven forwards.
+/// One forward of ten nodes, and a tree of 60 nodes, width 10 and depth 5: at most five forwards behind the root's logits.
 fn bench<N: Network + 'static>(
     c: &mut Criterion,
     name: &str,

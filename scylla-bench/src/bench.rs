@@ -43,7 +43,7 @@ pub struct Memory {
     pub weight_bytes: u64,
     /// Bytes of cache for the longest sequence, in every slot.
     pub cache_bytes: u64,
-    /// Peak over weights and cache.
+    /// Peak over weights and cache of the target; not said where drafts have weights too.
     pub ratio: Option<f64>,
 }
 
@@ -153,7 +153,7 @@ pub fn run(
         }
     }
     let summary = Summary {
-        memory: memory(session, experiment, &done),
+        memory: memory(session, &specs, &done),
         environment: session.environment.clone(),
         rows: rows(&specs, &decoders, &prompts, &done),
         interrupted: stop.load(Ordering::Relaxed),
@@ -260,13 +260,15 @@ fn converse(
     Ok(Some(outputs))
 }
 
-fn memory(session: &Session, experiment: &Experiment, done: &[Done]) -> Memory {
+fn memory(session: &Session, specs: &[Experiment], done: &[Done]) -> Memory {
     let longest = done
         .iter()
         .flat_map(|d| &d.turns)
         .map(|o| o.prompt_tokens + o.ids.len())
         .max();
-    let positions = longest.unwrap_or(0) * experiment.run.batch;
+    let batch = specs.first().map_or(1, |s| s.run.batch);
+    let positions = longest.unwrap_or(0) * batch;
+    let drafts_weigh = specs.iter().any(|s| s.draft.dir.is_some());
     let weights = session.target.weight_bytes as u64;
     let cache = session.target.config.cache_bytes(positions) as u64;
     let peak = peak_resident();
@@ -274,7 +276,9 @@ fn memory(session: &Session, experiment: &Experiment, done: &[Done]) -> Memory {
         peak_bytes: peak,
         weight_bytes: weights,
         cache_bytes: cache,
-        ratio: peak.map(|p| p as f64 / (weights + cache) as f64),
+        ratio: peak
+            .filter(|_| !drafts_weigh)
+            .map(|p| p as f64 / (weights + cache) as f64),
     }
 }
 

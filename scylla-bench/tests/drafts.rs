@@ -234,7 +234,7 @@ fn export_writes_once_and_says_what_it_cannot() {
     );
     refused(
         export("scylla:scylla", "eagle", "out/x", &[]),
-        &["a Scylla network"],
+        &["`scylla`", "eagle3"],
     );
     refused(
         export("eagle2:eagle2", "medusa", "out/x", &[]),
@@ -255,8 +255,9 @@ fn recorded_acceptance_gives_the_best_static_tree() {
     std::fs::write(place.path("prompts.jsonl"), prompts.collect::<String>()).expect("prompts");
     // Cycles as a benchmark records them: the first child is right half of the time, the second a quarter.
     let cycle = |ranks: &[usize]| {
-        let mut offered = vec![2; ranks.len() + 1];
-        offered.truncate(2);
+        let offered: Vec<usize> = (0..=ranks.len())
+            .map(|d| if d < 2 { 2 } else { 0 })
+            .collect();
         json!({
             "decoder": 1, "repeat": 0, "task": "x", "prompt": "p0", "turn": 0, "cycle": 0, "nodes": 7, "depth": 2,
             "accepted": ranks.len(), "committed": ranks.len() + 1, "cut": false, "ranks": ranks, "offered": offered,
@@ -274,6 +275,14 @@ fn recorded_acceptance_gives_the_best_static_tree() {
     assert_eq!(found["paths"], json!([[0], [1], [0, 0]]));
     let expected = 1.0 + 0.5 + 0.25 + 0.5 / 3.0;
     assert!((found["tau_expected"].as_f64().expect("tau") - expected).abs() < 1e-12);
+    let broken = cycle(&[0]).to_string().replace("[2,2]", "[2,99999999999]");
+    std::fs::write(place.path("run/cycles.jsonl"), broken).expect("cycles");
+    let error = place.refused(&["inspect", "tree", "run"]);
+    assert!(
+        error.contains("line 1") && error.contains("do not fit"),
+        "{error}"
+    );
+    std::fs::write(place.path("run/cycles.jsonl"), cycle(&[]).to_string()).expect("cycles");
     let error = place.refused(&["inspect", "tree", "run", "--decoder", "3"]);
     assert!(error.contains("no cycles of decoder 3"), "{error}");
     let error = place.refused(&[

@@ -106,11 +106,11 @@ impl Matrix {
             .collect()
     }
 
-    /// Gives the host buffer back for reuse.
-    pub fn into_buffer(self) -> Vec<f32> {
+    /// All rows, without a copy where they are on the host.
+    pub fn into_host(self) -> Result<Vec<f32>> {
         match self.data {
-            Data::Host(v) => v,
-            Data::Device(_) => Vec::new(),
+            Data::Host(v) => Ok(v),
+            Data::Device(t) => Ok(t.flatten_all()?.to_vec1()?),
         }
     }
 }

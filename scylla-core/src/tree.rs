@@ -52,9 +52,10 @@ impl Budget {
 
     /// Checks the ranges.
     pub fn check(&self) -> Result<()> {
-        if self.total == 0 || self.width == 0 || self.total > 4096 || self.depth >= 4096 {
+        let sizes = 1..=4096;
+        if !sizes.contains(&self.total) || !sizes.contains(&self.width) || self.depth >= 4096 {
             return Err(Error::Invalid(format!(
-                "budget total {} (1..=4096, root included), width {} (at least 1), depth {} (below 4096)",
+                "budget total {} (1..=4096, root included), width {} (1..=4096), depth {} (below 4096)",
                 self.total, self.width, self.depth
             )));
         }
@@ -148,14 +149,15 @@ impl Tree {
                 ))),
             };
         }
-        let place = |node: usize| nodes.iter().position(|&n| n == node);
+        let mut places: Vec<Option<usize>> = vec![None; self.len()];
         let mut tree = Self::root(self.tokens[0]);
         tree.draft_to_target.clone_from(&self.draft_to_target);
         for (i, &node) in nodes.iter().enumerate() {
-            match self.parents.get(node).and_then(|&parent| place(parent)) {
-                Some(_) if i == 0 && node == 0 => {}
-                Some(parent) if i > 0 && node > 0 && parent < i => {
-                    tree.push(parent, self.tokens[node]);
+            let parent = self.parents.get(node).and_then(|&parent| places[parent]);
+            match parent {
+                None if i == 0 && node == 0 => places[0] = Some(0),
+                Some(parent) if node > 0 && places[node].is_none() => {
+                    places[node] = Some(tree.push(parent, self.tokens[node]));
                 }
                 _ => {
                     return Err(Error::Invalid(format!(

@@ -257,10 +257,13 @@ impl DraftModel for Suffix {
             let Some(automaton) = self.slots.get(&r.slot) else {
                 return tree;
             };
-            for state in automaton.matches(self.shortest) {
-                if tree.len() >= r.budget.total {
+            // In a repetitive text every suffix says the same: a few in a row that add nothing are the end.
+            let mut idle = 0;
+            for state in automaton.matches(self.shortest).take(COUNTED) {
+                if tree.len() >= r.budget.total || idle > 3 {
                     break;
                 }
+                let before = tree.len();
                 let length = automaton.states[state].len as f64;
                 let levels = r
                     .budget
@@ -269,6 +272,10 @@ impl DraftModel for Suffix {
                 if levels > 0 {
                     grow(automaton, state, levels, r.budget, &mut tree);
                 }
+                idle = match tree.len() == before {
+                    true => idle + 1,
+                    false => 0,
+                };
             }
             tree
         };

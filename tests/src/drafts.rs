@@ -32,117 +32,128 @@ pub struct TinyDraft {
     pub tensors: Vec<DraftTensor>,
 }
 
+type Shapes = Vec<(String, Vec<usize>)>;
+
+/// Keys and shapes of one decoder layer whose attention takes `input` values.
+fn layer(t: &Tiny, prefix: &str, input: usize) -> Shapes {
+    let (h, q, kv) = (t.hidden, t.heads * t.head_dim, t.kv_heads * t.head_dim);
+    let shapes = [
+        ("self_attn.q_proj", vec![q, input]),
+        ("self_attn.k_proj", vec![kv, input]),
+        ("self_attn.v_proj", vec![kv, input]),
+        ("self_attn.o_proj", vec![h, q]),
+        ("mlp.gate_proj", vec![t.ffn, h]),
+        ("mlp.up_proj", vec![t.ffn, h]),
+        ("mlp.down_proj", vec![h, t.ffn]),
+        ("post_attention_layernorm", vec![h]),
+    ];
+    let name = |(n, s): (&str, Vec<usize>)| (format!("{prefix}.{n}.weight"), s);
+    shapes.map(name).to_vec()
+}
+
+/// Keys and shapes of a family, the draft vocabulary's maps aside.
+fn shapes(t: &Tiny, family: &str, more: &Value, draft_vocab: usize) -> Shapes {
+    let h = t.hidden;
+    let flag = |key: &str| more.get(key).and_then(Value::as_bool).unwrap_or(false);
+    let wide = matches!(family, "eagle3" | "speculators");
+    let mut all: Shapes = vec![(
+        "fc.weight".into(),
+        vec![h, if wide { 3 * h } else { 2 * h }],
+    )];
+    match family {
+        "eagle" => all.extend(layer(t, "layers.0", h)),
+        "scylla" => {
+            all.extend(layer(t, "layers.0", h));
+            all.extend(layer(t, "layers.1", h));
+            all.push(("layers.1.input_layernorm.weight".into(), vec![h]));
+            if flag("input_norm_first") {
+                all.push(("layers.0.input_layernorm.weight".into(), vec![h]));
+            }
+            all.push(("norm.weight".into(), vec![h]));
+        }
+        _ => {
+            let prefix = match family {
+                "eagle3" => "midlayer",
+                _ => "layers.0",
+            };
+            all.extend(layer(t, prefix, 2 * h));
+            for name in ["hidden_norm", "input_layernorm"] {
+                all.push((format!("{prefix}.{name}.weight"), vec![h]));
+            }
+            all.push(("norm.weight".into(), vec![h]));
+            all.push(("lm_head.weight".into(), vec![draft_vocab, h]));
+            if flag("fc_norm") {
+                all.extend((0..3).map(|i| (format!("fc_norm.{i}.weight"), vec![h])));
+            }
+            if flag("norm_before_fc") {
+                all.push(("input_norm.weight".into(), vec![3 * h]));
+            }
+        }
+    }
+    all
+}
+
+/// `config.json` of a family, `more` merged in.
+fn config(t: &Tiny, family: &str, more: &Value, draft_vocab: usize) -> Value {
+    let mut all = json!({
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": t.vocab,
+        "hidden_size": t.hidden,
+        "intermediate_size": t.ffn,
+        "num_hidden_layers": if family == "scylla" { 2 } else { 1 },
+        "num_attention_heads": t.heads,
+        "num_key_value_heads": t.kv_heads,
+        "head_dim": t.head_dim,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": false,
+    });
+    match family {
+        "eagle3" => {
+            all["architectures"] = json!(["LlamaForCausalLMEagle3"]);
+            all["draft_vocab_size"] = json!(draft_vocab);
+        }
+        "speculators" => {
+            all = json!({
+                "speculators_model_type": "eagle3",
+                "draft_vocab_size": draft_vocab,
+                "transformer_layer_config": all,
+            });
+        }
+        "scylla" => all["architectures"] = json!(["ScyllaForCausalLM"]),
+        _ => {}
+    }
+    for (key, value) in more.as_object().into_iter().flatten() {
+        all[key] = value.clone();
+    }
+    all
+}
+
 impl TinyDraft {
     /// A checkpoint of `family` (`eagle`, `eagle3`, `speculators` or `scylla`, the last of two layers) for a target, in
-    /// f32. `config` is merged into its `config.json` and may ask for EAGLE-3's options.
-    pub fn new(target: &Tiny, family: &str, config: Value, seed: u64) -> Self {
-        let (h, ffn, vocab) = (target.hidden, target.ffn, target.vocab);
-        let mut all = json!({
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": vocab,
-            "hidden_size": h,
-            "intermediate_size": ffn,
-            "num_hidden_layers": if family == "scylla" { 2 } else { 1 },
-            "num_attention_heads": target.heads,
-            "num_key_value_heads": target.kv_heads,
-            "head_dim": target.head_dim,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
-            "max_position_embeddings": 256,
-            "tie_word_embeddings": false,
-        });
-        let draft_vocab = match config.get("draft_vocab_size").and_then(Value::as_u64) {
+    /// f32. `more` is merged into its `config.json` and may ask for EAGLE-3's options.
+    pub fn new(target: &Tiny, family: &str, more: Value, seed: u64) -> Self {
+        let draft_vocab = match more.get("draft_vocab_size").and_then(Value::as_u64) {
             Some(size) => size as usize,
-            None => vocab - vocab / 3,
+            None => target.vocab - target.vocab / 3,
         };
-        match family {
-            "eagle3" => {
-                all["architectures"] = json!(["LlamaForCausalLMEagle3"]);
-                all["draft_vocab_size"] = json!(draft_vocab);
-            }
-            "speculators" => {
-                all = json!({
-                    "speculators_model_type": "eagle3",
-                    "draft_vocab_size": draft_vocab,
-                    "transformer_layer_config": all,
-                });
-            }
-            "scylla" => all["architectures"] = json!(["ScyllaForCausalLM"]),
-            _ => {}
-        }
-        for (key, value) in config.as_object().into_iter().flatten() {
-            all[key] = value.clone();
-        }
         let mut draft = Self {
-            config: all,
+            config: config(target, family, &more, draft_vocab),
             tensors: Vec::new(),
         };
         let mut rng = StdRng::seed_from_u64(seed);
-        let flag = |key: &str| config.get(key).and_then(Value::as_bool).unwrap_or(false);
-        let q = target.heads * target.head_dim;
-        let kv = target.kv_heads * target.head_dim;
-        let layer = |prefix: &str, input: usize| -> Vec<(String, Vec<usize>)> {
-            let shapes = [
-                ("self_attn.q_proj", vec![q, input]),
-                ("self_attn.k_proj", vec![kv, input]),
-                ("self_attn.v_proj", vec![kv, input]),
-                ("self_attn.o_proj", vec![h, q]),
-                ("mlp.gate_proj", vec![ffn, h]),
-                ("mlp.up_proj", vec![ffn, h]),
-                ("mlp.down_proj", vec![h, ffn]),
-                ("post_attention_layernorm", vec![h]),
-            ];
-            let name = |(n, s): (&str, Vec<usize>)| (format!("{prefix}.{n}.weight"), s);
-            shapes.map(name).to_vec()
-        };
-        let mut shapes: Vec<(String, Vec<usize>)> = Vec::new();
-        match family {
-            "eagle" => {
-                shapes.extend(layer("layers.0", h));
-                shapes.push(("fc.weight".into(), vec![h, 2 * h]));
-            }
-            "scylla" => {
-                shapes.extend(layer("layers.0", h));
-                shapes.extend(layer("layers.1", h));
-                shapes.push(("layers.1.input_layernorm.weight".into(), vec![h]));
-                if flag("input_norm_first") {
-                    shapes.push(("layers.0.input_layernorm.weight".into(), vec![h]));
-                }
-                shapes.push(("fc.weight".into(), vec![h, 2 * h]));
-                shapes.push(("norm.weight".into(), vec![h]));
-            }
-            _ => {
-                let prefix = match family {
-                    "eagle3" => "midlayer",
-                    _ => "layers.0",
-                };
-                shapes.extend(layer(prefix, 2 * h));
-                for name in ["hidden_norm", "input_layernorm"] {
-                    shapes.push((format!("{prefix}.{name}.weight"), vec![h]));
-                }
-                shapes.push(("fc.weight".into(), vec![h, 3 * h]));
-                shapes.push(("norm.weight".into(), vec![h]));
-                shapes.push(("lm_head.weight".into(), vec![draft_vocab, h]));
-                if flag("fc_norm") {
-                    shapes.extend((0..3).map(|i| (format!("fc_norm.{i}.weight"), vec![h])));
-                }
-                if flag("norm_before_fc") {
-                    shapes.push(("input_norm.weight".into(), vec![3 * h]));
-                }
-                draft.draft_vocabulary(vocab, draft_vocab, &mut rng);
-            }
+        if matches!(family, "eagle3" | "speculators") {
+            draft.draft_vocabulary(target.vocab, draft_vocab, &mut rng);
         }
-        for (name, shape) in shapes {
-            let scale = match name.contains("norm") {
-                true => 0.1,
-                false => 2.0 / (*shape.last().expect("a shape") as f32).sqrt(),
+        for (name, shape) in shapes(target, family, &more, draft_vocab) {
+            let (base, scale) = match name.contains("norm") {
+                true => (1.0, 0.1),
+                false => (0.0, 2.0 / (*shape.last().expect("a shape") as f32).sqrt()),
             };
-            let base = if name.contains("norm") { 1.0 } else { 0.0 };
-            let count = shape.iter().product();
-            let values: Vec<f32> = (0..count)
-                .map(|_| base + scale * rng.random_range(-1.0f32..1.0))
-                .collect();
+            let value = |_| base + scale * rng.random_range(-1.0f32..1.0);
+            let values: Vec<f32> = (0..shape.iter().product()).map(value).collect();
             draft.tensors.push(DraftTensor {
                 name,
                 dtype: Dtype::F32,

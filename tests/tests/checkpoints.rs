@@ -63,6 +63,7 @@ fn write(from: &Path, to: &Path, format: Format, precision: Precision, bias: boo
         precision,
         zero_bias: bias,
         target: &target,
+        target_sha256: None,
         verifier: ("somebody/target", "LlamaForCausalLM"),
         embedding: &embedding,
         taps: &taps,
@@ -331,6 +332,7 @@ fn golden_checkpoints_survive_the_round_trip() {
             precision: Precision::AsIs,
             zero_bias: false,
             target: &files.config,
+            target_sha256: None,
             verifier: (target, "LlamaForCausalLM"),
             embedding: &embedding,
             taps: &taps,
@@ -419,6 +421,29 @@ fn wrong_checkpoints_are_refused_naming_key_expected_and_found() {
     check(&layers, &["num_hidden_layers", "2", "expected 1"]);
     let draft_vocab = refused("eagle3", |d| d.config["draft_vocab_size"] = json!(31));
     check(&draft_vocab, &["draft_vocab_size", "31", "1..=30"]);
+
+    let taps = |value: Value| {
+        refused("eagle3", |d| {
+            d.config["eagle_aux_hidden_state_layer_ids"] = value
+        })
+    };
+    check(&taps(json!([])), &["0 hidden states", "1..=9"]);
+    check(
+        &taps(json!(["2", "4", "5"])),
+        &["eagle_aux_hidden_state_layer_ids", "list of layers"],
+    );
+    check(&taps(json!([-2, 4, 5])), &["[-2,4,5]"]);
+    let huge = refused("eagle3", |d| {
+        d.config["num_aux_hidden_states"] = json!(1u64 << 60);
+        d.config["fc_norm"] = json!(true);
+    });
+    check(&huge, &["1152921504606846976 hidden states"]);
+    let deep = refused("scylla", |d| d.config["num_hidden_layers"] = json!(1 << 24));
+    check(&deep, &["num_hidden_layers", "16777216"]);
+    let other = refused("speculators", |d| {
+        d.config["speculators_model_type"] = json!("eagle")
+    });
+    check(&other, &["speculators_model_type", "\"eagle\"", "eagle3"]);
 
     let offset = |at: usize, value: i64| {
         move |d: &mut TinyDraft| {
@@ -541,11 +566,79 @@ fn coinciding_taps_are_refused_unless_layers_are_given() {
         taps(None).expect("inputs"),
         [Tap::Input(1), Tap::Input(3), Tap::Input(5)]
     );
-    write(json!({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 4]}}));
+    write(json!({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [-1, 2, 4]}}));
     assert_eq!(
         taps(None).expect("outputs"),
-        [Tap::Input(1), Tap::Input(3), Tap::Input(5)]
+        [Tap::Input(0), Tap::Input(3), Tap::Input(5)]
     );
+}
+
+/// A draft vocabulary of the target's size needs no maps, and vLLM takes none: an order of its own cannot be served.
+#[test]
+fn a_whole_draft_vocabulary_is_written_without_maps_or_not_at_all() {
+    let dir = tempfile::tempdir().expect("dir");
+    let at = |name: &str| dir.path().join(name);
+    let mut draft = TinyDraft::new(&TARGET, "eagle3", json!({"draft_vocab_size": 30}), 1);
+    draft.write(&at("whole"));
+    let written = write(
+        &at("whole"),
+        &at("out"),
+        Format::Eagle3,
+        Precision::AsIs,
+        false,
+    );
+    assert!(!written.keys.iter().any(|k| k == "d2t" || k == "t2d"));
+    assert!(open(&at("out")).expect("opens").draft_ids(30).is_ok());
+    // Tokens 0 and 1 change places.
+    draft.tensor("d2t").bytes[..8].copy_from_slice(&1i64.to_le_bytes());
+    draft.tensor("d2t").bytes[8..16].copy_from_slice(&(-1i64).to_le_bytes());
+    draft.write(&at("mixed"));
+    let checkpoint = open(&at("mixed")).expect("opens");
+    assert_eq!(checkpoint.draft_ids(30).expect("ids").target(0), 1);
+    let target = config();
+    let what = Export {
+        checkpoint: &checkpoint,
+        format: Format::Eagle3,
+        precision: Precision::AsIs,
+        zero_bias: false,
+        target: &target,
+        target_sha256: None,
+        verifier: ("t", "LlamaForCausalLM"),
+        embedding: &|| Ok(Vec::new()),
+        taps: &[],
+        speculative_tokens: 5,
+    };
+    let error = export(&what, &at("never"))
+        .expect_err("refused")
+        .to_string();
+    check(&error, &["another order"]);
+}
+
+/// EAGLE's own switch for biases of q, k and v is read and written.
+#[test]
+fn biases_of_the_attention_go_in_and_out() {
+    let dir = tempfile::tempdir().expect("dir");
+    let at = |name: &str| dir.path().join(name);
+    let mut draft = TinyDraft::new(&TARGET, "eagle", json!({"qkv_bias": true}), 1);
+    for (name, n) in [("q", 32), ("k", 16), ("v", 16)] {
+        let mut bias = draft
+            .tensor("layers.0.post_attention_layernorm.weight")
+            .clone();
+        bias.name = format!("layers.0.self_attn.{name}_proj.bias");
+        bias.shape = vec![n];
+        bias.bytes.truncate(4 * n);
+        draft.tensors.push(bias);
+    }
+    draft.write(&at("in"));
+    let written = write(&at("in"), &at("out"), Format::Eagle, Precision::AsIs, false);
+    assert_eq!(written.keys.len(), EAGLE_KEYS.len() + 3);
+    assert!(written.notes.iter().any(|n| n.contains("qkv_bias")));
+    let config = json_of(&at("out"));
+    assert_eq!(
+        (&config["qkv_bias"], &config["attention_bias"]),
+        (&json!(true), &json!(false))
+    );
+    assert_eq!(tensors(&at("out")), tensors(&at("in")));
 }
 
 #[test]
@@ -561,6 +654,7 @@ fn formats_that_cannot_say_a_network_are_refused() {
             precision: Precision::Bf16,
             zero_bias: false,
             target: &target,
+            target_sha256: None,
             verifier: ("t", "LlamaForCausalLM"),
             embedding: &|| Ok(Vec::new()),
             taps: &[],

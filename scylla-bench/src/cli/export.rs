@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use scylla_core::assets::resolve;
+use scylla_core::assets::{hash_model, resolve};
 use scylla_core::model::{ModelFiles, WeightForm};
 use scylla_draft::checkpoint::{self, Checkpoint, Family, Format, Precision};
 use serde::Serialize;
@@ -53,7 +53,8 @@ struct Report<'a> {
 }
 
 impl Export {
-    pub(super) fn run(self) -> Result<()> {
+    /// The families that the draft's name stands for, its directory, and what can be refused without a file.
+    fn check(&self) -> Result<(&'static [Family], &str)> {
         let bad = |message: String| Err(Error::Experiment(message));
         let Some((name, dir)) = self.draft.split_once(':') else {
             return bad(format!("--draft `{}`: expected NAME:DIR", self.draft));
@@ -61,9 +62,8 @@ impl Export {
         let families: &[Family] = match name {
             "eagle2" | "hass" => &[Family::Eagle],
             "eagle3" => &[Family::Eagle3, Family::Speculators],
-            "scylla" => &[Family::Scylla],
             other => {
-                let known = ["eagle2", "eagle3", "hass", "scylla"];
+                let known = ["eagle2", "eagle3", "hass"];
                 return Err(scylla_core::Error::unknown("exportable draft", other, known).into());
             }
         };
@@ -77,6 +77,11 @@ impl Export {
                 return Err(Error::file(&file, message));
             }
         }
+        Ok((families, dir))
+    }
+
+    pub(super) fn run(self) -> Result<()> {
+        let (families, dir) = self.check()?;
         let target = with_download(|p| Ok(resolve(&self.target, p)?))?;
         let files = ModelFiles::open(&target)?;
         let c = &files.config;
@@ -88,6 +93,7 @@ impl Export {
             }
             _ => Vec::new(),
         };
+        let hash = hash_model(&target)?;
         let embedding = || {
             let shape = [c.vocab, c.hidden];
             let table = files
@@ -106,6 +112,7 @@ impl Export {
             precision: self.dtype,
             zero_bias: self.zero_bias,
             target: c,
+            target_sha256: Some(&hash),
             verifier: (self.verifier.as_ref().unwrap_or(&self.target), architecture),
             embedding: &embedding,
             taps: &taps,

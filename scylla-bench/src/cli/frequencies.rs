@@ -23,6 +23,26 @@ pub(super) struct Frequencies {
     output: PathBuf,
 }
 
+/// Pieces of about 64 KiB, cut behind a line's end between two characters that are no space: some tokens hold
+/// several line ends, or one with the space around it.
+fn pieces(text: &str) -> impl Iterator<Item = &str> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let bytes = rest.as_bytes();
+        let cut = |&i: &usize| {
+            let solid = |b: u8| !b.is_ascii_whitespace();
+            bytes[i - 1] == b'\n' && solid(bytes[i - 2]) && solid(bytes[i])
+        };
+        let end = (64 << 10..bytes.len()).find(cut).unwrap_or(bytes.len());
+        let (piece, others) = rest.split_at(end);
+        rest = others;
+        Some(piece)
+    })
+}
+
 impl Frequencies {
     pub(super) fn run(self) -> Result<()> {
         let path = with_download(|p| Ok(resolve(&self.model, p)?))?;
@@ -36,8 +56,8 @@ impl Frequencies {
         let mut counts = vec![0u64; tokenizer.size()];
         for path in &self.text {
             let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-            for line in text.split_inclusive('\n') {
-                for id in tokenizer.encode_plain(line)? {
+            for piece in pieces(&text) {
+                for id in tokenizer.encode_plain(piece)? {
                     if let Some(count) = counts.get_mut(id as usize) {
                         *count += 1;
                     }
@@ -61,5 +81,24 @@ impl Frequencies {
         );
         eprintln!("{all} tokens, {seen} different ones of {}", counts.len());
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_make_up_the_text_and_part_only_solid_lines() {
+        let text = "a line\n\n  and \u{e9}\nanother\n".repeat(20_000);
+        let found: Vec<&str> = pieces(&text).collect();
+        assert!(found.len() > 3);
+        assert_eq!(found.concat(), text);
+        for piece in &found[..found.len() - 1] {
+            assert!(
+                piece.ends_with("\u{e9}\n") || piece.ends_with("another\n"),
+                "{piece:?}"
+            );
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use scylla_core::decode::{Cycle, tau};
 use scylla_core::tree::Budget;
-use scylla_draft::tree::{expected_tokens, optimal};
+use scylla_draft::tree::{MOST_OPTIMAL, expected_tokens, optimal};
 use serde::{Deserialize, Serialize};
 
 use super::{print_json, print_text};
@@ -58,6 +58,14 @@ fn cycles(run: &Path, decoder: usize) -> Result<Vec<Cycle>> {
     for (i, line) in text.lines().enumerate() {
         let line: Line = serde_json::from_str(line)
             .map_err(|e| Error::file(&path, format!("line {}: {e}", i + 1)))?;
+        let c = &line.cycle;
+        let ranks = c.ranks.iter().zip(&c.offered);
+        let sound = c.offered.len() == c.ranks.len() + 1 || c.offered.is_empty();
+        let within = c.offered.iter().all(|&n| n < 4096) && c.offered.len() <= 4096;
+        if !(sound && within && ranks.clone().all(|(rank, offered)| rank < offered)) {
+            let message = "ranks and offered do not fit together";
+            return Err(Error::file(&path, format!("line {}: {message}", i + 1)));
+        }
         if line.decoder == decoder {
             cycles.push(line.cycle);
         }
@@ -79,6 +87,12 @@ impl Tree {
             depth: self.depth,
         };
         budget.check()?;
+        if self.total > MOST_OPTIMAL {
+            return Err(Error::Experiment(format!(
+                "--total {}: at most {MOST_OPTIMAL}",
+                self.total
+            )));
+        }
         let cycles = cycles(&self.run, self.decoder)?;
         let alpha = alpha_by_rank(cycles.iter());
         if alpha.is_empty() {

@@ -282,8 +282,11 @@ impl Loop<'_, '_> {
         let used = |slot: &usize| self.live.iter().any(|l| l.slot == *slot);
         let slot = (0..).find(|slot| !used(slot)).unwrap_or(0);
         self.parts.target.open(slot)?;
-        if let Some((_, draft)) = &mut self.parts.draft {
-            draft.open(slot)?;
+        if let Some((_, draft)) = &mut self.parts.draft
+            && let Err(e) = draft.open(slot)
+        {
+            self.parts.target.close(slot);
+            return Err(e);
         }
         // Registered before the prompt runs: an error below still closes the slot.
         self.live.push(Live {

@@ -85,6 +85,7 @@ struct Hf {
     tie_word_embeddings: bool,
     #[serde(default)]
     attention_bias: bool,
+    qkv_bias: Option<bool>,
     #[serde(default)]
     mlp_bias: bool,
     hidden_act: Option<String>,
@@ -120,7 +121,9 @@ impl ModelConfig {
         let heads = need(hf.num_attention_heads, "num_attention_heads")?;
         let hidden = need(hf.hidden_size, "hidden_size")?;
         let config = Self {
-            qkv_bias: model_type == "qwen2" || hf.attention_bias,
+            qkv_bias: hf
+                .qkv_bias
+                .unwrap_or(model_type == "qwen2" || hf.attention_bias),
             architecture: model_type,
             vocab: need(hf.vocab_size, "vocab_size")?,
             hidden,

@@ -229,6 +229,9 @@ pub(crate) fn shard_names(listing: &Path) -> Result<Vec<String>> {
     let mut names: Vec<String> = parsed.weight_map.into_values().collect();
     names.sort();
     names.dedup();
+    if names.is_empty() {
+        return Err(Error::file(listing, "names no shard"));
+    }
     // A name from a file must not lead out of its directory.
     match names
         .iter()

@@ -30,7 +30,7 @@ pub fn tap_layers(
 ) -> Result<Vec<Tap>> {
     let layers = match layers {
         Some(layers) => layers.to_vec(),
-        None => match configured(&checkpoint.json) {
+        None => match configured(&checkpoint.json)? {
             Some(layers) => layers,
             None => default_taps(target.layers)?.to_vec(),
         },
@@ -46,17 +46,24 @@ pub fn tap_layers(
     Ok(layers.into_iter().map(Tap::Input).collect())
 }
 
-/// Layer inputs that a configuration names: vLLM's top-level key counts inputs, SGLang's nested one counts outputs.
-fn configured(json: &Value) -> Option<Vec<usize>> {
+/// Layer inputs that a configuration names: vLLM's top-level key counts inputs, SGLang's nested one counts outputs,
+/// of which -1 is the embedding.
+fn configured(json: &Value) -> Result<Option<Vec<usize>>> {
     let key = "eagle_aux_hidden_state_layer_ids";
-    let list = |value: &Value| -> Option<Vec<usize>> {
-        let ids = value.as_array()?.iter();
-        ids.map(|v| usize::try_from(v.as_u64()?).ok()).collect()
-    };
     let nested = json.get("eagle_config").and_then(|c| c.get(key));
-    match json.get(key).and_then(list) {
-        Some(inputs) => Some(inputs),
-        None => Some(nested.and_then(list)?.into_iter().map(|l| l + 1).collect()),
+    let given = |value: Option<&Value>| value.filter(|v| !v.is_null()).cloned();
+    let (list, shift) = match (given(json.get(key)), given(nested)) {
+        (Some(inputs), _) => (inputs, 0),
+        (None, Some(outputs)) => (outputs, 1),
+        (None, None) => return Ok(None),
+    };
+    let layer = |v: &Value| usize::try_from(v.as_i64()?.checked_add(shift)?).ok();
+    let layers = list.as_array().map(|ids| ids.iter().map(layer).collect());
+    match layers.flatten() {
+        Some(layers) => Ok(Some(layers)),
+        None => Err(Error::Invalid(format!(
+            "`{key}` is {list}; expected a list of layers"
+        ))),
     }
 }
 
@@ -69,8 +76,22 @@ pub fn offsets_of(targets: &[u32]) -> Vec<i64> {
 impl Checkpoint {
     /// Hidden states side by side that make up a feature.
     pub fn tap_count(&self) -> usize {
-        let listed = configured(&self.json).map(|layers| layers.len());
-        self.size("num_aux_hidden_states").or(listed).unwrap_or(3)
+        let listed = || configured(&self.json).ok().flatten().map(|l| l.len());
+        let count = self.size("num_aux_hidden_states");
+        count.or_else(listed).unwrap_or(3)
+    }
+
+    /// Checks what a configuration says of its taps, before a shape is made of it.
+    pub(super) fn check_taps(&self, target: &TargetShape) -> Result<()> {
+        configured(&self.json)?;
+        match self.tap_count() {
+            n if (1..=target.layers + 1).contains(&n) => Ok(()),
+            n => Err(Error::Invalid(format!(
+                "{n} hidden states make up a feature; expected 1..={} for a target of {} layers",
+                target.layers + 1,
+                target.layers
+            ))),
+        }
     }
 
     /// Whether the features are normed as one before `fc` (EAGLE-3.1); the nested key counts more.

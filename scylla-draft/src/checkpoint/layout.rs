@@ -1,8 +1,11 @@
 //! Which keys a checkpoint of each family has, with their shapes and types.
 
+use std::path::Path;
+
 use safetensors::Dtype;
-use scylla_core::model::Shards;
+use scylla_core::model::{ModelConfig, Shards};
 use scylla_core::plugin::TargetShape;
+use scylla_core::{Error, Result};
 use serde_json::Value;
 
 use super::Checkpoint;
@@ -36,18 +39,25 @@ pub(super) const SCYLLA: &str = "ScyllaForCausalLM";
 
 impl Family {
     /// What a configuration and its keys say.
-    pub(super) fn of(json: &Value, shards: &Shards) -> Self {
+    pub(super) fn of(json: &Value, shards: &Shards, path: &Path) -> Result<Self> {
         let architecture = json.pointer("/architectures/0").and_then(Value::as_str);
         let eagle3 = architecture.is_some_and(|a| a.to_lowercase().contains("eagle3"));
-        if json.get("speculators_model_type").is_some() {
-            Self::Speculators
-        } else if architecture == Some(SCYLLA) {
+        if let Some(kind) = json.get("speculators_model_type") {
+            return match kind.as_str() {
+                Some("eagle3") => Ok(Self::Speculators),
+                _ => Err(Error::Unsupported(format!(
+                    "{}: speculators_model_type {kind}; supported: \"eagle3\"",
+                    path.display()
+                ))),
+            };
+        }
+        Ok(if architecture == Some(SCYLLA) {
             Self::Scylla
         } else if eagle3 || shards.contains("midlayer.hidden_norm.weight") {
             Self::Eagle3
         } else {
             Self::Eagle
-        }
+        })
     }
 }
 
@@ -92,87 +102,87 @@ pub(crate) fn eagle3_prefix(family: Family) -> &'static str {
     }
 }
 
+/// The keys of one decoder layer whose attention takes `input` values, input norm aside.
+fn layer(c: &ModelConfig, prefix: &str, input: usize) -> Vec<Entry> {
+    let h = c.hidden;
+    let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+    let at = |name: &str, shape: &[usize]| float(format!("{prefix}.{name}"), shape);
+    let mut all = vec![
+        at("self_attn.q_proj.weight", &[q, input]),
+        at("self_attn.k_proj.weight", &[kv, input]),
+        at("self_attn.v_proj.weight", &[kv, input]),
+        at("self_attn.o_proj.weight", &[h, q]),
+        at("mlp.gate_proj.weight", &[c.ffn, h]),
+        at("mlp.up_proj.weight", &[c.ffn, h]),
+        at("mlp.down_proj.weight", &[h, c.ffn]),
+        at("post_attention_layernorm.weight", &[h]),
+    ];
+    if c.qkv_bias {
+        for (name, n) in [("q", q), ("k", kv), ("v", kv)] {
+            all.push(at(&format!("self_attn.{name}_proj.bias"), &[n]));
+        }
+    }
+    all
+}
+
 /// The keys of a checkpoint's family and shape.
 pub fn entries(checkpoint: &Checkpoint, target: &TargetShape) -> Vec<Entry> {
     let c = &checkpoint.config;
-    let (h, vocab) = (c.hidden, c.vocab);
-    let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-    let layer = |prefix: &str, input: usize| {
-        let at = |name: &str, shape: &[usize]| float(format!("{prefix}.{name}"), shape);
-        let mut all = vec![
-            at("self_attn.q_proj.weight", &[q, input]),
-            at("self_attn.k_proj.weight", &[kv, input]),
-            at("self_attn.v_proj.weight", &[kv, input]),
-            at("self_attn.o_proj.weight", &[h, q]),
-            at("mlp.gate_proj.weight", &[c.ffn, h]),
-            at("mlp.up_proj.weight", &[c.ffn, h]),
-            at("mlp.down_proj.weight", &[h, c.ffn]),
-            at("post_attention_layernorm.weight", &[h]),
-        ];
-        if c.qkv_bias {
-            for (name, n) in [("q", q), ("k", kv), ("v", kv)] {
-                all.push(at(&format!("self_attn.{name}_proj.bias"), &[n]));
-            }
-        }
-        all
-    };
-    let embed = float("embed_tokens.weight", &[vocab, h]).optional();
-    match checkpoint.family {
+    let h = c.hidden;
+    let mut all = match checkpoint.family {
         Family::Eagle => {
-            let mut all = layer("layers.0", h);
+            let mut all = layer(c, "layers.0", h);
             all.push(float("fc.weight", &[h, 2 * h]));
             all.push(float("fc.bias", &[h]).optional());
-            all.push(embed);
             all
         }
         Family::Scylla => {
-            let mut all = vec![
-                float("fc.weight", &[h, 2 * h]),
-                float("norm.weight", &[h]),
-                embed,
-            ];
+            let mut all = vec![float("fc.weight", &[h, 2 * h]), float("norm.weight", &[h])];
             for i in 0..c.layers {
                 let prefix = format!("layers.{i}");
-                all.extend(layer(&prefix, h));
+                all.extend(layer(c, &prefix, h));
                 if i > 0 || checkpoint.flag("input_norm_first") {
                     all.push(float(format!("{prefix}.input_layernorm.weight"), &[h]));
                 }
             }
             all
         }
-        Family::Eagle3 | Family::Speculators => {
-            let prefix = eagle3_prefix(checkpoint.family);
-            let mut all = layer(prefix, 2 * h);
-            let taps = checkpoint.tap_count();
-            all.push(float("fc.weight", &[h, taps * target.hidden]));
-            if checkpoint.flag("fc_norm") {
-                let norm = |i| float(format!("fc_norm.{i}.weight"), &[target.hidden]);
-                all.extend((0..taps).map(norm));
-            }
-            if checkpoint.norm_before_fc() {
-                all.push(float("input_norm.weight", &[taps * target.hidden]));
-            }
-            all.push(float(format!("{prefix}.hidden_norm.weight"), &[h]));
-            all.push(float(format!("{prefix}.input_layernorm.weight"), &[h]));
-            all.push(float("norm.weight", &[h]));
-            let draft_vocab = checkpoint.draft_vocab();
-            all.push(float("lm_head.weight", &[draft_vocab, h]));
-            // Without a vocabulary of its own a draft needs no maps.
-            let optional = draft_vocab == vocab;
-            all.push(Entry {
-                name: "d2t".into(),
-                shape: vec![draft_vocab],
-                kinds: &[Dtype::I64],
-                optional,
-            });
-            all.push(Entry {
-                name: "t2d".into(),
-                shape: vec![vocab],
-                kinds: &[Dtype::BOOL],
-                optional,
-            });
-            all.push(embed);
-            all
-        }
+        Family::Eagle3 | Family::Speculators => eagle3(checkpoint, target),
+    };
+    all.push(float("embed_tokens.weight", &[c.vocab, h]).optional());
+    all
+}
+
+/// The keys of an EAGLE-3 checkpoint.
+fn eagle3(checkpoint: &Checkpoint, target: &TargetShape) -> Vec<Entry> {
+    let c = &checkpoint.config;
+    let h = c.hidden;
+    let prefix = eagle3_prefix(checkpoint.family);
+    let taps = checkpoint.tap_count();
+    let draft_vocab = checkpoint.draft_vocab();
+    let mut all = layer(c, prefix, 2 * h);
+    all.extend([
+        float("fc.weight", &[h, taps * target.hidden]),
+        float(format!("{prefix}.hidden_norm.weight"), &[h]),
+        float(format!("{prefix}.input_layernorm.weight"), &[h]),
+        float("norm.weight", &[h]),
+        float("lm_head.weight", &[draft_vocab, h]),
+    ]);
+    if checkpoint.flag("fc_norm") {
+        let norm = |i| float(format!("fc_norm.{i}.weight"), &[target.hidden]);
+        all.extend((0..taps).map(norm));
     }
+    if checkpoint.norm_before_fc() {
+        all.push(float("input_norm.weight", &[taps * target.hidden]));
+    }
+    let map = |name: &str, count, kinds| Entry {
+        name: name.into(),
+        shape: vec![count],
+        kinds,
+        // Without a vocabulary of its own a draft needs no maps.
+        optional: draft_vocab == c.vocab,
+    };
+    all.push(map("d2t", draft_vocab, &[Dtype::I64]));
+    all.push(map("t2d", c.vocab, &[Dtype::BOOL]));
+    all
 }

@@ -19,11 +19,15 @@ pub(super) enum Embedding {
 
 impl Embedding {
     /// The draft's own `embed_tokens` where its file has one, else the target's.
-    pub(super) fn new(own: Option<Weight>, shared: &Shared, hidden: usize) -> Self {
-        match own {
-            Some(table) => Self::Own { table, hidden },
-            None => Self::Target(shared.ends.clone()),
-        }
+    pub(super) fn read(from: &Checkpoint, shared: &Shared) -> Result<Self> {
+        let (vocab, hidden) = (from.config.vocab, from.config.hidden);
+        Ok(match from.has("embed_tokens.weight") {
+            true => Self::Own {
+                table: from.matrix("embed_tokens.weight", vocab, hidden)?,
+                hidden,
+            },
+            false => Self::Target(shared.ends.clone()),
+        })
     }
 
     /// Writes the embedding of a token `[H]`.
@@ -130,16 +134,12 @@ impl Reduced {
     ) -> Result<Feature<Self>> {
         let c = &from.config;
         let h = c.hidden;
-        let own = match from.has("embed_tokens.weight") {
-            true => Some(from.matrix("embed_tokens.weight", c.vocab, h)?),
-            false => None,
-        };
         let positions = shared.target.context;
         let pool = Arc::clone(&shared.pool);
         let body = Self {
             hidden: h,
             eps: c.norm_eps,
-            embedding: Embedding::new(own, shared, h),
+            embedding: Embedding::read(from, shared)?,
             fc: from.linear("fc", h, 2 * h, from.has("fc.bias"))?,
             stack: CpuStack::new(c.clone(), layers, capacity(positions), pool),
             norm,

@@ -15,6 +15,8 @@ struct Sequence {
     tokens: Vec<u32>,
     /// Logits after the last committed token; empty before the first.
     last: Vec<f32>,
+    /// Whether the sequence has outgrown the model's context; it drafts no more then.
+    full: bool,
 }
 
 /// A language model that drafts.
@@ -22,7 +24,7 @@ pub struct DraftLm {
     model: Box<dyn TargetModel + Send>,
     bytes: usize,
     ids: Ids,
-    /// Positions a slot holds beside nodes.
+    /// Positions a slot holds, nodes included.
     positions: usize,
     slots: HashMap<Slot, Sequence>,
 }
@@ -35,7 +37,7 @@ impl DraftLm {
     /// `known`.
     ///
     /// # Errors
-    /// If the model has fewer rows of logits than the tokenizer has tokens, or its context leaves no room for a tree.
+    /// If the model has fewer rows of logits than the tokenizer has tokens.
     pub fn new(
         model: Box<dyn TargetModel + Send>,
         bytes: usize,
@@ -49,10 +51,9 @@ impl DraftLm {
                 shape.vocab
             )));
         }
-        let nodes = super::NODES.min(shape.context / 2);
         Ok(Self {
             ids: Ids::same(shape.vocab, known.min(vocab)),
-            positions: shape.context - nodes,
+            positions: shape.context,
             model,
             bytes,
             slots: HashMap::new(),
@@ -126,8 +127,9 @@ impl Network for DraftLm {
     fn observe(&mut self, committed: &Committed<'_>) -> Result<()> {
         let slot = committed.slot;
         let s = self.slots.get_mut(&slot).ok_or_else(|| closed(slot))?;
-        if s.committed + s.tokens.len() > self.positions {
-            return Ok(()); // it drafts no more in this slot
+        s.full |= s.committed + s.tokens.len() + committed.tokens.len() > self.positions;
+        if s.full {
+            return Ok(());
         }
         let columns = self.ids.columns;
         if let Some(token) = committed.tokens.iter().find(|&&t| t as usize >= columns) {
@@ -136,16 +138,15 @@ impl Network for DraftLm {
             )));
         }
         s.tokens.extend_from_slice(committed.tokens);
-        let fits = s.committed + s.tokens.len() <= self.positions;
-        match fits && s.tokens.len() >= CHUNK {
+        match s.tokens.len() >= CHUNK {
             true => self.catch_up(&[slot]),
             false => Ok(()),
         }
     }
 
-    fn has_room(&self, slot: Slot) -> bool {
-        let fits = |s: &Sequence| s.committed + s.tokens.len() <= self.positions;
-        self.slots.get(&slot).is_some_and(fits)
+    fn room(&self, slot: Slot) -> Option<usize> {
+        let s = self.slots.get(&slot).filter(|s| !s.full)?;
+        Some(self.positions - s.committed - s.tokens.len())
     }
 
     fn start(&mut self, slots: &[Slot], logits: &mut Vec<f32>) -> Result<()> {
@@ -175,8 +176,11 @@ impl Network for DraftLm {
             taps: &[],
         })?;
         logits.clear();
-        for rows in &found.logits {
-            logits.extend_from_slice(&rows.all()?);
+        for rows in found.logits {
+            match logits.is_empty() {
+                true => *logits = rows.into_host()?,
+                false => logits.extend_from_slice(&rows.all()?),
+            }
         }
         Ok(())
     }

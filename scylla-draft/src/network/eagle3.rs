@@ -65,10 +65,6 @@ pub fn load(
         false => None,
     };
     let prefix = eagle3_prefix(from.family);
-    let own = match from.has("embed_tokens.weight") {
-        true => Some(from.matrix("embed_tokens.weight", c.vocab, h)?),
-        false => None,
-    };
     let ids = from.draft_ids(shared.known)?;
     let head = from.matrix("lm_head.weight", ids.columns, h)?;
     let layer = Layer::read(&from, prefix, c, 2 * h, false)?;
@@ -79,7 +75,7 @@ pub fn load(
         width,
         hidden: h,
         eps: c.norm_eps,
-        embedding: Embedding::new(own, shared, h),
+        embedding: Embedding::read(&from, shared)?,
         whole_norm,
         tap_norms,
         fc: from.linear("fc", h, width, false)?,

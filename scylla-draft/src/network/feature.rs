@@ -195,9 +195,9 @@ impl<B: Body> Network for Feature<B> {
         Ok(())
     }
 
-    fn has_room(&self, slot: Slot) -> bool {
-        let fits = |s: &Sequence| s.committed + s.tokens.len() <= self.positions;
-        self.slots.get(&slot).is_some_and(fits)
+    fn room(&self, slot: Slot) -> Option<usize> {
+        let s = self.slots.get(&slot)?;
+        (self.positions + NODES).checked_sub(s.committed + s.tokens.len())
     }
 
     fn start(&mut self, slots: &[Slot], logits: &mut Vec<f32>) -> Result<()> {

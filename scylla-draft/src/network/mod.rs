@@ -24,7 +24,7 @@ pub use hass::load as hass;
 pub use ids::Ids;
 pub use scylla::load as scylla;
 
-/// Nodes that may be forwarded while one tree grows; a tree stops growing there.
+/// Nodes that a draft's cache has room for beside the target's context; a tree stops growing there.
 pub const NODES: usize = 1024;
 
 /// New nodes of one slot's tree.
@@ -52,8 +52,9 @@ pub trait Network: Send {
     fn close(&mut self, slot: Slot);
     /// Learns what became final.
     fn observe(&mut self, committed: &Committed<'_>) -> Result<()>;
-    /// Whether a tree may still be grown in this slot.
-    fn has_room(&self, slot: Slot) -> bool;
+    /// Nodes that may be forwarded while a tree grows in this slot; `None` where its cache has no room for the
+    /// sequence any more.
+    fn room(&self, slot: Slot) -> Option<usize>;
     /// Drops all nodes, brings the caches up to date in one forward, and writes the logits after the last committed
     /// token of each slot, `[slots, V_d]`.
     fn start(&mut self, slots: &[Slot], logits: &mut Vec<f32>) -> Result<()>;

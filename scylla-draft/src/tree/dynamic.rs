@@ -15,8 +15,12 @@ pub struct Dynamic;
 /// Indices of the `n` best scores among nodes `from..`, best first; ties go to the earlier node.
 fn best(scores: &[f64], from: usize, n: usize) -> Vec<usize> {
     let mut nodes: Vec<usize> = (from..scores.len()).collect();
-    nodes.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
-    nodes.truncate(n);
+    let order = |a: &usize, b: &usize| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b));
+    if n < nodes.len() {
+        nodes.select_nth_unstable_by(n, order);
+        nodes.truncate(n);
+    }
+    nodes.sort_unstable_by(order);
     nodes
 }
 
@@ -27,14 +31,16 @@ impl Shape for Dynamic {
 
     fn grow(&mut self, growth: &mut Growth, level: &mut Level<'_, '_>) -> Result<()> {
         let budget = level.budget();
+        // A child behind `total - 1` better siblings is never proposed.
+        let width = budget.width.min(budget.total - 1);
         let first = growth.tree.len();
         for (i, node) in std::mem::take(&mut growth.frontier).into_iter().enumerate() {
-            for (token, log) in level.top(i, &growth.tree, node, budget.width)? {
+            for (token, log) in level.top(i, &growth.tree, node, width)? {
                 growth.push(node, token, growth.scores[node] + log, 0);
             }
         }
         if growth.level < budget.depth {
-            growth.frontier = best(&growth.scores, first, budget.width);
+            growth.frontier = best(&growth.scores, first, width);
             // Children score no higher than their parent: below the least score that is kept already, none of
             // them will be proposed.
             if let Some(&least) = best(&growth.scores, 1, budget.total - 1).get(budget.total - 2) {
@@ -50,5 +56,149 @@ impl Shape for Dynamic {
         nodes.push(0);
         nodes.sort_unstable();
         nodes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+    use scylla_core::chance::Seeded;
+    use scylla_core::plugin::{Committed, DraftModel, Request, Slot, Tap};
+
+    use super::*;
+    use crate::network::{Ids, Network, Nodes};
+    use crate::tree::{TreeDraft, TreeSettings};
+
+    const VOCAB: usize = 7;
+
+    /// Logits after the tokens below the root: any function of them that has ties now and then.
+    fn logits(path: &[u32], seed: u64) -> Vec<f32> {
+        let mut state = seed;
+        for &t in path {
+            state = (state ^ u64::from(t + 1)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+            state ^= state >> 29;
+        }
+        (0..VOCAB)
+            .map(|i| {
+                let mixed = (state ^ i as u64).wrapping_mul(0xBF58_476D_1CE4_E5B9) >> 40;
+                (mixed % 9) as f32 / 2.0
+            })
+            .collect()
+    }
+
+    /// A network that is such a function.
+    struct Table {
+        seed: u64,
+        ids: Ids,
+        /// Tokens below the root of each node forwarded, by slot.
+        nodes: HashMap<Slot, Vec<Vec<u32>>>,
+    }
+
+    impl Network for Table {
+        fn taps(&self) -> Vec<Tap> {
+            Vec::new()
+        }
+        fn ids(&self) -> &Ids {
+            &self.ids
+        }
+        fn step_bytes(&self) -> usize {
+            0
+        }
+        fn open(&mut self, _: Slot) -> Result<()> {
+            Ok(())
+        }
+        fn close(&mut self, _: Slot) {}
+        fn observe(&mut self, _: &Committed<'_>) -> Result<()> {
+            Ok(())
+        }
+        fn room(&self, _: Slot) -> Option<usize> {
+            Some(1000)
+        }
+        fn start(&mut self, slots: &[Slot], out: &mut Vec<f32>) -> Result<()> {
+            self.nodes = slots.iter().map(|&s| (s, Vec::new())).collect();
+            *out = slots.iter().flat_map(|_| logits(&[], self.seed)).collect();
+            Ok(())
+        }
+        fn expand(&mut self, nodes: &[Nodes<'_>], out: &mut Vec<f32>) -> Result<()> {
+            out.clear();
+            for n in nodes {
+                let known = self.nodes.entry(n.slot).or_default();
+                for (&token, &parent) in n.tokens.iter().zip(n.parents) {
+                    let mut path = parent.map_or(Vec::new(), |p| known[p].clone());
+                    path.push(token);
+                    out.extend(logits(&path, self.seed));
+                    known.push(path);
+                }
+            }
+            Ok(())
+        }
+    }
+
+    /// EAGLE-2's tree as the paper says it, nothing left out: (tokens below the root, score) of what is proposed.
+    fn naive(seed: u64, budget: Budget) -> Vec<(Vec<u32>, f64)> {
+        let children = |(path, score): &(Vec<u32>, f64)| -> Vec<(Vec<u32>, f64)> {
+            let row = logits(path, seed);
+            let sum: f64 = row.iter().map(|&v| f64::from(v).exp()).sum();
+            let mut order: Vec<usize> = (0..VOCAB).collect();
+            order.sort_by(|&a, &b| row[b].total_cmp(&row[a]).then(a.cmp(&b)));
+            order.truncate(budget.width);
+            let child = |&i: &usize| {
+                let longer = [&path[..], &[i as u32]].concat();
+                (longer, score + f64::from(row[i]) - sum.ln())
+            };
+            order.iter().map(child).collect()
+        };
+        let best = |nodes: &[(Vec<u32>, f64)], n: usize| -> Vec<usize> {
+            let mut order: Vec<usize> = (0..nodes.len()).collect();
+            // Rounding apart, equal scores are equal.
+            let key = |i: &usize| (nodes[*i].1 * 1e9).round();
+            order.sort_by(|a, b| key(b).total_cmp(&key(a)).then(a.cmp(b)));
+            order.truncate(n);
+            order
+        };
+        let mut all = children(&(Vec::new(), 0.0));
+        let mut frontier = all.clone();
+        for _ in 0..budget.depth {
+            let level: Vec<_> = frontier.iter().flat_map(children).collect();
+            frontier = best(&level, budget.width)
+                .into_iter()
+                .map(|i| level[i].clone())
+                .collect();
+            all.extend(level);
+        }
+        let mut kept = best(&all, budget.total - 1);
+        kept.sort_unstable();
+        kept.into_iter().map(|i| all[i].clone()).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn leaving_out_hopeless_nodes_does_not_change_the_tree(
+            seed in 0u64..100_000, total in 2usize..30, width in 1usize..9, depth in 0usize..5,
+        ) {
+            let budget = Budget { total, width, depth };
+            let table = Table { seed, ids: Ids::same(VOCAB, VOCAB), nodes: HashMap::new() };
+            let mut draft = TreeDraft::new(table, &TreeSettings::default()).expect("draft");
+            draft.open(0).expect("open");
+            let sampling = Sampling::default();
+            let request = Request { slot: 0, root: 3, budget, sampling: &sampling, chance: &mut Seeded::new(0, 0) };
+            let found = draft.propose_scored(&mut [request]).expect("propose").remove(0);
+            let expected = naive(seed, budget);
+            let mut scores: Vec<f64> = found.scores[1..].to_vec();
+            let mut wanted: Vec<f64> = expected.iter().map(|e| e.1).collect();
+            scores.sort_by(f64::total_cmp);
+            wanted.sort_by(f64::total_cmp);
+            prop_assert_eq!(scores.len(), wanted.len());
+            for (a, b) in scores.iter().zip(&wanted) {
+                prop_assert!((a - b).abs() < 1e-9, "{:?} for {:?}", scores, wanted);
+            }
+            // Where no two scores are equal, the very nodes.
+            if wanted.windows(2).all(|w| w[1] - w[0] > 1e-9) {
+                let paths: Vec<Vec<u32>> = (1..found.tree.len()).map(|n| found.tree.tokens_to(n)[1..].to_vec()).collect();
+                prop_assert_eq!(paths, expected.into_iter().map(|e| e.0).collect::<Vec<_>>());
+            }
+        }
     }
 }

@@ -125,10 +125,9 @@ impl StaticTree {
             let width = widths.get(depth).or(widths.last()).copied().unwrap_or(0);
             let mut next = Vec::new();
             for node in frontier {
-                for rank in 0..width.min(budget.width) {
-                    if tree.len() < budget.total {
-                        next.push(tree.push(node, rank));
-                    }
+                let room = budget.total - tree.len();
+                for rank in 0..width.min(budget.width).min(room) {
+                    next.push(tree.push(node, rank));
                 }
             }
             frontier = next;

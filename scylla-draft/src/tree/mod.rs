@@ -6,7 +6,7 @@ mod optimal;
 mod settings;
 mod stop;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use scylla_core::Result;
@@ -16,11 +16,11 @@ use scylla_core::tree::{Budget, Drawing, Tree};
 
 pub use dynamic::Dynamic;
 pub use fixed::{EAGLE1, Fixed, Growing, StaticTree};
-pub use optimal::{expected_tokens, optimal};
+pub use optimal::{MOST as MOST_OPTIMAL, expected_tokens, optimal};
 pub use settings::{TreeKind, TreeSettings};
 pub use stop::EarlyStop;
 
-use crate::network::{Ids, NODES, Network, Nodes};
+use crate::network::{Ids, Network, Nodes};
 
 /// A tree that grows.
 pub struct Growth {
@@ -37,10 +37,12 @@ pub struct Growth {
     /// For each node the order in which it was forwarded.
     rows: Vec<Option<usize>>,
     forwarded: usize,
+    /// Nodes that may be forwarded in all.
+    room: usize,
 }
 
 impl Growth {
-    fn new(root: u32, drawing: Drawing, ids: &Ids) -> Self {
+    fn new(root: u32, drawing: Drawing, ids: &Ids, room: usize) -> Self {
         let mut tree = Tree::root(root);
         tree.drawing = drawing;
         if drawing != Drawing::Deterministic {
@@ -54,6 +56,7 @@ impl Growth {
             level: 0,
             rows: vec![None],
             forwarded: 0,
+            room,
         }
     }
 
@@ -66,7 +69,7 @@ impl Growth {
 
     /// The frontier as the network takes it, all of it or as much as still has room.
     fn forward(&mut self) -> (Vec<u32>, Vec<Option<usize>>) {
-        self.frontier.truncate(NODES - self.forwarded);
+        self.frontier.truncate(self.room - self.forwarded);
         self.rows.resize(self.tree.len(), None);
         let mut tokens = Vec::with_capacity(self.frontier.len());
         let mut parents = Vec::with_capacity(self.frontier.len());
@@ -84,7 +87,8 @@ impl Growth {
 pub struct Level<'a, 'r> {
     logits: &'a [f32],
     ids: &'a Ids,
-    history: &'a [u32],
+    /// Draft ids that occurred, each once.
+    seen: &'a [u32],
     request: &'a mut Request<'r>,
     scratch: &'a mut Vec<f64>,
 }
@@ -104,8 +108,9 @@ impl Level<'_, '_> {
         }
         let mut row = row.to_vec();
         let path = tree.tokens_to(node);
-        let before = self.history.iter().chain(&path[1..]);
-        let seen = before.filter_map(|&t| Some(self.ids.draft(t)? as u32));
+        let path = path[1..].iter();
+        let drafted = path.filter_map(|&t| Some(self.ids.draft(t)? as u32));
+        let seen = self.seen.iter().copied().chain(drafted);
         self.request.sampling.penalise(&mut row, seen);
         row.into()
     }
@@ -122,12 +127,15 @@ impl Level<'_, '_> {
     }
 
     /// The distribution after the `i`-th node of the frontier, through the same transform as the target's.
-    pub fn q(&self, i: usize, tree: &Tree, node: usize) -> Result<Arc<[f64]>> {
-        let mut q = Vec::new();
+    pub fn q(&mut self, i: usize, tree: &Tree, node: usize) -> Result<Arc<[f64]>> {
+        let mut scratch = std::mem::take(self.scratch);
         let row = self.row(i, tree, node);
         let sampling = self.request.sampling;
-        sampling.distribution(&row, self.ids.limit, &mut q)?;
-        Ok(q.into())
+        let done = sampling.distribution(&row, self.ids.limit, &mut scratch);
+        drop(row);
+        let q = done.map(|()| Arc::from(&scratch[..]));
+        *self.scratch = scratch;
+        q
     }
 }
 
@@ -150,13 +158,20 @@ pub struct Scored {
     pub scores: Vec<f64>,
 }
 
+/// Ids that occurred, each once.
+#[derive(Default)]
+struct Seen {
+    ids: Vec<u32>,
+    known: HashSet<u32>,
+}
+
 /// A draft: a network and the shape of its trees.
 pub struct TreeDraft {
     network: Box<dyn Network>,
     shape: Box<dyn Shape>,
     stop: Option<EarlyStop>,
-    /// Tokens of each slot, for the repetition penalty.
-    histories: HashMap<Slot, Vec<u32>>,
+    /// Draft ids that occurred in each slot, for the repetition penalty.
+    seen: HashMap<Slot, Seen>,
     logits: Vec<f32>,
     scratch: Vec<f64>,
 }
@@ -168,7 +183,7 @@ impl TreeDraft {
             network: Box::new(network),
             shape: settings.shape()?,
             stop: settings.early_stop.then(EarlyStop::default),
-            histories: HashMap::new(),
+            seen: HashMap::new(),
             logits: Vec::new(),
             scratch: Vec::new(),
         })
@@ -185,11 +200,11 @@ impl TreeDraft {
             }
             let rows = first * ids.columns..(first + count) * ids.columns;
             first += count;
-            let history = self.histories.get(&request.slot);
+            let seen = self.seen.get(&request.slot);
             let mut level = Level {
                 logits: &self.logits[rows],
                 ids,
-                history: history.map_or(&[], |h| &h[..]),
+                seen: seen.map_or(&[], |s| &s.ids[..]),
                 request,
                 scratch: &mut self.scratch,
             };
@@ -214,13 +229,16 @@ impl DraftModel for TreeDraft {
 
     fn open(&mut self, slot: Slot) -> Result<()> {
         self.network.open(slot)?;
-        self.histories.insert(slot, Vec::new());
+        self.seen.insert(slot, Seen::default());
+        if let Some(stop) = &mut self.stop {
+            stop.interrupt();
+        }
         Ok(())
     }
 
     fn close(&mut self, slot: Slot) {
         self.network.close(slot);
-        self.histories.remove(&slot);
+        self.seen.remove(&slot);
     }
 
     fn observe(&mut self, committed: &[Committed<'_>]) -> Result<()> {
@@ -228,8 +246,14 @@ impl DraftModel for TreeDraft {
             if let Some(stop) = &mut self.stop {
                 stop.committed(c.tokens.len());
             }
-            if let Some(history) = self.histories.get_mut(&c.slot) {
-                history.extend_from_slice(c.tokens);
+            if let Some(seen) = self.seen.get_mut(&c.slot) {
+                let ids = self.network.ids();
+                let ids = c.tokens.iter().filter_map(|&t| Some(ids.draft(t)? as u32));
+                for id in ids {
+                    if seen.known.insert(id) {
+                        seen.ids.push(id);
+                    }
+                }
             }
             self.network.observe(c)?;
         }
@@ -248,10 +272,12 @@ impl TreeDraft {
         let mut slots = Vec::with_capacity(requests.len());
         let mut growths = Vec::with_capacity(requests.len());
         for r in requests.iter() {
-            let mut growth = Growth::new(r.root, self.drawing(r.sampling), self.network.ids());
-            match r.budget.levels() > 0 && self.network.has_room(r.slot) {
-                true => slots.push(r.slot),
-                false => growth.frontier.clear(),
+            let room = self.network.room(r.slot).filter(|_| r.budget.levels() > 0);
+            let (drawing, ids) = (self.drawing(r.sampling), self.network.ids());
+            let mut growth = Growth::new(r.root, drawing, ids, room.unwrap_or(0));
+            match room {
+                Some(_) => slots.push(r.slot),
+                None => growth.frontier.clear(),
             }
             growths.push(growth);
         }

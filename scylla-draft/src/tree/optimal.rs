@@ -11,13 +11,17 @@ fn rate(alpha: &[Vec<f64>], depth: usize, rank: usize) -> f64 {
     row.and_then(|row| row.get(rank)).copied().unwrap_or(0.0)
 }
 
+/// Nodes of an optimal tree at the most.
+pub const MOST: usize = 1024;
+
 /// The tree of at most `total` nodes, `width` children per node and `depth + 1` levels with the largest expected
 /// number of accepted nodes, where `alpha[d][r]` is the probability that the child of rank `r` of an accepted node of
 /// depth `d` is the one accepted. Siblings take the ranks 0, 1, 2, ... without gaps.
 ///
-/// Dynamic programming over subtrees: `O(levels width total^2)`.
+/// Dynamic programming over subtrees: `O(levels width total^2)`, so a tree has 1024 nodes at the most.
 pub fn optimal(alpha: &[Vec<f64>], budget: Budget) -> StaticTree {
-    let (levels, width, total) = (budget.levels(), budget.width, budget.total.min(1024));
+    let (width, total) = (budget.width, budget.total.min(MOST));
+    let levels = budget.levels().min(total - 1);
     let deepest = alpha.iter().map(Vec::len).max().unwrap_or(0);
     let width = width.min(deepest);
     // best[d][n]: expected accepted nodes of a subtree of n nodes whose root, accepted, has depth d; itself counted.

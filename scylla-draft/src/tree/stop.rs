@@ -41,6 +41,11 @@ impl EarlyStop {
         self.committed += tokens;
     }
 
+    /// Something else than a cycle comes between, such as a prompt: the cycle it falls into is not measured.
+    pub fn interrupt(&mut self) {
+        self.begun = None;
+    }
+
     /// A proposal begins.
     pub fn begin(&mut self) {
         let now = Instant::now();

@@ -1,17 +1,18 @@
 //! Writing a checkpoint in the layouts that vLLM, SGLang and the speculators library load: exactly their keys.
 
+mod config;
+
 use std::path::Path;
 
 use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use scylla_core::assets::write_atomically;
-use scylla_core::model::{ModelConfig, RopeScaling, Weights};
+use scylla_core::model::{ModelConfig, Weights};
 use scylla_core::plugin::Tap;
 use scylla_core::{Error, Result};
-use serde_json::{Map, Value, json};
 
-use super::{Checkpoint, Entry, Family, default_taps, eagle3_prefix, entries};
+use super::{Checkpoint, Entry, Family, eagle3_prefix, entries};
 
 /// The layouts that can be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,6 +76,8 @@ pub struct Export<'a> {
     pub zero_bias: bool,
     /// The target's shape.
     pub target: &'a ModelConfig,
+    /// Its sha256, which the draft carries.
+    pub target_sha256: Option<&'a str>,
     /// Its name or path and its architecture, as served.
     pub verifier: (&'a str, &'a str),
     /// The target's embedding `[V, H]`, for layouts that hold it.
@@ -126,7 +129,14 @@ pub fn export(what: &Export<'_>, dir: &Path) -> Result<Written> {
     }
     let mut written = Written::default();
     let tensors = tensors(what, &mut written)?;
-    let config = config(what, &mut written.notes);
+    let biased = tensors.iter().any(|t| t.name == "fc.bias");
+    let weight = tensors.iter().find(|t| t.name == "fc.weight");
+    let dtype = match weight.map(|t| t.dtype) {
+        Some(Dtype::BF16) => "bfloat16",
+        Some(Dtype::F16) => "float16",
+        _ => "float32",
+    };
+    let config = config::config(what, biased, dtype, &mut written.notes);
     std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
     let views = tensors.iter().map(|t| {
         let view = TensorView::new(t.dtype, t.shape.clone(), &t.bytes);
@@ -150,6 +160,15 @@ fn tensors(what: &Export<'_>, written: &mut Written) -> Result<Vec<Stored>> {
     let from = what.checkpoint;
     let c = &from.config;
     let same_vocab = from.draft_vocab() == c.vocab;
+    if same_vocab && from.has("d2t") {
+        let (_, offsets) = from.stored("d2t", &[c.vocab])?;
+        if offsets.iter().any(|&b| b != 0) {
+            return Err(Error::Unsupported(format!(
+                "{}: a draft vocabulary as large as the target's in another order; vLLM takes no map there",
+                from.dir.display()
+            )));
+        }
+    }
     let mut all = Vec::new();
     for Entry { name, shape, .. } in entries(from, &what.target.shape()) {
         // vLLM refuses maps where there is nothing to map; EAGLE-1's bias is written below, where it is wanted.
@@ -250,156 +269,4 @@ fn convert(tensor: &mut Stored, precision: Precision) -> usize {
     tensor.dtype = to;
     tensor.bytes = bytes;
     rounded
-}
-
-/// Plain Llama fields, with the rotary positions in both spellings.
-fn llama(c: &ModelConfig, what: &Export<'_>) -> Map<String, Value> {
-    let scaling = match &c.rope_scaling {
-        RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
-        RopeScaling::Llama3 {
-            factor,
-            low_freq_factor,
-            high_freq_factor,
-            original,
-        } => json!({
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": low_freq_factor,
-            "high_freq_factor": high_freq_factor,
-            "original_max_position_embeddings": *original as u64,
-        }),
-        RopeScaling::None | RopeScaling::Factors(_) => Value::Null,
-    };
-    let mut parameters = match &scaling {
-        Value::Object(map) => map.clone(),
-        _ => Map::from_iter([("rope_type".into(), json!("default"))]),
-    };
-    parameters.insert("rope_theta".into(), json!(c.rope_theta));
-    let dtype = match what.precision {
-        Precision::Bf16 => "bfloat16",
-        _ => "float32",
-    };
-    let fields = json!({
-        "model_type": "llama",
-        "hidden_size": c.hidden,
-        "intermediate_size": c.ffn,
-        "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads,
-        "num_key_value_heads": c.kv_heads,
-        "head_dim": c.head_dim,
-        "hidden_act": "silu",
-        // The nearest decimal: 1e-5 is not written as 9.99999974e-6.
-        "rms_norm_eps": c.norm_eps.to_string().parse::<f64>().unwrap_or(1e-6),
-        "vocab_size": c.vocab,
-        // SGLang refuses a draft whose context is shorter than its target's.
-        "max_position_embeddings": c.context.max(what.target.context),
-        "rope_theta": c.rope_theta,
-        "rope_scaling": scaling,
-        "rope_parameters": parameters,
-        "attention_bias": c.qkv_bias,
-        "mlp_bias": false,
-        "tie_word_embeddings": false,
-        "torch_dtype": dtype,
-    });
-    match fields {
-        Value::Object(map) => map,
-        _ => Map::new(),
-    }
-}
-
-fn config(what: &Export<'_>, notes: &mut Vec<String>) -> Value {
-    let from = what.checkpoint;
-    let c = &from.config;
-    let plain = llama(c, what);
-    let mut all = Map::new();
-    let mut set = |key: &str, value: Value| {
-        all.insert(key.into(), value);
-    };
-    match what.format {
-        Format::Eagle => {
-            // SGLang takes the first name; vLLM the first that it knows.
-            let names: &[&str] = match what.zero_bias {
-                true => &["LlamaForCausalLMEagle", "LlamaForCausalLM"],
-                false => &["LlamaForCausalLM"],
-            };
-            set("architectures", json!(names));
-            all.extend(plain);
-            // The engines read `bias` as biases of the attention, which has none.
-            all.insert("bias".into(), json!(false));
-        }
-        Format::Eagle3 => {
-            set("architectures", json!(["LlamaForCausalLMEagle3"]));
-            all.extend(plain);
-            eagle3_fields(what, &mut all, notes);
-        }
-        Format::Speculators => {
-            // No `model_type` here: vLLM takes the file for a speculators one only without it.
-            set("architectures", json!(["Eagle3Speculator"]));
-            set("speculators_model_type", json!("eagle3"));
-            set("speculators_version", json!("0.9.0"));
-            let proposal = json!({
-                "proposal_type": "greedy",
-                "speculative_tokens": what.speculative_tokens,
-                "verifier_accept_k": 1,
-                "accept_tolerance": 0.0,
-            });
-            let (name, architecture) = what.verifier;
-            let speculators = json!({
-                "algorithm": "eagle3",
-                "default_proposal_method": "greedy",
-                "proposal_methods": [proposal],
-                "verifier": {"name_or_path": name, "architectures": [architecture]},
-            });
-            set("speculators_config", speculators);
-            let mut layer = plain;
-            layer.insert("architectures".into(), json!(["LlamaForCausalLM"]));
-            let dtype = layer.get("torch_dtype").cloned().unwrap_or_default();
-            set("torch_dtype", dtype);
-            set("tie_word_embeddings", json!(false));
-            set("transformer_layer_config", Value::Object(layer));
-            eagle3_fields(what, &mut all, notes);
-        }
-    }
-    Value::Object(all)
-}
-
-/// What an EAGLE-3 configuration says beside its layer.
-fn eagle3_fields(what: &Export<'_>, all: &mut Map<String, Value>, notes: &mut Vec<String>) {
-    let from = what.checkpoint;
-    let mut set = |key: &str, value: Value| {
-        all.insert(key.into(), value);
-    };
-    set("draft_vocab_size", json!(from.draft_vocab()));
-    let before = from.flag("norm_before_residual");
-    set("norm_before_residual", json!(before));
-    if before {
-        notes.push(
-            "norm_before_residual is true: vLLM and speculators follow it, SGLang does not".into(),
-        );
-    }
-    for key in ["fc_norm", "norm_output"] {
-        if from.flag(key) {
-            set(key, json!(true));
-        }
-    }
-    if from.norm_before_fc() {
-        set("norm_before_fc", json!(true));
-    }
-    if what.target.hidden != from.config.hidden {
-        set("target_hidden_size", json!(what.target.hidden));
-    }
-    let input = |tap: &Tap| match tap {
-        Tap::Input(layer) => *layer,
-        Tap::Final => what.target.layers,
-    };
-    let layers: Vec<usize> = what.taps.iter().map(input).collect();
-    let usual = default_taps(what.target.layers).is_ok_and(|usual| layers == usual);
-    if !usual {
-        // vLLM counts layer inputs, SGLang layer outputs.
-        let key = "eagle_aux_hidden_state_layer_ids";
-        let outputs: Vec<i64> = layers.iter().map(|&l| l as i64 - 1).collect();
-        set(key, json!(layers));
-        set("num_aux_hidden_states", json!(layers.len()));
-        set("eagle_config", json!({ key: outputs }));
-    }
 }
