@@ -99,7 +99,7 @@ impl Export {
             let table = files
                 .source
                 .tensor("model.embed_tokens.weight", &shape, c)?;
-            table.to_f32(c.hidden)
+            Ok(table.to_f32())
         };
         let architecture = match c.architecture.as_str() {
             "qwen2" => "Qwen2ForCausalLM",

@@ -92,108 +92,244 @@ struct Out(*mut f32);
 // SAFETY: each (row, head) range is written by the one thread that was handed it.
 unsafe impl Sync for Out {}
 
-/// Softmax attention of `q` `[M, A, E]` (heads of one group side by side, unscaled) into `out` `[M, A, E]`.
+/// Queries that pass the keys and values of one head together, at most.
+const MOST: usize = 6;
+
+/// Some queries of one kv head: pairs of rows and heads, numbered row by row within a slot.
+struct Item {
+    /// Rows of one cache.
+    rows: std::ops::Range<usize>,
+    kv_head: usize,
+    /// First query and number of queries.
+    first: usize,
+    count: usize,
+}
+
+/// The work of one call: the queries of each cache and kv head, in portions that keep all threads busy.
+fn items(rows: &[AttentionRow<'_>], heads: usize, threads: usize) -> Vec<Item> {
+    let most = (rows.len() * heads / (2 * threads)).clamp(1, MOST);
+    let mut items = Vec::new();
+    let mut start = 0;
+    while let Some(first) = rows.get(start) {
+        let same = |r: &&AttentionRow<'_>| std::ptr::eq(r.cache, first.cache);
+        let end = start + rows[start..].iter().take_while(same).count();
+        let group = heads / first.cache.heads;
+        for kv_head in 0..first.cache.heads {
+            let queries = (end - start) * group;
+            items.extend((0..queries).step_by(most).map(|first| Item {
+                rows: start..end,
+                kv_head,
+                first,
+                count: most.min(queries - first),
+            }));
+        }
+        start = end;
+    }
+    items
+}
+
+/// Softmax attention of `q` `[M, A, E]` (heads of one group side by side, unscaled) into `out` `[M, A, E]`. Rows of one
+/// cache lie one after the other.
 ///
 /// # Panics
-/// If a row sees nothing, or a position outside its cache.
+/// If a row sees nothing, places outside its cache, or scattered places that do not rise.
 pub fn attention(pool: &Pool, q: &[f32], rows: &[AttentionRow<'_>], heads: usize, out: &mut [f32]) {
     let Some(first) = rows.first() else { return };
     let e = first.cache.head_dim;
     assert_eq!(q.len(), rows.len() * heads * e);
     assert_eq!(out.len(), q.len());
+    for row in rows {
+        let seen = row.contiguous + row.scattered.len();
+        assert!(seen > 0, "a row sees nothing");
+        let capacity = row.cache.capacity;
+        let behind = row
+            .scattered
+            .first()
+            .is_none_or(|&p| p as usize >= row.contiguous);
+        let rising = row.scattered.windows(2).all(|w| w[0] < w[1]);
+        let inside = row
+            .scattered
+            .last()
+            .is_none_or(|&p| (p as usize) < capacity);
+        assert!(row.contiguous <= capacity && row.cache.head_dim == e);
+        assert!(behind && rising && inside, "places {:?}", row.scattered);
+    }
     let level = Level::detect();
     let target = Out(out.as_mut_ptr());
     let target = &target;
-    pool.ranges(rows.len() * heads, 1.max(rows.len() * heads / (8 * pool.threads())), |range| {
+    let items = items(rows, heads, pool.threads());
+    let items = &items;
+    pool.ranges(items.len(), 1, |range| {
         thread_local! {
             static SCORES: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
         }
         SCORES.with_borrow_mut(|scores| {
-            for item in range {
-                let (row, head) = (&rows[item / heads], item % heads);
-                assert!(row.contiguous + row.scattered.len() > 0, "a row sees nothing");
-                assert!(row.contiguous <= row.cache.capacity);
-                let kv_head = head * row.cache.heads / heads;
-                let q = &q[item * e..(item + 1) * e];
-                // SAFETY: `item < M * A`, so the range lies within `out`; items are disjoint.
-                let out = unsafe { std::slice::from_raw_parts_mut(target.0.add(item * e), e) };
-                dispatch!(level, one_head(row, kv_head, q, scores, out): (row: &AttentionRow<'_>, kv_head: usize, q: &[f32], scores: &mut Vec<f32>, out: &mut [f32]) <>);
+            for item in &items[range] {
+                dispatch!(level, some_queries(rows, item, heads, q, scores, target): (rows: &[AttentionRow<'_>], item: &Item, heads: usize, q: &[f32], scores: &mut Vec<f32>, target: &Out) <>);
             }
         });
     });
 }
 
-#[inline(always)]
-fn tile_scores<S: Simd>(tile: &[f32], q: &[f32], out: &mut [f32]) {
-    let mut acc = S::zero();
-    for (i, &q) in q.iter().enumerate() {
-        acc = S::fma(S::splat(q), S::load(&tile[i * TILE..]), acc);
-    }
-    S::store(acc, out);
+/// One query: its row, its vector, and where its result goes in `out`.
+#[derive(Clone, Copy)]
+struct Query<'a> {
+    row: &'a AttentionRow<'a>,
+    vector: &'a [f32],
+    at: usize,
 }
 
 #[inline(always)]
-fn one_head<S: Simd>(
-    row: &AttentionRow<'_>,
-    kv_head: usize,
+fn some_queries<S: Simd>(
+    rows: &[AttentionRow<'_>],
+    item: &Item,
+    heads: usize,
     q: &[f32],
     scores: &mut Vec<f32>,
-    out: &mut [f32],
+    target: &Out,
 ) {
-    let cache = row.cache;
+    let cache = rows[item.rows.start].cache;
     let e = cache.head_dim;
-    let seen = row.contiguous + row.scattered.len();
+    let group = heads / cache.heads;
+    let query = |i: usize| {
+        let i = item.first + i.min(item.count - 1); // places beyond the last repeat it
+        let row = item.rows.start + i / group;
+        let at = (row * heads + item.kv_head * group + i % group) * e;
+        Query {
+            row: &rows[row],
+            vector: &q[at..at + e],
+            at,
+        }
+    };
+    match item.count {
+        1 => queries::<S, 1>(std::array::from_fn(query), item, scores, target),
+        2 => queries::<S, 2>(std::array::from_fn(query), item, scores, target),
+        3 => queries::<S, 3>(std::array::from_fn(query), item, scores, target),
+        4 => queries::<S, 4>(std::array::from_fn(query), item, scores, target),
+        _ => queries::<S, MOST>(std::array::from_fn(query), item, scores, target),
+    }
+}
+
+#[inline(always)]
+fn queries<S: Simd, const Q: usize>(
+    queries: [Query<'_>; Q],
+    item: &Item,
+    scores: &mut Vec<f32>,
+    target: &Out,
+) {
+    let cache = queries[0].row.cache;
+    let e = cache.head_dim;
+    // Scores of all places up to the last that any of them sees, then compacted to logical positions.
+    let last = |q: &Query<'_>| {
+        let scattered = q.row.scattered.last().map_or(0, |&p| p as usize + 1);
+        q.row.contiguous.max(scattered)
+    };
+    let places = queries
+        .iter()
+        .map(last)
+        .max()
+        .unwrap_or(0)
+        .next_multiple_of(TILE);
     scores.clear();
-    scores.resize(seen.next_multiple_of(TILE) + TILE, 0.0);
-    let tile = |position: usize| {
-        let at = cache.key_at(kv_head, position / TILE * TILE);
-        &cache.keys[at..at + e * TILE]
-    };
-    for start in (0..row.contiguous).step_by(TILE) {
-        tile_scores::<S>(tile(start), q, &mut scores[start..]);
+    scores.resize(Q * places, 0.0);
+    let vectors = queries.map(|q| q.vector);
+    for start in (0..places).step_by(TILE) {
+        let at = cache.key_at(item.kv_head, start);
+        tile_scores::<S, Q>(&cache.keys[at..at + e * TILE], vectors, |i, lanes| {
+            S::store(lanes, &mut scores[i * places + start..][..TILE]);
+        });
     }
-    for (i, &position) in row.scattered.iter().enumerate() {
-        let mut lanes = [0.0; TILE];
-        tile_scores::<S>(tile(position as usize), q, &mut lanes);
-        scores[row.contiguous + i] = lanes[position as usize % TILE];
+    let mut inverse = [0.0; Q];
+    for (i, q) in queries.iter().enumerate() {
+        let scores = &mut scores[i * places..(i + 1) * places];
+        // Places rise, and each lies at or behind its logical position.
+        for (j, &place) in q.row.scattered.iter().enumerate() {
+            scores[q.row.contiguous + j] = scores[place as usize];
+        }
+        let seen = q.row.contiguous + q.row.scattered.len();
+        inverse[i] = softmax::<S>(&mut scores[..seen], 1.0 / (e as f32).sqrt());
     }
-    let inverse_sum = softmax::<S>(&mut scores[..seen], 1.0 / (e as f32).sqrt());
     let padded = e.next_multiple_of(TILE);
-    let value = |position: usize| {
-        let at = cache.value_at(kv_head, position);
-        &cache.values[at..at + padded]
+    // Two registers of each query at a time: with six queries twelve sums, enough to hide their latency.
+    for column in (0..padded).step_by(2 * TILE) {
+        match padded - column {
+            TILE => mix::<S, Q, 1>(&queries, item, scores, places, inverse, column, target),
+            _ => mix::<S, Q, 2>(&queries, item, scores, places, inverse, column, target),
+        }
+    }
+}
+
+#[inline(always)]
+fn tile_scores<S: Simd, const Q: usize>(
+    tile: &[f32],
+    vectors: [&[f32]; Q],
+    mut store: impl FnMut(usize, S::V),
+) {
+    let mut acc = [S::zero(); Q];
+    for (i, line) in tile.chunks_exact(TILE).enumerate() {
+        let keys = S::load(line);
+        for q in 0..Q {
+            acc[q] = S::fma(S::splat(vectors[q][i]), keys, acc[q]);
+        }
+    }
+    for (q, acc) in acc.into_iter().enumerate() {
+        store(q, acc);
+    }
+}
+
+/// The mix of `W` registers of values from `column` on, summed by logical position.
+#[inline(always)]
+fn mix<S: Simd, const Q: usize, const W: usize>(
+    queries: &[Query<'_>; Q],
+    item: &Item,
+    scores: &[f32],
+    places: usize,
+    inverse: [f32; Q],
+    column: usize,
+    target: &Out,
+) {
+    let cache = queries[0].row.cache;
+    let e = cache.head_dim;
+    let weights: [&[f32]; Q] = std::array::from_fn(|q| &scores[q * places..(q + 1) * places]);
+    let values = |place: usize| -> [S::V; W] {
+        let at = cache.value_at(item.kv_head, place) + column;
+        let line = &cache.values[at..at + W * TILE];
+        std::array::from_fn(|w| S::load(&line[w * TILE..]))
     };
-    let mut column = 0;
-    while column < padded {
-        // Four registers at a time: enough to hide the latency of the additions.
-        let width = (padded - column).min(4 * TILE);
-        let mut acc = [S::zero(); 4];
-        for (i, &weight) in scores[..seen].iter().enumerate() {
-            let position = match i.checked_sub(row.contiguous) {
-                None => i,
-                Some(i) => row.scattered[i] as usize,
-            };
-            let v = &value(position)[column..column + width];
-            let weight = S::splat(weight);
-            if width == 4 * TILE {
-                for j in 0..4 {
-                    acc[j] = S::fma(weight, S::load(&v[j * TILE..]), acc[j]);
-                }
-            } else {
-                for j in 0..width / TILE {
-                    acc[j] = S::fma(weight, S::load(&v[j * TILE..]), acc[j]);
-                }
+    let mut acc = [[S::zero(); W]; Q];
+    let common = queries.iter().map(|q| q.row.contiguous).min().unwrap_or(0);
+    let shared = weights.map(|w| &w[..common]);
+    #[allow(clippy::needless_range_loop)] // a place of the cache, and of every query's weights
+    for place in 0..common {
+        let values = values(place);
+        for q in 0..Q {
+            let weight = S::splat(shared[q][place]);
+            for w in 0..W {
+                acc[q][w] = S::fma(weight, values[w], acc[q][w]);
             }
         }
-        for (j, acc) in acc.iter().enumerate().take(width / TILE) {
+    }
+    for (q, query) in queries.iter().enumerate() {
+        let contiguous = query.row.contiguous;
+        let scattered = query.row.scattered.iter().map(|&p| p as usize);
+        for (position, place) in (common..contiguous).chain(scattered).enumerate() {
+            let (values, weight) = (values(place), S::splat(weights[q][common + position]));
+            for w in 0..W {
+                acc[q][w] = S::fma(weight, values[w], acc[q][w]);
+            }
+        }
+        for (w, acc) in acc[q].iter().enumerate() {
             let mut lanes = [0.0; TILE];
             S::store(*acc, &mut lanes);
-            let from = column + j * TILE;
-            for (o, v) in out.iter_mut().skip(from).take(TILE).zip(lanes) {
-                *o = v * inverse_sum;
+            let from = column + w * TILE;
+            let count = TILE.min(e.saturating_sub(from));
+            // SAFETY: `at + E <= M A E`, the length of `out`, and no other item holds this query.
+            let out =
+                unsafe { std::slice::from_raw_parts_mut(target.0.add(query.at + from), count) };
+            for (o, v) in out.iter_mut().zip(lanes) {
+                *o = v * inverse[q];
             }
         }
-        column += width;
     }
 }
 

@@ -1,11 +1,14 @@
-//! Products of a few rows with a dense f32 or bf16 matrix.
+//! Products of rows with a dense f32 or bf16 matrix.
+//!
+//! Sixteen columns lie side by side in a tile, so that a register holds one weight of each and a product needs no sum
+//! across lanes. The inner dimension is cut into chunks that stay in the first cache while all rows pass.
 
 use super::pool::Pool;
 use super::simd::{Level, Simd, dispatch};
-use super::{Columns, SharedOut};
+use super::{Columns, Panel, SharedOut, TILE, of_size, panels};
 
 /// The element type of a dense weight.
-pub(super) trait Element: Copy + Send + Sync {
+pub(super) trait Element: Copy + Send + Sync + Default {
     fn load<S: Simd>(w: &[Self]) -> S::V;
     fn widen(self) -> f32;
 }
@@ -33,78 +36,162 @@ impl Element for u16 {
     }
 }
 
-/// `out[r, c] = sum_k w[c, k] x[r, k]` for all rows, with `w` `[N, K]` and `x` `[M, K]`.
-pub(super) fn matmul<W: Element>(pool: &Pool, w: &[W], x: &[f32], k: usize, out: &SharedOut<'_>) {
-    let n = out.columns;
+/// A matrix `[N, K]` in tiles of sixteen columns of its product.
+pub(super) struct Dense<W> {
+    pub(super) n: usize,
+    pub(super) k: usize,
+    /// `[N / 16, K, 16]`
+    tiles: Vec<W>,
+}
+
+impl<W: Element> Dense<W> {
+    /// A matrix of zeros, to be filled row by row.
+    pub(super) fn new(n: usize, k: usize) -> Self {
+        Self {
+            n,
+            k,
+            tiles: vec![W::default(); n.div_ceil(TILE) * k * TILE],
+        }
+    }
+
+    /// Stores row `row` `[K]`.
+    pub(super) fn set_row(&mut self, row: usize, values: impl Iterator<Item = W>) {
+        let tile = &mut self.tiles[row / TILE * self.k * TILE..];
+        for (line, value) in tile.chunks_exact_mut(TILE).take(self.k).zip(values) {
+            line[row % TILE] = value;
+        }
+    }
+
+    /// Row `row` `[K]`.
+    pub(super) fn row(&self, row: usize) -> impl Iterator<Item = W> + '_ {
+        let tile = &self.tiles[row / TILE * self.k * TILE..];
+        let lines = tile.chunks_exact(TILE).take(self.k);
+        lines.map(move |line| line[row % TILE])
+    }
+
+    /// Appends the rows of `other`; this one's tiles are whole.
+    pub(super) fn append(&mut self, other: Self) {
+        debug_assert!(self.n.is_multiple_of(TILE) && self.k == other.k);
+        self.n += other.n;
+        self.tiles.extend(other.tiles);
+    }
+
+    /// Bytes of weights, the padding of the last tile not counted.
+    pub(super) fn bytes(&self) -> usize {
+        self.n * self.k * size_of::<W>()
+    }
+}
+
+/// Tiles whose products are taken together: with few rows enough sums to hide the latency of the additions, with
+/// more as many as the registers hold.
+const fn wide(rows: usize) -> usize {
+    if rows <= 4 { 4 } else { 3 }
+}
+
+/// Rows of a panel at most.
+const MOST: usize = 8;
+
+/// Inner values of one chunk: its weights of a few tiles stay in the first cache. Sums are taken chunk by chunk, so
+/// the size decides how results round.
+const CHUNK: usize = 128;
+
+/// Packs `[M, K]` activations: panel by panel; within one, value by value, the rows side by side.
+pub(super) fn pack(x: &[f32], k: usize, to: &mut Vec<f32>) {
+    let most = Level::detect().rows().min(MOST);
+    let rows = x.len().checked_div(k).unwrap_or(0);
+    let room: usize = panels(rows, most).map(|p| p.room).sum();
+    to.resize(room * k, 0.0);
+    for p in panels(rows, most) {
+        for r in 0..p.rows {
+            let row = &x[(p.row + r) * k..(p.row + r + 1) * k];
+            let lines = to[p.at * k..].chunks_exact_mut(p.room);
+            for (line, value) in lines.zip(row) {
+                line[r] = *value;
+            }
+        }
+    }
+}
+
+/// `out[r, c] = sum_k w[c, k] x[r, k]` for all rows of packed `x`.
+pub(super) fn matmul<W: Element>(pool: &Pool, w: &Dense<W>, x: &[f32], out: &SharedOut<'_>) {
+    let tiles = w.n.div_ceil(TILE);
     let level = Level::detect();
-    pool.ranges(n, super::grain(n, pool), |range| {
-        let columns = Columns {
+    let grain = super::grain(tiles, pool).next_multiple_of(12);
+    pool.ranges(tiles, grain, |range| {
+        let tiles = Columns {
             start: range.start,
             end: range.end,
         };
-        dispatch!(level, columns_of(w, x, k, columns, out): (w: &[W], x: &[f32], k: usize, columns: Columns, out: &SharedOut<'_>) <W: Element>);
+        dispatch!(level, tiles_of(w, x, tiles, out): (w: &Dense<W>, x: &[f32], tiles: Columns, out: &SharedOut<'_>) <W: Element>);
     });
 }
 
-/// All rows of a block of columns; the weights of four columns are read once for every four rows.
 #[inline(always)]
-fn columns_of<S: Simd, W: Element>(
-    w: &[W],
-    x: &[f32],
-    k: usize,
-    columns: Columns,
-    out: &SharedOut<'_>,
-) {
-    let rows = x.len().checked_div(k).unwrap_or(0);
-    let mut c = columns.start;
-    while c < columns.end {
-        let width = if c + 4 <= columns.end { 4 } else { 1 };
-        let mut r = 0;
-        while r < rows {
-            let height = if r + 4 <= rows { 4 } else { 1 };
-            match (width, height) {
-                (4, 4) => panel::<S, W, 4, 4>(w, x, k, c, r, out),
-                (4, _) => panel::<S, W, 4, 1>(w, x, k, c, r, out),
-                (_, 4) => panel::<S, W, 1, 4>(w, x, k, c, r, out),
-                _ => panel::<S, W, 1, 1>(w, x, k, c, r, out),
+fn tiles_of<S: Simd, W: Element>(w: &Dense<W>, x: &[f32], tiles: Columns, out: &SharedOut<'_>) {
+    let most = S::ROWS.min(MOST);
+    let largest = panels(out.rows, most).map(|p| p.room).max().unwrap_or(1);
+    let mut tile = tiles.start;
+    while tile < tiles.end {
+        let together = wide(largest).min(tiles.end - tile);
+        for start in (0..w.k).step_by(CHUNK) {
+            let inner = start..w.k.min(start + CHUNK);
+            for p in panels(out.rows, most) {
+                let mut at = tile;
+                while at < tile + together {
+                    let left = tile + together - at;
+                    let inner = inner.clone();
+                    at += of_size!(p.room, most, |R| match left >= wide(R) {
+                        true => panel::<S, W, R, { wide(R) }>(w, x, at, p, inner, out),
+                        false => panel::<S, W, R, 1>(w, x, at, p, inner, out),
+                    });
+                }
             }
-            r += height;
         }
-        c += width;
+        tile += together;
     }
 }
 
+/// Some tiles of one panel and chunk; returns how many.
 #[inline(always)]
-fn panel<S: Simd, W: Element, const C: usize, const R: usize>(
-    w: &[W],
+fn panel<S: Simd, W: Element, const R: usize, const T: usize>(
+    w: &Dense<W>,
     x: &[f32],
-    k: usize,
-    c: usize,
-    r: usize,
+    tile: usize,
+    panel: Panel,
+    inner: std::ops::Range<usize>,
     out: &SharedOut<'_>,
-) {
-    let ws: [&[W]; C] = std::array::from_fn(|i| &w[(c + i) * k..(c + i + 1) * k]);
-    let xs: [&[f32]; R] = std::array::from_fn(|i| &x[(r + i) * k..(r + i + 1) * k]);
-    let mut acc = [[S::zero(); R]; C];
-    let whole = k / 16 * 16;
-    let mut at = 0;
-    while at < whole {
-        let xv: [S::V; R] = std::array::from_fn(|i| S::load(&xs[i][at..at + 16]));
-        for i in 0..C {
-            let wv = W::load::<S>(&ws[i][at..at + 16]);
-            for j in 0..R {
-                acc[i][j] = S::fma(wv, xv[j], acc[i][j]);
+) -> usize {
+    let k = w.k;
+    let count = inner.len();
+    let weights: [&[W]; T] = std::array::from_fn(|t| {
+        let first = (tile + t) * k + inner.start;
+        &w.tiles[first * TILE..(first + count) * TILE]
+    });
+    let x = &x[panel.at * k + inner.start * R..panel.at * k + inner.end * R];
+    let mut acc = [[S::zero(); T]; R];
+    for (i, x) in x.chunks_exact(R).enumerate() {
+        let line: [S::V; T] =
+            std::array::from_fn(|t| W::load::<S>(&weights[t][i * TILE..(i + 1) * TILE]));
+        for weights in weights {
+            S::prefetch(&weights[i * TILE], CHUNK * TILE);
+        }
+        for r in 0..R {
+            let x = S::splat(x[r]);
+            for t in 0..T {
+                acc[r][t] = S::fma(line[t], x, acc[r][t]);
             }
         }
-        at += 16;
     }
-    for i in 0..C {
-        for j in 0..R {
-            let mut sum = S::sum(acc[i][j]);
-            for t in whole..k {
-                sum += ws[i][t].widen() * xs[j][t];
+    for (r, acc) in acc.into_iter().take(panel.rows).enumerate() {
+        for (t, acc) in acc.into_iter().enumerate() {
+            let mut lanes = [0.0; TILE];
+            S::store(acc, &mut lanes);
+            let column = (tile + t) * TILE;
+            match inner.start {
+                0 => out.store(panel.row + r, column, &lanes),
+                _ => out.add(panel.row + r, column, &lanes),
             }
-            out.set(r + j, c + i, sum);
         }
     }
+    T
 }

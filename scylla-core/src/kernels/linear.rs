@@ -3,225 +3,265 @@
 use std::borrow::Cow;
 use std::io::Read;
 
-use candle_core::quantized::{GgmlDType, QuantizedType};
+use candle_core::quantized::GgmlDType;
 
-use super::blocks::{self, Activations, BLOCK, Block, Q4, Q8};
-use super::{Pool, SharedOut, dense};
+use super::dense::{self, Dense};
+use super::quant::{self, Activations, BLOCK, Bits, BlockOf, Quant};
+use super::{Pool, SharedOut, TILE};
 use crate::{Error, Result};
 
-/// A weight `[N, K]` in one of the forms the kernels multiply with.
-pub enum Weight {
-    /// Single precision.
-    F32(Vec<f32>),
-    /// bf16 bits.
-    Bf16(Vec<u16>),
-    /// GGUF blocks, multiplied as integers.
-    Blocks(Blocks),
-    /// GGUF super-blocks (Q4_K, Q5_K, Q6_K and others), multiplied by candle, on candle's own threads.
-    Candle(Box<dyn QuantizedType>),
+/// A weight `[N, K]` in one of the forms the kernels multiply with, sixteen columns of its product side by side.
+pub struct Weight {
+    /// Output features.
+    pub n: usize,
+    /// Input features.
+    pub k: usize,
+    form: Form,
 }
-
-/// Weights in blocks of 32.
-pub struct Blocks(Form);
 
 enum Form {
-    Q8(Vec<Q8>),
-    Q4(Vec<Q4>),
+    F32(Dense<f32>),
+    Bf16(Dense<u16>),
+    Quant(Quant),
 }
 
-/// Reads `bytes` bytes in units of `size`, a piece at a time.
-fn units<T>(
-    from: &mut dyn Read,
-    bytes: usize,
-    size: usize,
-    unit: impl Fn(&[u8]) -> T,
-) -> std::io::Result<Vec<T>> {
-    let mut out = Vec::with_capacity(bytes / size);
-    let mut piece = vec![0; (64 << 10) / size * size];
-    let mut left = bytes / size * size;
-    while left > 0 {
-        let n = left.min(piece.len());
-        from.read_exact(&mut piece[..n])?;
-        out.extend(piece[..n].chunks_exact(size).map(&unit));
-        left -= n;
+/// The value of an element of a safetensors or GGUF tensor that is not quantised.
+fn element(dtype: GgmlDType, b: &[u8]) -> f32 {
+    match dtype {
+        GgmlDType::F32 => f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
+        GgmlDType::BF16 => half::bf16::from_le_bytes([b[0], b[1]]).to_f32(),
+        _ => half::f16::from_le_bytes([b[0], b[1]]).to_f32(),
     }
-    Ok(out)
 }
 
 impl Weight {
     /// Takes GGUF data that is at hand. The length of `bytes` was checked by the caller.
-    pub fn from_gguf(dtype: GgmlDType, bytes: &[u8]) -> Result<Self> {
+    pub fn from_gguf(dtype: GgmlDType, bytes: &[u8], n: usize, k: usize) -> Result<Self> {
         let short = |e| Error::Invalid(format!("GGUF data: {e}"));
-        Self::read(dtype, bytes.len(), &mut &bytes[..])?.map_err(short)
+        Self::read(dtype, n, k, &mut &bytes[..])?.map_err(short)
     }
 
-    /// Reads `bytes` bytes of GGUF data; the inner error is that of the reader.
+    /// Reads GGUF data row by row; the inner error is that of the reader. f16 is widened, which is exact; Q4_K keeps
+    /// its 4 bits with scales rounded to half precision; Q5_K and Q6_K become Q8_0.
     pub fn read(
         dtype: GgmlDType,
-        bytes: usize,
+        n: usize,
+        k: usize,
         from: &mut dyn Read,
     ) -> Result<std::io::Result<Self>> {
-        let q8 = |w| Self::Blocks(Blocks(Form::Q8(w)));
-        let q4 = |w| Self::Blocks(Blocks(Form::Q4(w)));
-        Ok(match dtype {
-            GgmlDType::F32 => {
-                let value = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-                units(from, bytes, 4, value).map(Self::F32)
+        let form = match dtype {
+            GgmlDType::F32 | GgmlDType::F16 => Form::F32(Dense::new(n, k)),
+            GgmlDType::BF16 => Form::Bf16(Dense::new(n, k)),
+            GgmlDType::Q8_0 | GgmlDType::Q5K | GgmlDType::Q6K => {
+                Form::Quant(Quant::new(Bits::Eight, n, k))
             }
-            // Widening is exact; a kernel for f16 would only save bandwidth.
-            GgmlDType::F16 => {
-                let value = |b: &[u8]| half::f16::from_le_bytes([b[0], b[1]]).to_f32();
-                units(from, bytes, 2, value).map(Self::F32)
-            }
-            GgmlDType::BF16 => {
-                let value = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
-                units(from, bytes, 2, value).map(Self::Bf16)
-            }
-            GgmlDType::Q8_0 => units(from, bytes, Q8::BYTES, Q8::read).map(q8),
-            GgmlDType::Q4_1 => units(from, bytes, Q4::BYTES, Q4::read).map(q4),
-            GgmlDType::Q4_0 => units(from, bytes, 18, Q4::read_q4_0).map(q4),
-            GgmlDType::Q4K | GgmlDType::Q5K | GgmlDType::Q6K => {
-                let mut whole = vec![0; bytes];
-                from.read_exact(&mut whole)
-                    .map(|()| Self::Candle(dtype.from_data(Cow::Owned(whole))))
-            }
+            GgmlDType::Q4_0 => Form::Quant(Quant::new(Bits::Four, n, k)),
+            GgmlDType::Q4_1 | GgmlDType::Q4K => Form::Quant(Quant::new(Bits::FourWithOffset, n, k)),
             other => {
                 return Err(Error::Unsupported(format!(
                     "GGUF tensor type {other:?}; supported: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K"
                 )));
             }
-        })
+        };
+        let mut weight = Self { n, k, form };
+        let mut row = vec![0; k / dtype.block_size() * dtype.type_size()];
+        for r in 0..n {
+            if let Err(e) = from.read_exact(&mut row) {
+                return Ok(Err(e));
+            }
+            weight.set_stored(r, dtype, &row)?;
+        }
+        Ok(Ok(weight))
     }
 
-    /// Quantises to Q8_0; `K` must be a multiple of 32.
-    pub fn quantize_q8_0(values: &[f32]) -> Self {
-        Self::Blocks(Blocks(Form::Q8(
-            values.chunks_exact(BLOCK).map(Q8::quantize).collect(),
+    /// Stores a row as a file holds it.
+    fn set_stored(&mut self, row: usize, dtype: GgmlDType, bytes: &[u8]) -> Result<()> {
+        let size = dtype.type_size();
+        let units = bytes.chunks_exact(size);
+        match &mut self.form {
+            Form::F32(w) => w.set_row(row, units.map(|b| element(dtype, b))),
+            Form::Bf16(w) => w.set_row(row, units.map(|b| u16::from_le_bytes([b[0], b[1]]))),
+            Form::Quant(w) => match dtype {
+                GgmlDType::Q8_0 => units
+                    .enumerate()
+                    .for_each(|(i, b)| w.set(row, i, &BlockOf::q8_0(b))),
+                GgmlDType::Q4_0 => units
+                    .enumerate()
+                    .for_each(|(i, b)| w.set(row, i, &BlockOf::q4_0(b))),
+                GgmlDType::Q4_1 => units
+                    .enumerate()
+                    .for_each(|(i, b)| w.set(row, i, &BlockOf::q4_1(b))),
+                GgmlDType::Q4K => {
+                    for (i, b) in units.enumerate() {
+                        for (j, block) in BlockOf::q4_k(b).iter().enumerate() {
+                            w.set(row, i * 8 + j, block);
+                        }
+                    }
+                }
+                _ => {
+                    let wide = dtype.from_data(Cow::Borrowed(bytes)).dequantize(self.k)?;
+                    let values = wide.as_slice::<f32>()?;
+                    for (i, x) in values.chunks_exact(BLOCK).enumerate() {
+                        w.set(row, i, &BlockOf::quantize(x));
+                    }
+                }
+            },
+        }
+        Ok(())
+    }
+
+    /// A matrix of `k` columns in single precision.
+    pub fn f32(values: &[f32], k: usize) -> Self {
+        let n = values.len().checked_div(k).unwrap_or(0);
+        let mut w = Dense::new(n, k);
+        for (row, values) in values.chunks_exact(k.max(1)).enumerate() {
+            w.set_row(row, values.iter().copied());
+        }
+        Self {
+            n,
+            k,
+            form: Form::F32(w),
+        }
+    }
+
+    /// Brings every row into another form.
+    fn reform(&self, mut form: Form) -> Self {
+        let mut values = vec![0.0; self.k];
+        for row in 0..self.n {
+            self.row(row, &mut values);
+            match &mut form {
+                Form::F32(w) => w.set_row(row, values.iter().copied()),
+                Form::Bf16(w) => {
+                    let bits = |v: &f32| half::bf16::from_f32(*v).to_bits();
+                    w.set_row(row, values.iter().map(bits));
+                }
+                Form::Quant(w) => {
+                    for (i, x) in values.chunks_exact(BLOCK).enumerate() {
+                        let block = match w.bits {
+                            Bits::Eight => BlockOf::quantize(x),
+                            _ => BlockOf::quantize_four(x),
+                        };
+                        w.set(row, i, &block);
+                    }
+                }
+            }
+        }
+        Self {
+            n: self.n,
+            k: self.k,
+            form,
+        }
+    }
+
+    /// The same in single precision.
+    pub fn to_wide(&self) -> Self {
+        self.reform(Form::F32(Dense::new(self.n, self.k)))
+    }
+
+    /// The same rounded to bf16.
+    pub fn to_bf16(&self) -> Self {
+        self.reform(Form::Bf16(Dense::new(self.n, self.k)))
+    }
+
+    /// The same in Q8_0; `K` must be a multiple of 32.
+    pub fn to_q8_0(&self) -> Self {
+        self.reform(Form::Quant(Quant::new(Bits::Eight, self.n, self.k)))
+    }
+
+    /// The same in 4 bits with a scale and an offset per 32; `K` must be a multiple of 32.
+    pub fn to_q4(&self) -> Self {
+        self.reform(Form::Quant(Quant::new(
+            Bits::FourWithOffset,
+            self.n,
+            self.k,
         )))
     }
 
-    /// The same matrix of `k` columns (a multiple of 32) in Q8_0, row by row.
-    pub fn requantize_q8_0(&self, k: usize) -> Result<Self> {
-        let mut blocks = Vec::with_capacity(self.count() / BLOCK);
-        let mut values = vec![0.0; k];
-        for row in 0..self.count() / k {
-            self.row(row, k, &mut values)?;
-            blocks.extend(values.chunks_exact(BLOCK).map(Q8::quantize));
-        }
-        Ok(Self::Blocks(Blocks(Form::Q8(blocks))))
-    }
-
-    /// Number of weights held.
-    pub fn count(&self) -> usize {
-        match self {
-            Self::F32(w) => w.len(),
-            Self::Bf16(w) => w.len(),
-            Self::Blocks(Blocks(Form::Q8(w))) => w.len() * BLOCK,
-            Self::Blocks(Blocks(Form::Q4(w))) => w.len() * BLOCK,
-            Self::Candle(w) => w.storage_size_in_bytes() / w.dtype().type_size() * w.block_size(),
-        }
-    }
-
-    /// Bytes held.
+    /// Bytes that a product reads.
     pub fn bytes(&self) -> usize {
-        match self {
-            Self::F32(w) => size_of_val(&w[..]),
-            Self::Bf16(w) => size_of_val(&w[..]),
-            Self::Blocks(Blocks(Form::Q8(w))) => size_of_val(&w[..]),
-            Self::Blocks(Blocks(Form::Q4(w))) => size_of_val(&w[..]),
-            Self::Candle(w) => w.storage_size_in_bytes(),
+        match &self.form {
+            Form::F32(w) => w.bytes(),
+            Form::Bf16(w) => w.bytes(),
+            Form::Quant(w) => w.bytes(),
         }
     }
 
     /// The name of the form, as reports print it.
     pub fn form(&self) -> &'static str {
-        match self {
-            Self::F32(_) => "f32",
-            Self::Bf16(_) => "bf16",
-            Self::Blocks(Blocks(Form::Q8(_))) => "q8_0",
-            Self::Blocks(Blocks(Form::Q4(_))) => "q4",
-            Self::Candle(w) => match w.dtype() {
-                GgmlDType::Q4K => "q4_k",
-                GgmlDType::Q5K => "q5_k",
-                _ => "q6_k",
+        match &self.form {
+            Form::F32(_) => "f32",
+            Form::Bf16(_) => "bf16",
+            Form::Quant(w) => match w.bits {
+                Bits::Eight => "q8_0",
+                Bits::Four | Bits::FourWithOffset => "q4",
             },
         }
     }
 
-    /// Writes row `row` of `k` values, widened to f32.
-    pub fn row(&self, row: usize, k: usize, out: &mut [f32]) -> Result<()> {
-        fn widen<B: Block>(blocks: &[B], out: &mut [f32]) {
-            for (b, out) in blocks.iter().zip(out.chunks_exact_mut(BLOCK)) {
-                b.widen(out);
+    /// Writes row `row` of `K` values, widened to f32.
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        assert!(
+            row < self.n && out.len() == self.k,
+            "row outside the weight"
+        );
+        match &self.form {
+            Form::F32(w) => out.iter_mut().zip(w.row(row)).for_each(|(o, w)| *o = w),
+            Form::Bf16(w) => {
+                let values = w.row(row).map(dense::Element::widen);
+                out.iter_mut().zip(values).for_each(|(o, w)| *o = w);
             }
+            Form::Quant(w) => w.row(row, out),
         }
-        let at = row * k..(row + 1) * k;
-        let blocks = row * (k / BLOCK)..(row + 1) * (k / BLOCK);
-        match self {
-            Self::F32(w) => out.copy_from_slice(&w[at]),
-            Self::Bf16(w) => {
-                for (o, &w) in out.iter_mut().zip(&w[at]) {
-                    *o = f32::from_bits(u32::from(w) << 16);
-                }
-            }
-            Self::Blocks(Blocks(Form::Q8(w))) => widen(&w[blocks], out),
-            Self::Blocks(Blocks(Form::Q4(w))) => widen(&w[blocks], out),
-            Self::Candle(w) => {
-                let rows = self.count() / k;
-                let values = w.embedding(&[row as u32], rows, k)?;
-                out.copy_from_slice(values.as_slice::<f32>()?);
-            }
-        }
-        Ok(())
     }
 
-    /// The listed rows of `k` values, in that order and, where a row is whole blocks of a form that can be cut, in
-    /// the same form; other forms are requantised to Q8_0 or widened.
-    pub fn rows(&self, rows: &[u32], k: usize) -> Result<Self> {
-        fn pick<T: Clone>(from: &[T], rows: &[u32], per_row: usize) -> Vec<T> {
-            let row = |&r: &u32| &from[r as usize * per_row..(r as usize + 1) * per_row];
-            rows.iter().flat_map(row).cloned().collect()
-        }
-        Ok(match self {
-            Self::F32(w) => Self::F32(pick(w, rows, k)),
-            Self::Bf16(w) => Self::Bf16(pick(w, rows, k)),
-            Self::Blocks(Blocks(Form::Q8(w))) => {
-                Self::Blocks(Blocks(Form::Q8(pick(w, rows, k / BLOCK))))
+    /// The listed rows, in that order and in the same form.
+    pub fn rows(&self, rows: &[u32]) -> Self {
+        let (n, k) = (rows.len(), self.k);
+        let pairs = rows.iter().map(|&row| row as usize).enumerate();
+        let form = match &self.form {
+            Form::F32(w) => {
+                let mut to = Dense::new(n, k);
+                pairs.for_each(|(i, row)| to.set_row(i, w.row(row)));
+                Form::F32(to)
             }
-            Self::Blocks(Blocks(Form::Q4(w))) => {
-                Self::Blocks(Blocks(Form::Q4(pick(w, rows, k / BLOCK))))
+            Form::Bf16(w) => {
+                let mut to = Dense::new(n, k);
+                pairs.for_each(|(i, row)| to.set_row(i, w.row(row)));
+                Form::Bf16(to)
             }
-            Self::Candle(_) => {
-                let mut values = vec![0.0; rows.len() * k];
-                for (&row, out) in rows.iter().zip(values.chunks_exact_mut(k)) {
-                    self.row(row as usize, k, out)?;
+            Form::Quant(w) => {
+                let mut to = Quant::new(w.bits, n, k);
+                for (i, row) in pairs {
+                    (0..k / BLOCK).for_each(|b| to.set(i, b, &w.get(row, b)));
                 }
-                match k.is_multiple_of(BLOCK) {
-                    true => Self::quantize_q8_0(&values),
-                    false => Self::F32(values),
-                }
+                Form::Quant(to)
             }
-        })
+        };
+        Self { n, k, form }
     }
 
     /// All weights, widened to f32, `[N, K]`.
-    pub fn to_f32(&self, k: usize) -> Result<Vec<f32>> {
-        let mut out = vec![0.0; self.count()];
-        for (row, out) in out.chunks_exact_mut(k).enumerate() {
-            self.row(row, k, out)?;
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.n * self.k];
+        for (row, out) in out.chunks_exact_mut(self.k.max(1)).enumerate() {
+            self.row(row, out);
         }
-        Ok(out)
+        out
     }
 
-    /// Appends the rows of `other` when both have the same form; else gives it back.
+    /// Appends the rows of `other` when both have the same form and whole tiles; else gives it back.
     fn append(&mut self, other: Self) -> Option<Self> {
-        match (self, other) {
-            (Self::F32(a), Self::F32(b)) => a.extend(b),
-            (Self::Bf16(a), Self::Bf16(b)) => a.extend(b),
-            (Self::Blocks(Blocks(Form::Q8(a))), Self::Blocks(Blocks(Form::Q8(b)))) => a.extend(b),
-            (Self::Blocks(Blocks(Form::Q4(a))), Self::Blocks(Blocks(Form::Q4(b)))) => a.extend(b),
-            (_, other) => return Some(other),
+        if !self.n.is_multiple_of(TILE) {
+            return Some(other);
         }
+        let n = other.n;
+        match (&mut self.form, other.form) {
+            (Form::F32(a), Form::F32(b)) => a.append(b),
+            (Form::Bf16(a), Form::Bf16(b)) => a.append(b),
+            (Form::Quant(a), Form::Quant(b)) if a.bits == b.bits => a.append(b),
+            (_, form) => return Some(Self { form, ..other }),
+        }
+        self.n += n;
         None
     }
 }
@@ -230,7 +270,7 @@ impl Weight {
 #[derive(Default)]
 pub struct Scratch {
     activations: Activations,
-    columns: Vec<f32>,
+    packed: Vec<f32>,
 }
 
 /// `y = x W^T + b` with `W` `[N, K]`. Several weights over the same input may stand behind one another.
@@ -244,14 +284,13 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// A layer over one weight of `k` columns.
-    pub fn new(weight: Weight, k: usize, bias: Option<Vec<f32>>) -> Self {
-        let n = weight.count().checked_div(k).unwrap_or(0);
+    /// A layer over one weight.
+    pub fn new(weight: Weight, bias: Option<Vec<f32>>) -> Self {
         Self {
+            n: weight.n,
+            k: weight.k,
             parts: vec![weight],
             bias,
-            k,
-            n,
         }
     }
 
@@ -303,36 +342,22 @@ impl Linear {
         out: &mut [f32],
     ) -> Result<()> {
         debug_assert_eq!(x.len() / self.k, out.len() / self.n);
-        if self.parts.iter().any(|p| matches!(p, Weight::Blocks(_))) {
-            scratch.activations.fill(x);
+        let quantised = |p: &Weight| matches!(p.form, Form::Quant(_));
+        if self.parts.iter().any(quantised) {
+            scratch.activations.fill(x, self.k);
+        }
+        if !self.parts.iter().all(quantised) {
+            dense::pack(x, self.k, &mut scratch.packed);
         }
         let mut first = 0;
         for part in &self.parts {
-            let n = part.count() / self.k;
-            match part {
-                Weight::F32(w) => {
-                    dense::matmul(pool, w, x, self.k, &SharedOut::new(out, self.n, first, n));
-                }
-                Weight::Bf16(w) => {
-                    dense::matmul(pool, w, x, self.k, &SharedOut::new(out, self.n, first, n));
-                }
-                Weight::Blocks(Blocks(form)) => {
-                    let out = SharedOut::new(out, self.n, first, n);
-                    match form {
-                        Form::Q8(w) => blocks::matmul(pool, w, &scratch.activations, self.k, &out),
-                        Form::Q4(w) => blocks::matmul(pool, w, &scratch.activations, self.k, &out),
-                    }
-                }
-                Weight::Candle(w) => {
-                    let m = x.len() / self.k;
-                    scratch.columns.resize(m * n, 0.0);
-                    w.matmul_t((m, self.k, n), x, &mut scratch.columns)?;
-                    for (row, from) in scratch.columns.chunks_exact(n).enumerate() {
-                        out[row * self.n + first..][..n].copy_from_slice(from);
-                    }
-                }
+            let out = SharedOut::new(out, self.n, first, part.n);
+            match &part.form {
+                Form::F32(w) => dense::matmul(pool, w, &scratch.packed, &out),
+                Form::Bf16(w) => dense::matmul(pool, w, &scratch.packed, &out),
+                Form::Quant(w) => quant::matmul(pool, w, &scratch.activations, &out),
             }
-            first += n;
+            first += part.n;
         }
         if let Some(bias) = &self.bias {
             for row in out.chunks_exact_mut(self.n) {
@@ -384,20 +409,31 @@ mod tests {
         bytes
     }
 
-    fn forms(w: &[f32]) -> Vec<(Weight, f64)> {
-        let bf16 = w
-            .iter()
-            .map(|v| half::bf16::from_f32(*v).to_bits())
-            .collect();
+    /// Every form of the same values, with the share of `sum |w x|` that rounding activations may cost.
+    fn forms(w: &[f32], k: usize) -> Vec<(Weight, f64)> {
+        let wide = Weight::f32(w, k);
+        let n = w.len() / k;
+        let gguf = |dtype, bytes: &[u8]| Weight::from_gguf(dtype, bytes, n, k).expect("gguf");
         vec![
-            (Weight::F32(w.to_vec()), 1e-6),
-            (Weight::Bf16(bf16), 1e-6),
-            (Weight::quantize_q8_0(w), 8e-3),
-            (
-                Weight::from_gguf(GgmlDType::Q4_1, &q4_1(w)).expect("q4_1"),
-                8e-3,
-            ),
+            (wide.to_bf16(), 1e-6),
+            (wide.to_q8_0(), 8e-3),
+            (wide.to_q4(), 8e-3),
+            (gguf(GgmlDType::Q4_1, &q4_1(w)), 8e-3),
+            (gguf(GgmlDType::Q4_0, &q4_0(w)), 8e-3),
+            (wide, 1e-6),
         ]
+    }
+
+    /// Quantises to GGUF's Q4_0 bytes.
+    fn q4_0(values: &[f32]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for block in values.chunks_exact(32) {
+            let d = block.iter().fold(0.0f32, |a, v| a.max(v.abs())) / 7.0;
+            bytes.extend(half::f16::from_f32(d).to_le_bytes());
+            let q = |v: f32| ((v / d).round() + 8.0).clamp(0.0, 15.0) as u8;
+            bytes.extend((0..16).map(|i| q(block[i]) | q(block[i + 16]) << 4));
+        }
+        bytes
     }
 
     proptest! {
@@ -408,9 +444,9 @@ mod tests {
         ) {
             let k = blocks * 32;
             let (w, x) = (values(n * k, seed), values(m * k, seed + 1));
-            for (weight, tolerance) in forms(&w) {
-                let exact = weight.to_f32(k).expect("widen");
-                let linear = Linear::new(weight, k, None);
+            for (weight, tolerance) in forms(&w, k) {
+                let exact = weight.to_f32();
+                let linear = Linear::new(weight, None);
                 let out = forward(&linear, &x, 2);
                 for r in 0..m {
                     let row = &x[r * k..(r + 1) * k];
@@ -429,7 +465,7 @@ mod tests {
         #[test]
         fn odd_widths_are_summed_whole(m in 1usize..6, n in 1usize..9, k in 1usize..70, seed in 0u64..100) {
             let (w, x) = (values(n * k, seed), values(m * k, seed + 7));
-            let out = forward(&Linear::new(Weight::F32(w.clone()), k, None), &x, 1);
+            let out = forward(&Linear::new(Weight::f32(&w, k), None), &x, 1);
             for r in 0..m {
                 for c in 0..n {
                     let expected: f64 = (0..k).map(|i| f64::from(w[c * k + i]) * f64::from(x[r * k + i])).sum();
@@ -443,29 +479,29 @@ mod tests {
     fn joined_layers_give_the_outputs_side_by_side() {
         let k = 64;
         let x = values(3 * k, 5);
-        let parts: Vec<Vec<f32>> = (0..3).map(|i| values((i + 2) * k, i as u64)).collect();
-        let layer = |i: usize, f: fn(&[f32]) -> Weight| {
-            let bias = (i == 1).then(|| vec![0.5; i + 2]);
-            Linear::new(f(&parts[i]), k, bias)
+        // The first is whole tiles, so the second may stand behind it in one weight.
+        let sizes = [16, 3, 4];
+        let parts = [0, 1, 2].map(|i| values(sizes[i] * k, i as u64));
+        let layer = |i: usize, f: fn(Weight) -> Weight| {
+            let bias = (i == 1).then(|| vec![0.5; sizes[i]]);
+            Linear::new(f(Weight::f32(&parts[i], k)), bias)
         };
-        let f32w: fn(&[f32]) -> Weight = |w| Weight::F32(w.to_vec());
-        let joined = Linear::join(vec![
-            layer(0, f32w),
-            layer(1, f32w),
-            layer(2, Weight::quantize_q8_0),
-        ]);
+        let f32w: fn(Weight) -> Weight = |w| w;
+        let q8: fn(Weight) -> Weight = |w| w.to_q8_0();
+        let joined = Linear::join(vec![layer(0, f32w), layer(1, f32w), layer(2, q8)]);
         assert_eq!(joined.weights().len(), 2);
         let out = forward(&joined, &x, 1);
         let separate = [
             forward(&layer(0, f32w), &x, 1),
             forward(&layer(1, f32w), &x, 1),
-            forward(&layer(2, Weight::quantize_q8_0), &x, 1),
+            forward(&layer(2, q8), &x, 1),
         ];
         for r in 0..3 {
-            let expected: Vec<f32> = (0..3)
-                .flat_map(|i| separate[i][r * (i + 2)..(r + 1) * (i + 2)].to_vec())
-                .collect();
-            assert_eq!(out[r * 9..(r + 1) * 9], expected);
+            let part = |i: usize| &separate[i][r * sizes[i]..(r + 1) * sizes[i]];
+            assert_eq!(
+                out[r * 23..(r + 1) * 23],
+                [part(0), part(1), part(2)].concat()
+            );
         }
     }
 
@@ -475,15 +511,15 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY] {
             let mut x = values(k, 3);
             x[40] = bad;
-            for (weight, _) in forms(&values(2 * k, 4)) {
-                assert!(!forward(&Linear::new(weight, k, None), &x, 1)[0].is_finite());
+            for (weight, _) in forms(&values(2 * k, 4), k) {
+                assert!(!forward(&Linear::new(weight, None), &x, 1)[0].is_finite());
             }
         }
     }
 
     #[test]
     fn an_unknown_form_is_refused_with_the_known_ones() {
-        let error = Weight::from_gguf(GgmlDType::Q2K, &[])
+        let error = Weight::from_gguf(GgmlDType::Q2K, &[], 1, 256)
             .err()
             .expect("refused")
             .to_string();

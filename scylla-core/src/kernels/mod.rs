@@ -8,12 +8,12 @@
 #![allow(unsafe_code)]
 
 mod attention;
-mod blocks;
 mod dense;
 mod elementwise;
 mod linear;
 mod pool;
 pub mod probability;
+mod quant;
 mod simd;
 
 pub use attention::{AttentionRow, KvLayer, attention};
@@ -24,7 +24,10 @@ pub use simd::Level;
 
 use std::marker::PhantomData;
 
-/// A range of output columns.
+/// Columns of a product that lie side by side in a weight.
+const TILE: usize = 16;
+
+/// A range of tiles.
 #[derive(Clone, Copy)]
 struct Columns {
     start: usize,
@@ -62,16 +65,107 @@ impl<'a> SharedOut<'a> {
         }
     }
 
+    /// Writes the columns from `column` on that there are.
     #[inline(always)]
-    fn set(&self, row: usize, column: usize, value: f32) {
-        debug_assert!(row < self.rows && column < self.columns);
-        // SAFETY: in bounds (kernels iterate rows < `rows` and columns < `columns`, and `new` checked the
-        // stride), and no other thread writes this element.
-        unsafe { *self.data.add(row * self.stride + self.first + column) = value }
+    fn store(&self, row: usize, column: usize, values: &[f32; TILE]) {
+        let count = TILE.min(self.columns - column);
+        assert!(row < self.rows && column < self.columns);
+        let at = row * self.stride + self.first + column;
+        // SAFETY: in bounds, as just checked and as `new` checked the stride; no other thread writes these columns.
+        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.data.add(at), count) }
+    }
+
+    /// Adds to the columns from `column` on that there are.
+    #[inline(always)]
+    fn add(&self, row: usize, column: usize, values: &[f32; TILE]) {
+        let count = TILE.min(self.columns - column);
+        assert!(row < self.rows && column < self.columns);
+        let at = row * self.stride + self.first + column;
+        // SAFETY: as in `store`; the values were written by this thread before.
+        let out = unsafe { std::slice::from_raw_parts_mut(self.data.add(at), count) };
+        for (out, value) in out.iter_mut().zip(values) {
+            *out += value;
+        }
     }
 }
 
-/// Columns handed to a thread at once: eight portions a thread, in fours.
-fn grain(n: usize, pool: &Pool) -> usize {
-    n.div_ceil(pool.threads() * 8).next_multiple_of(4).max(16)
+/// Tiles handed to a thread at once: eight portions a thread.
+fn grain(tiles: usize, pool: &Pool) -> usize {
+    tiles.div_ceil(pool.threads() * 8)
 }
+
+/// Rows that pass a weight together, their activations packed side by side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Panel {
+    /// First row, and how many there are.
+    row: usize,
+    rows: usize,
+    /// Rows it has room for, one of the sizes kernels are compiled for; those beyond `rows` are never stored.
+    room: usize,
+    /// Rows that earlier panels have room for.
+    at: usize,
+}
+
+/// Sizes of panels.
+const SIZES: [usize; 8] = [1, 2, 3, 4, 6, 8, 12, 16];
+
+/// Cuts rows into as few panels of at most `most` rows as there must be, of about the same size.
+fn panels(rows: usize, most: usize) -> impl Iterator<Item = Panel> {
+    let count = rows.div_ceil(most);
+    let mut at = 0;
+    (0..count).map(move |i| {
+        let row = rows * i / count;
+        let rows = rows * (i + 1) / count - row;
+        let room = SIZES.into_iter().find(|&s| s >= rows).unwrap_or(rows);
+        let panel = Panel {
+            row,
+            rows,
+            room,
+            at,
+        };
+        at += room;
+        panel
+    })
+}
+
+/// Calls `$body` with the room of a panel as a constant.
+macro_rules! of_size {
+    ($room:expr, $most:expr, |$R:ident| $body:expr) => {
+        match $room {
+            1 => {
+                const $R: usize = 1;
+                $body
+            }
+            2 => {
+                const $R: usize = 2;
+                $body
+            }
+            3 => {
+                const $R: usize = 3;
+                $body
+            }
+            4 => {
+                const $R: usize = 4;
+                $body
+            }
+            6 if $most >= 6 => {
+                const $R: usize = 6;
+                $body
+            }
+            8 if $most >= 8 => {
+                const $R: usize = 8;
+                $body
+            }
+            12 if $most >= 12 => {
+                const $R: usize = 12;
+                $body
+            }
+            16 if $most >= 16 => {
+                const $R: usize = 16;
+                $body
+            }
+            room => unreachable!("a panel of {room} rows"),
+        }
+    };
+}
+use of_size;

@@ -24,27 +24,35 @@ pub(super) trait Simd: Copy {
     fn splat(x: f32) -> Self::V;
     /// Stores the lanes into the first 16 values of `out`.
     fn store(v: Self::V, out: &mut [f32]);
-    /// The value of a half-precision number.
-    fn widen(x: f16) -> f32;
-    /// Eight f32 lanes, the accumulator of the integer products.
-    type H: Copy;
-    fn half_zero() -> Self::H;
-    /// The sum of the eight lanes, always in the same order.
-    fn half_sum(h: Self::H) -> f32;
-    /// 32 weights of 8 bits, ready to be multiplied with several rows.
-    type Bytes: Copy;
-    fn bytes(q: &[i8; 32]) -> Self::Bytes;
-    /// `acc + scale * (q . x)` as partial sums in the lanes; `x` holds no -128.
-    fn dot_bytes(q: Self::Bytes, x: &[i8; 32], scale: f32, acc: Self::H) -> Self::H;
-    /// 32 weights of 4 bits: the low halves of 16 bytes, then the high halves.
-    type Nibbles: Copy;
-    fn nibbles(q: &[u8; 16]) -> Self::Nibbles;
-    fn dot_nibbles(q: Self::Nibbles, x: &[i8; 32], scale: f32, acc: Self::H) -> Self::H;
+    /// `a * b`
+    fn mul(a: Self::V, b: Self::V) -> Self::V;
+    /// Sixteen half-precision numbers, widened.
+    fn widen(x: &[f16; 16]) -> Self::V;
+    /// Asks for the cache line that holds `from + at`; it need not lie within the allocation.
+    fn prefetch<T>(from: &T, at: usize);
+    /// Rows that a panel of products keeps in registers, at most.
+    const ROWS: usize;
+    /// Sixteen i32 lanes.
+    type I: Copy;
+    fn splat_i(x: i32) -> Self::I;
+    fn add_i(a: Self::I, b: Self::I) -> Self::I;
+    /// The lanes as f32.
+    fn to_f32(i: Self::I) -> Self::V;
+    /// 64 unsigned bytes, four for each lane.
+    type B: Copy;
+    fn load_line(x: &Line) -> Self::B;
+    /// The lower four bits of each byte.
+    fn low(b: Self::B) -> Self::B;
+    /// The upper four bits of each byte.
+    fn high(b: Self::B) -> Self::B;
+    /// Adds to each lane the products of its four bytes with the four signed bytes of `x`; none of those is -128.
+    fn dot(acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I;
 }
 
-fn sum8(v: &[f32; 8]) -> f32 {
-    ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]))
-}
+/// 64 bytes on a cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Line(pub(super) [u8; 64]);
 
 fn sum16(v: &[f32; 16]) -> f32 {
     let mut acc = [0.0f32; 4];
@@ -92,42 +100,48 @@ impl Simd for Portable {
         out[..16].copy_from_slice(&v);
     }
     #[inline(always)]
-    fn widen(x: f16) -> f32 {
-        x.to_f32()
-    }
-    type H = [f32; 8];
-    #[inline(always)]
-    fn half_zero() -> Self::H {
-        [0.0; 8]
+    fn mul(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] * b[i])
     }
     #[inline(always)]
-    fn half_sum(h: Self::H) -> f32 {
-        sum8(&h)
-    }
-    type Bytes = [i8; 32];
-    #[inline(always)]
-    fn bytes(q: &[i8; 32]) -> Self::Bytes {
-        *q
+    fn widen(x: &[f16; 16]) -> Self::V {
+        x.map(f16::to_f32)
     }
     #[inline(always)]
-    fn dot_bytes(q: Self::Bytes, x: &[i8; 32], scale: f32, acc: Self::H) -> Self::H {
+    fn prefetch<T>(_: &T, _: usize) {}
+    const ROWS: usize = 4;
+    type I = [i32; 16];
+    #[inline(always)]
+    fn splat_i(x: i32) -> Self::I {
+        [x; 16]
+    }
+    #[inline(always)]
+    fn add_i(a: Self::I, b: Self::I) -> Self::I {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    fn to_f32(i: Self::I) -> Self::V {
+        i.map(|i| i as f32)
+    }
+    type B = [u8; 64];
+    #[inline(always)]
+    fn load_line(x: &Line) -> Self::B {
+        x.0
+    }
+    #[inline(always)]
+    fn low(b: Self::B) -> Self::B {
+        b.map(|b| b & 15)
+    }
+    #[inline(always)]
+    fn high(b: Self::B) -> Self::B {
+        b.map(|b| b >> 4)
+    }
+    #[inline(always)]
+    fn dot(acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I {
         std::array::from_fn(|lane| {
-            let fours = (lane * 4)..(lane * 4 + 4);
-            let dot: i32 = fours.map(|i| i32::from(q[i]) * i32::from(x[i])).sum();
-            acc[lane] + scale * dot as f32
+            let fours = (0..4).map(|i| i32::from(w[lane * 4 + i]) * i32::from(x[i]));
+            acc[lane] + fours.sum::<i32>()
         })
-    }
-    type Nibbles = [i8; 32];
-    #[inline(always)]
-    fn nibbles(q: &[u8; 16]) -> Self::Nibbles {
-        std::array::from_fn(|i| {
-            let nibble = if i < 16 { q[i] & 15 } else { q[i - 16] >> 4 };
-            nibble as i8
-        })
-    }
-    #[inline(always)]
-    fn dot_nibbles(q: Self::Nibbles, x: &[i8; 32], scale: f32, acc: Self::H) -> Self::H {
-        Self::dot_bytes(q, x, scale, acc)
     }
 }
 
@@ -136,7 +150,7 @@ pub(super) use x86::{Avx2, Avx512};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::Simd;
+    use super::{Line, Simd};
     use half::f16;
     use std::arch::x86_64::*;
 
@@ -149,34 +163,7 @@ mod x86 {
     pub(in super::super) struct Avx512;
 
     // SAFETY of every block below: `Level::detect` hands these types out only where the processor has the
-    // features they name, and each load is bounds-checked on the line before it.
-
-    #[inline(always)]
-    fn half_sum(h: __m256) -> f32 {
-        let mut lanes = [0.0; 8];
-        unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), h) };
-        super::sum8(&lanes)
-    }
-
-    #[inline(always)]
-    fn nibbles(q: &[u8; 16]) -> __m256i {
-        unsafe {
-            let bytes = _mm_loadu_si128(q.as_ptr().cast());
-            let both = _mm256_set_m128i(_mm_srli_epi16::<4>(bytes), bytes);
-            _mm256_and_si256(both, _mm256_set1_epi8(15))
-        }
-    }
-
-    /// Sums of four products; `u` is at most 128, so pairs stay within an i16.
-    #[inline(always)]
-    fn dot_maddubs(u: __m256i, x: __m256i) -> __m256i {
-        unsafe { _mm256_madd_epi16(_mm256_maddubs_epi16(u, x), _mm256_set1_epi16(1)) }
-    }
-
-    #[inline(always)]
-    fn dot_vnni(u: __m256i, x: __m256i) -> __m256i {
-        unsafe { _mm256_dpbusd_epi32(_mm256_setzero_si256(), u, x) }
-    }
+    // features they name, and each load is bounds-checked on the line before it or of a type of its length.
 
     impl Simd for Avx2 {
         const FMA: bool = true;
@@ -237,47 +224,70 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn widen(x: f16) -> f32 {
-            unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(x.to_bits())))) }
-        }
-        type H = __m256;
-        #[inline(always)]
-        fn half_zero() -> Self::H {
-            unsafe { _mm256_setzero_ps() }
+        fn mul(a: Self::V, b: Self::V) -> Self::V {
+            unsafe { (_mm256_mul_ps(a.0, b.0), _mm256_mul_ps(a.1, b.1)) }
         }
         #[inline(always)]
-        fn half_sum(h: Self::H) -> f32 {
-            half_sum(h)
-        }
-        /// |q|, and q for its sign.
-        type Bytes = (__m256i, __m256i);
-        #[inline(always)]
-        fn bytes(q: &[i8; 32]) -> Self::Bytes {
+        fn widen(x: &[f16; 16]) -> Self::V {
+            let p = x.as_ptr().cast::<__m128i>();
             unsafe {
-                let q = _mm256_loadu_si256(q.as_ptr().cast());
-                (_mm256_abs_epi8(q), q)
+                (
+                    _mm256_cvtph_ps(_mm_loadu_si128(p)),
+                    _mm256_cvtph_ps(_mm_loadu_si128(p.add(1))),
+                )
             }
         }
         #[inline(always)]
-        fn dot_bytes(q: Self::Bytes, x: &[i8; 32], scale: f32, acc: Self::H) -> Self::H {
+        fn prefetch<T>(from: &T, at: usize) {
+            // No more than a hint: an address outside the allocation is not read.
+            let at = std::ptr::from_ref(from).wrapping_add(at).cast();
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at) }
+        }
+        const ROWS: usize = 4;
+        type I = (__m256i, __m256i);
+        #[inline(always)]
+        fn splat_i(x: i32) -> Self::I {
+            unsafe { (_mm256_set1_epi32(x), _mm256_set1_epi32(x)) }
+        }
+        #[inline(always)]
+        fn add_i(a: Self::I, b: Self::I) -> Self::I {
+            unsafe { (_mm256_add_epi32(a.0, b.0), _mm256_add_epi32(a.1, b.1)) }
+        }
+        #[inline(always)]
+        fn to_f32(i: Self::I) -> Self::V {
+            unsafe { (_mm256_cvtepi32_ps(i.0), _mm256_cvtepi32_ps(i.1)) }
+        }
+        type B = (__m256i, __m256i);
+        #[inline(always)]
+        fn load_line(x: &Line) -> Self::B {
+            let p = x.0.as_ptr().cast::<__m256i>();
+            unsafe { (_mm256_loadu_si256(p), _mm256_loadu_si256(p.add(1))) }
+        }
+        #[inline(always)]
+        fn low(b: Self::B) -> Self::B {
             unsafe {
-                let x = _mm256_loadu_si256(x.as_ptr().cast());
-                // The unsigned side takes |q|, the signed side x with q's sign.
-                let dot = dot_maddubs(q.0, _mm256_sign_epi8(x, q.1));
-                _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(scale), acc)
+                let mask = _mm256_set1_epi8(15);
+                (_mm256_and_si256(b.0, mask), _mm256_and_si256(b.1, mask))
             }
         }
-        type Nibbles = __m256i;
         #[inline(always)]
-        fn nibbles(q: &[u8; 16]) -> Self::Nibbles {
-            nibbles(q)
+        fn high(b: Self::B) -> Self::B {
+            unsafe { Self::low((_mm256_srli_epi16::<4>(b.0), _mm256_srli_epi16::<4>(b.1))) }
         }
         #[inline(always)]
-        fn dot_nibbles(q: Self::Nibbles, x: &[i8; 32], scale: f32, acc: Self::H) -> Self::H {
+        fn dot(acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I {
             unsafe {
-                let x = _mm256_loadu_si256(x.as_ptr().cast());
-                let dot = dot_maddubs(q, x);
-                _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(scale), acc)
+                let x = _mm256_set1_epi32(i32::from_le_bytes(x.map(|x| x as u8)));
+                // Two products of a whole byte do not fit an i16, so its upper bit goes apart.
+                let half = |acc: __m256i, w: __m256i| {
+                    let low = _mm256_and_si256(w, _mm256_set1_epi8(127));
+                    let top = _mm256_and_si256(_mm256_srli_epi16::<7>(w), _mm256_set1_epi8(1));
+                    let low = _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), _mm256_set1_epi16(1));
+                    let top =
+                        _mm256_madd_epi16(_mm256_maddubs_epi16(top, x), _mm256_set1_epi16(128));
+                    _mm256_add_epi32(acc, _mm256_add_epi32(low, top))
+                };
+                (half(acc.0, w.0), half(acc.1, w.1))
             }
         }
     }
@@ -322,47 +332,51 @@ mod x86 {
             unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) }
         }
         #[inline(always)]
-        fn widen(x: f16) -> f32 {
-            unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(x.to_bits())))) }
-        }
-        type H = __m256;
-        #[inline(always)]
-        fn half_zero() -> Self::H {
-            unsafe { _mm256_setzero_ps() }
+        fn mul(a: Self::V, b: Self::V) -> Self::V {
+            unsafe { _mm512_mul_ps(a, b) }
         }
         #[inline(always)]
-        fn half_sum(h: Self::H) -> f32 {
-            half_sum(h)
+        fn widen(x: &[f16; 16]) -> Self::V {
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
         }
-        /// |q|, and q for its sign.
-        type Bytes = (__m256i, __m256i);
         #[inline(always)]
-        fn bytes(q: &[i8; 32]) -> Self::Bytes {
+        fn prefetch<T>(from: &T, at: usize) {
+            // No more than a hint: an address outside the allocation is not read.
+            let at = std::ptr::from_ref(from).wrapping_add(at).cast();
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at) }
+        }
+        const ROWS: usize = 16;
+        type I = __m512i;
+        #[inline(always)]
+        fn splat_i(x: i32) -> Self::I {
+            unsafe { _mm512_set1_epi32(x) }
+        }
+        #[inline(always)]
+        fn add_i(a: Self::I, b: Self::I) -> Self::I {
+            unsafe { _mm512_add_epi32(a, b) }
+        }
+        #[inline(always)]
+        fn to_f32(i: Self::I) -> Self::V {
+            unsafe { _mm512_cvtepi32_ps(i) }
+        }
+        type B = __m512i;
+        #[inline(always)]
+        fn load_line(x: &Line) -> Self::B {
+            unsafe { _mm512_load_si512(x.0.as_ptr().cast()) }
+        }
+        #[inline(always)]
+        fn low(b: Self::B) -> Self::B {
+            unsafe { _mm512_and_si512(b, _mm512_set1_epi8(15)) }
+        }
+        #[inline(always)]
+        fn high(b: Self::B) -> Self::B {
+            unsafe { Self::low(_mm512_srli_epi16::<4>(b)) }
+        }
+        #[inline(always)]
+        fn dot(acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I {
             unsafe {
-                let q = _mm256_loadu_si256(q.as_ptr().cast());
-                (_mm256_abs_epi8(q), q)
-            }
-        }
-        #[inline(always)]
-        fn dot_bytes(q: Self::Bytes, x: &[i8; 32], scale: f32, acc: Self::H) -> Self::H {
-            unsafe {
-                let x = _mm256_loadu_si256(x.as_ptr().cast());
-                // The unsigned side takes |q|, the signed side x with q's sign.
-                let dot = dot_vnni(q.0, _mm256_sign_epi8(x, q.1));
-                _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(scale), acc)
-            }
-        }
-        type Nibbles = __m256i;
-        #[inline(always)]
-        fn nibbles(q: &[u8; 16]) -> Self::Nibbles {
-            nibbles(q)
-        }
-        #[inline(always)]
-        fn dot_nibbles(q: Self::Nibbles, x: &[i8; 32], scale: f32, acc: Self::H) -> Self::H {
-            unsafe {
-                let x = _mm256_loadu_si256(x.as_ptr().cast());
-                let dot = dot_vnni(q, x);
-                _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(scale), acc)
+                let x = _mm512_set1_epi32(i32::from_le_bytes(x.map(|x| x as u8)));
+                _mm512_dpbusd_epi32(acc, w, x)
             }
         }
     }
@@ -393,6 +407,17 @@ impl Level {
         })
     }
 
+    /// Rows that a panel of products keeps in registers, at most.
+    pub(super) fn rows(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => Avx512::ROWS,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => Avx2::ROWS,
+            _ => Portable::ROWS,
+        }
+    }
+
     #[cfg(target_arch = "x86_64")]
     pub(super) fn of_processor() -> Self {
         let avx2 = is_x86_feature_detected!("avx2")
@@ -416,10 +441,10 @@ impl Level {
     }
 }
 
-/// Calls a kernel that is generic over [`Simd`] (first), and over whatever stands in the angle brackets,
-/// compiled for the best instruction set of this processor.
+/// Calls a kernel that is generic over [`Simd`] (first), and over whatever stands in the angle brackets (with the
+/// type it is called for, where the arguments do not say it), compiled for the best instruction set of this processor.
 macro_rules! dispatch {
-    ($level:expr, $kernel:ident($($arg:expr),*): ($($name:ident: $ty:ty),*) $([$out:ty])? <$($g:ident: $bound:path)?>) => {{
+    ($level:expr, $kernel:ident($($arg:expr),*): ($($name:ident: $ty:ty),*) $([$out:ty])? <$($g:ident: $bound:path $(= $given:ty)?)?>) => {{
         #[cfg(target_arch = "x86_64")]
         {
             #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
@@ -430,20 +455,24 @@ macro_rules! dispatch {
             fn avx2<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
                 $kernel::<$crate::kernels::simd::Avx2 $(, $g)?>($($name),*)
             }
+            fn portable<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
+                $kernel::<$crate::kernels::simd::Portable $(, $g)?>($($name),*)
+            }
             match $level {
                 // SAFETY: the level was detected on this processor.
-                $crate::kernels::simd::Level::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::kernels::simd::Level::Avx512 => unsafe { avx512$($(::<$given>)?)?($($arg),*) },
                 // SAFETY: as above.
-                $crate::kernels::simd::Level::Avx2 => unsafe { avx2($($arg),*) },
-                $crate::kernels::simd::Level::Portable => {
-                    $kernel::<$crate::kernels::simd::Portable $(, $g)?>($($arg),*)
-                }
+                $crate::kernels::simd::Level::Avx2 => unsafe { avx2$($(::<$given>)?)?($($arg),*) },
+                $crate::kernels::simd::Level::Portable => portable$($(::<$given>)?)?($($arg),*),
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
         {
+            fn portable<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
+                $kernel::<$crate::kernels::simd::Portable $(, $g)?>($($name),*)
+            }
             let _ = $level;
-            $kernel::<$crate::kernels::simd::Portable $(, $g)?>($($arg),*)
+            portable$($(::<$given>)?)?($($arg),*)
         }
     }};
 }

@@ -35,7 +35,7 @@ impl Weights for Held<'_> {
             .files
             .source
             .tensor(name, &[n, k], &self.files.config)?;
-        self.options.weights.apply(weight, k)
+        Ok(self.options.weights.apply(weight))
     }
     fn vector(&self, name: &str, n: usize) -> Result<Vec<f32>> {
         self.files.source.vector(name, n, &self.files.config)

@@ -103,7 +103,7 @@ impl DeviceModel {
         } else {
             linear("lm_head", c.vocab, h, false)?
         };
-        let values = files.source.tensor(table, &[c.vocab, h], c)?.to_f32(h)?;
+        let values = files.source.tensor(table, &[c.vocab, h], c)?.to_f32();
         let (cos, sin) = c.rope_tables(positions);
         let angles = |v: Vec<f32>| Tensor::from_vec(v, (positions, c.head_dim / 2), &device);
         Ok(Self {
@@ -246,10 +246,7 @@ fn matrix(
             quantized(QTensor::new(storage, (n, k))?)
         }
         form => {
-            let values = files
-                .source
-                .tensor(name, &[n, k], &files.config)?
-                .to_f32(k)?;
+            let values = files.source.tensor(name, &[n, k], &files.config)?.to_f32();
             let tensor = Tensor::from_vec(values, (n, k), device)?;
             if form == WeightForm::Q8_0 && k.is_multiple_of(32) {
                 return quantized(QTensor::quantize(&tensor, GgmlDType::Q8_0)?);

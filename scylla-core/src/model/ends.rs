@@ -31,7 +31,7 @@ impl Ends {
         let (vocab, hidden) = (c.vocab, c.hidden);
         let table = from.matrix("model.embed_tokens.weight", vocab, hidden)?;
         let (table, head) = match c.tied {
-            true => (None, Linear::new(table, hidden, None)),
+            true => (None, Linear::new(table, None)),
             false => {
                 let head = from.linear("lm_head", vocab, hidden, false)?;
                 (Some(Arc::new(table)), head)
@@ -60,7 +60,14 @@ impl Ends {
 
     /// Writes the embedding of a token `[H]`.
     pub fn embed(&self, token: u32, out: &mut [f32]) -> Result<()> {
-        self.table().row(token as usize, self.hidden, out)
+        if token as usize >= self.vocab {
+            return Err(Error::Invalid(format!(
+                "token {token} outside the vocabulary of {}",
+                self.vocab
+            )));
+        }
+        self.table().row(token as usize, out);
+        Ok(())
     }
 
     /// The head's rows of the listed tokens, in that order: a frequency-truncated head (FR-Spec, arXiv:2502.14856).
@@ -74,8 +81,7 @@ impl Ends {
                 self.vocab
             )));
         }
-        let weight = self.head.weights()[0].rows(ids, self.hidden)?;
-        Ok(Linear::new(weight, self.hidden, None))
+        Ok(Linear::new(self.head.weights()[0].rows(ids), None))
     }
 
     /// Bytes of weights held.

@@ -36,9 +36,15 @@ pub enum WeightForm {
     /// Single precision.
     #[serde(rename = "f32")]
     F32,
+    /// Rounded to bf16.
+    #[serde(rename = "bf16")]
+    Bf16,
     /// 8-bit blocks of 32; matrices whose rows are not whole blocks stay as they are.
     #[serde(rename = "q8_0")]
     Q8_0,
+    /// 4-bit blocks of 32 with a scale and an offset; the same.
+    #[serde(rename = "q4")]
+    Q4,
 }
 
 impl std::str::FromStr for WeightForm {
@@ -47,11 +53,13 @@ impl std::str::FromStr for WeightForm {
         match s {
             "as-is" => Ok(Self::AsIs),
             "f32" => Ok(Self::F32),
+            "bf16" => Ok(Self::Bf16),
             "q8_0" => Ok(Self::Q8_0),
+            "q4" => Ok(Self::Q4),
             other => Err(Error::unknown(
                 "weight form",
                 other,
-                ["as-is", "f32", "q8_0"],
+                ["as-is", "f32", "bf16", "q8_0", "q4"],
             )),
         }
     }
@@ -62,19 +70,25 @@ impl std::fmt::Display for WeightForm {
         f.write_str(match self {
             Self::AsIs => "as-is",
             Self::F32 => "f32",
+            Self::Bf16 => "bf16",
             Self::Q8_0 => "q8_0",
+            Self::Q4 => "q4",
         })
     }
 }
 
 impl WeightForm {
-    /// Brings a matrix of `k` columns into this form.
-    pub fn apply(self, weight: Weight, k: usize) -> Result<Weight> {
-        match (self, &weight) {
-            (Self::AsIs, _) | (Self::F32, Weight::F32(_)) => Ok(weight),
-            (Self::F32, _) => Ok(Weight::F32(weight.to_f32(k)?)),
-            (Self::Q8_0, _) if k.is_multiple_of(32) => weight.requantize_q8_0(k),
-            (Self::Q8_0, _) => Ok(weight),
+    /// Brings a matrix into this form; blocks need rows of whole ones.
+    pub fn apply(self, weight: Weight) -> Weight {
+        let whole = weight.k.is_multiple_of(32);
+        match (self, weight.form()) {
+            (Self::AsIs, _) | (Self::F32, "f32") | (Self::Bf16, "bf16") => weight,
+            (Self::Q8_0, "q8_0") | (Self::Q4, "q4") => weight,
+            (Self::F32, _) => weight.to_wide(),
+            (Self::Bf16, _) => weight.to_bf16(),
+            (Self::Q8_0, _) if whole => weight.to_q8_0(),
+            (Self::Q4, _) if whole => weight.to_q4(),
+            _ => weight,
         }
     }
 }

@@ -57,9 +57,19 @@ impl Place<'_> {
     }
 
     /// Reads into the form the CPU kernels multiply with, piece by piece: no second copy is ever held.
-    fn weight(&self) -> Result<Weight> {
-        let read = Weight::read(self.dtype, self.length, &mut self.reader()?);
+    fn weight(&self, shape: &[usize]) -> Result<Weight> {
+        let (n, k) = sizes(shape);
+        let mut from = BufReader::with_capacity(1 << 16, self.reader()?);
+        let read = Weight::read(self.dtype, n, k, &mut from);
         read?.map_err(Error::io(self.path))
+    }
+}
+
+/// Rows and columns of a matrix; a vector is a row.
+fn sizes(shape: &[usize]) -> (usize, usize) {
+    match *shape {
+        [n, k] => (n, k),
+        _ => (1, shape.iter().product()),
     }
 }
 
@@ -164,7 +174,7 @@ impl Shards {
 
     /// Reads a matrix or vector of f32, f16 or bf16.
     pub fn weight(&self, name: &str, shape: &[usize]) -> Result<Weight> {
-        self.place(name, shape)?.weight()
+        self.place(name, shape)?.weight(shape)
     }
 
     /// File, type and place of a tensor, its shape checked.
@@ -428,7 +438,7 @@ impl Gguf {
         if matches!(config.rope_scaling, RopeScaling::Factors(_)) {
             let half = config.head_dim / 2;
             let place = self.place("rope_freqs.weight", &[half])?;
-            let factors = place.weight()?.to_f32(half)?;
+            let factors = place.weight(&[half])?.to_f32();
             if factors.iter().any(|f| !(f.is_finite() && *f > 0.0)) {
                 return Err(Error::file(
                     &self.path,
@@ -528,9 +538,10 @@ impl Source {
         match heads {
             Some(heads) => {
                 let raw = place.raw()?.unpermuted(shape[0], heads);
-                Weight::from_gguf(raw.dtype, &raw.bytes)
+                let (n, k) = sizes(shape);
+                Weight::from_gguf(raw.dtype, &raw.bytes, n, k)
             }
-            None => place.weight(),
+            None => place.weight(shape),
         }
     }
 
@@ -544,7 +555,7 @@ impl Source {
 
     /// A vector in f32.
     pub fn vector(&self, name: &str, len: usize, config: &ModelConfig) -> Result<Vec<f32>> {
-        self.tensor(name, &[len], config)?.to_f32(len)
+        Ok(self.tensor(name, &[len], config)?.to_f32())
     }
 }
 

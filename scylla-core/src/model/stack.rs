@@ -40,7 +40,7 @@ pub trait Weights {
             false => None,
         };
         let weight = self.matrix(&format!("{name}.weight"), n, k)?;
-        Ok(Linear::new(weight, k, bias))
+        Ok(Linear::new(weight, bias))
     }
 }
 

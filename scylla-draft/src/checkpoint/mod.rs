@@ -199,10 +199,10 @@ impl Checkpoint {
 
 impl Weights for Checkpoint {
     fn matrix(&self, name: &str, n: usize, k: usize) -> Result<Weight> {
-        self.form.apply(self.shards.weight(name, &[n, k])?, k)
+        Ok(self.form.apply(self.shards.weight(name, &[n, k])?))
     }
     fn vector(&self, name: &str, n: usize) -> Result<Vec<f32>> {
-        self.shards.weight(name, &[n])?.to_f32(n)
+        Ok(self.shards.weight(name, &[n])?.to_f32())
     }
 }
 

@@ -14,7 +14,7 @@ use crate::checkpoint::Checkpoint;
 /// Token embeddings: the target's, or the draft's own.
 pub(super) enum Embedding {
     Target(Ends),
-    Own { table: Weight, hidden: usize },
+    Own(Weight),
 }
 
 impl Embedding {
@@ -22,10 +22,7 @@ impl Embedding {
     pub(super) fn read(from: &Checkpoint, shared: &Shared) -> Result<Self> {
         let (vocab, hidden) = (from.config.vocab, from.config.hidden);
         Ok(match from.has("embed_tokens.weight") {
-            true => Self::Own {
-                table: from.matrix("embed_tokens.weight", vocab, hidden)?,
-                hidden,
-            },
+            true => Self::Own(from.matrix("embed_tokens.weight", vocab, hidden)?),
             false => Self::Target(shared.ends.clone()),
         })
     }
@@ -34,7 +31,14 @@ impl Embedding {
     pub(super) fn row(&self, token: u32, out: &mut [f32]) -> Result<()> {
         match self {
             Self::Target(ends) => ends.embed(token, out),
-            Self::Own { table, hidden } => table.row(token as usize, *hidden, out),
+            Self::Own(table) if (token as usize) < table.n => {
+                table.row(token as usize, out);
+                Ok(())
+            }
+            Self::Own(table) => Err(Error::Invalid(format!(
+                "token {token} outside the vocabulary of {}",
+                table.n
+            ))),
         }
     }
 }
@@ -62,9 +66,9 @@ impl Head {
     }
 
     /// A head of the draft's own `[V_d, H]`, cut to the ids that the draft may propose.
-    pub(super) fn own(weight: Weight, hidden: usize, ids: Ids, shared: &Shared) -> Result<Self> {
+    pub(super) fn own(weight: Weight, ids: Ids, shared: &Shared) -> Result<Self> {
         let Some(chosen) = &shared.head else {
-            return Ok(Self::new(Arc::new(Linear::new(weight, hidden, None)), ids));
+            return Ok(Self::new(Arc::new(Linear::new(weight, None)), ids));
         };
         let (targets, rows): (Vec<u32>, Vec<u32>) = chosen
             .iter()
@@ -77,9 +81,9 @@ impl Head {
                 ids.columns
             )));
         }
-        let weight = weight.rows(&rows, hidden)?;
+        let weight = weight.rows(&rows);
         let ids = Ids::mapped(targets, shared.target.vocab)?;
-        Ok(Self::new(Arc::new(Linear::new(weight, hidden, None)), ids))
+        Ok(Self::new(Arc::new(Linear::new(weight, None)), ids))
     }
 
     fn new(linear: Arc<Linear>, ids: Ids) -> Self {

@@ -85,7 +85,7 @@ pub fn load(
         norm_output: from.flag("norm_output"),
         stack: CpuStack::new(c.clone(), vec![layer], capacity(positions), pool),
         norm: from.vector("norm.weight", h)?,
-        head: Head::own(head, h, ids, shared)?,
+        head: Head::own(head, ids, shared)?,
         embedded: Vec::new(),
         normed: Vec::new(),
         joined: Vec::new(),
