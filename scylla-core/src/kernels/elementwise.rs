@@ -68,10 +68,10 @@ fn swiglu_rows<S: Simd>(x: &[f32], inner: usize, out: &mut [f32]) {
 pub(super) fn exp(x: f32) -> f32 {
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    // Outside these bounds the result is 0 or infinite in single precision anyway; NaN passes through `max`
-    // as the bound, so it is put back at the end.
-    let clamped = x.clamp(-104.0, 88.8);
-    let n = (clamped * std::f32::consts::LOG2_E).round_ties_even();
+    // Outside these bounds the result is 0 or infinite in single precision anyway; NaN passes both comparisons.
+    let clamped = if x < -104.0 { -104.0 } else { x };
+    let clamped = if clamped > 88.8 { 88.8 } else { clamped };
+    let (n, whole) = nearest(clamped * std::f32::consts::LOG2_E);
     let r = (clamped - n * LN2_HIGH) - n * LN2_LOW;
     let mut p = 1.987_569_1e-4_f32;
     for c in [
@@ -85,10 +85,38 @@ pub(super) fn exp(x: f32) -> f32 {
     }
     let p = p * r * r + r + 1.0;
     // 2^n in two factors: n reaches -150, where one factor alone would leave the range.
-    let n = n as i32;
-    let half = n >> 1;
-    let power = |e: i32| f32::from_bits(((e + 127) as u32) << 23);
-    p * power(half) * power(n - half)
+    let half = whole >> 1;
+    let power = |e: i32| f32::from_bits((e.wrapping_add(127) as u32) << 23);
+    p * power(half) * power(whole.wrapping_sub(half))
+}
+
+/// The nearest whole number (ties to even) as f32 and as i32, for magnitudes below 2^22. A cast would saturate, which
+/// no vector instruction does; here adding a large number leaves the whole one in the lower bits.
+#[inline(always)]
+pub(super) fn nearest(x: f32) -> (f32, i32) {
+    const LARGE: f32 = 12_582_912.0; // 1.5 * 2^23
+    let shifted = x + LARGE;
+    let whole = (shifted.to_bits() as i32).wrapping_sub(LARGE.to_bits() as i32);
+    (shifted - LARGE, whole)
+}
+
+/// The largest value, NaN aside; minus infinity where there is none.
+#[inline(always)]
+pub(super) fn largest(x: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let chunks = x.chunks_exact(16);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane = larger(*lane, v);
+        }
+    }
+    lanes
+        .iter()
+        .chain(rest)
+        .copied()
+        .fold(f32::NEG_INFINITY, larger)
 }
 
 #[cfg(test)]

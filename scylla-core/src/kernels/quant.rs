@@ -7,7 +7,7 @@
 use half::f16;
 
 use super::pool::Pool;
-use super::simd::{Level, Line, Simd, dispatch};
+use super::simd::{Level, Line, Simd, dispatch, quantize};
 use super::{Columns, Panel, SharedOut, TILE, of_size, panels};
 
 /// Values a block.
@@ -119,7 +119,9 @@ impl BlockOf {
     /// Quantises 32 values to 8 bits: the largest magnitude becomes 127.
     pub(super) fn quantize(x: &[f32]) -> Self {
         let mut q = [0i8; BLOCK];
-        let d = quantize_block(x, &mut q);
+        let mut whole = [0.0; BLOCK];
+        whole.copy_from_slice(x);
+        let (d, _) = quantize(&whole, &mut q);
         Self::new(f16::from_f32(d), f16::ZERO, &q.map(|q| q as u8 ^ 0x80))
     }
 
@@ -245,23 +247,6 @@ pub(super) struct Activations {
     sum: Vec<i32>,
 }
 
-/// Quantises 32 values to `round(x / d)`, `d = max |x| / 127`, and returns `d`. NaN stays NaN in `d`.
-#[inline(always)]
-fn quantize_block(x: &[f32], q: &mut [i8; BLOCK]) -> f32 {
-    let mut largest = 0.0f32;
-    let mut poison = 0.0f32;
-    for &v in x {
-        largest = largest.max(v.abs());
-        poison += v * 0.0; // NaN where v is NaN or infinite, else zero
-    }
-    let d = largest / 127.0 + poison;
-    let inverse = if d > 0.0 { 1.0 / d } else { 0.0 };
-    for (q, &v) in q.iter_mut().zip(x) {
-        *q = (v * inverse).round_ties_even() as i8;
-    }
-    d
-}
-
 impl Activations {
     /// Quantises `[M, K]` values.
     pub(super) fn fill(&mut self, x: &[f32], k: usize) {
@@ -282,8 +267,8 @@ fn quantize_rows<S: Simd>(to: &mut Activations, x: &[f32], k: usize) {
             let row = &x[(panel.row + r) * k..(panel.row + r + 1) * k];
             for (b, x) in row.chunks_exact(BLOCK).enumerate() {
                 let at = panel.at * blocks + b * panel.room + r;
-                to.scale[at] = quantize_block(x, &mut to.q[at]);
-                to.sum[at] = to.q[at].iter().map(|&v| i32::from(v)).sum();
+                let Some(x) = x.first_chunk() else { continue };
+                (to.scale[at], to.sum[at]) = S::quantize(x, &mut to.q[at]);
             }
         }
     }
@@ -416,7 +401,7 @@ fn panel<S: Simd, F: Form, const R: usize>(
                 ]
             };
             // Two chains of four: half the latency of one of eight.
-            let mut even = S::splat_i(-F::BIAS * x_sum[r]);
+            let mut even = S::splat_i((-F::BIAS).wrapping_mul(x_sum[r])); // no number where the scale is none
             let mut odd = S::splat_i(0);
             for i in 0..4 {
                 even = S::dot(even, groups[2 * i], four(2 * i));

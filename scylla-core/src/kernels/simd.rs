@@ -5,6 +5,8 @@
 
 use half::f16;
 
+use super::elementwise::nearest;
+
 /// Sixteen f32 lanes of one instruction set.
 pub(super) trait Simd: Copy {
     /// Whether a fused multiply-add is one instruction.
@@ -32,6 +34,12 @@ pub(super) trait Simd: Copy {
     fn prefetch<T>(from: &T, at: usize);
     /// Rows that a panel of products keeps in registers, at most.
     const ROWS: usize;
+    /// Quantises 32 values to `round(x / d)` with `d = max |x| / 127`; returns `d` and the sum of the whole numbers.
+    /// NaN and infinity leave NaN in `d`.
+    #[inline(always)]
+    fn quantize(x: &[f32; 32], q: &mut [i8; 32]) -> (f32, i32) {
+        quantize(x, q)
+    }
     /// Sixteen i32 lanes.
     type I: Copy;
     fn splat_i(x: i32) -> Self::I;
@@ -53,6 +61,25 @@ pub(super) trait Simd: Copy {
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(super) struct Line(pub(super) [u8; 64]);
+
+/// See [`Simd::quantize`].
+#[inline(always)]
+pub(super) fn quantize(x: &[f32; 32], q: &mut [i8; 32]) -> (f32, i32) {
+    let mut largest = 0.0f32;
+    let mut poison = 0.0f32;
+    for &v in x {
+        largest = if v.abs() > largest { v.abs() } else { largest };
+        poison += v * 0.0; // NaN where v is NaN or infinite, else zero
+    }
+    let d = largest / 127.0 + poison;
+    let inverse = if d > 0.0 { 1.0 / d } else { 0.0 };
+    let mut sum = 0;
+    for (q, &v) in q.iter_mut().zip(x) {
+        *q = nearest(v * inverse).1 as i8;
+        sum += i32::from(*q);
+    }
+    (d, sum)
+}
 
 fn sum16(v: &[f32; 16]) -> f32 {
     let mut acc = [0.0f32; 4];
@@ -117,7 +144,7 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn add_i(a: Self::I, b: Self::I) -> Self::I {
-        std::array::from_fn(|i| a[i] + b[i])
+        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
     }
     #[inline(always)]
     fn to_f32(i: Self::I) -> Self::V {
@@ -140,7 +167,7 @@ impl Simd for Portable {
     fn dot(acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I {
         std::array::from_fn(|lane| {
             let fours = (0..4).map(|i| i32::from(w[lane * 4 + i]) * i32::from(x[i]));
-            acc[lane] + fours.sum::<i32>()
+            acc[lane].wrapping_add(fours.sum::<i32>())
         })
     }
 }
@@ -346,6 +373,25 @@ mod x86 {
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at) }
         }
         const ROWS: usize = 16;
+        #[inline(always)]
+        fn quantize(x: &[f32; 32], q: &mut [i8; 32]) -> (f32, i32) {
+            unsafe {
+                let (a, b) = (
+                    _mm512_loadu_ps(x.as_ptr()),
+                    _mm512_loadu_ps(x.as_ptr().add(16)),
+                );
+                let zero = _mm512_setzero_ps();
+                let poison = _mm512_fmadd_ps(a, zero, _mm512_mul_ps(b, zero));
+                let largest = _mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b));
+                let d = _mm512_reduce_max_ps(largest) / 127.0 + _mm512_reduce_add_ps(poison);
+                let inverse = _mm512_set1_ps(if d > 0.0 { 1.0 / d } else { 0.0 });
+                let a = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
+                let b = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
+                _mm_storeu_si128(q.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(a));
+                _mm_storeu_si128(q.as_mut_ptr().add(16).cast(), _mm512_cvtepi32_epi8(b));
+                (d, _mm512_reduce_add_epi32(_mm512_add_epi32(a, b)))
+            }
+        }
         type I = __m512i;
         #[inline(always)]
         fn splat_i(x: i32) -> Self::I {
