@@ -22,6 +22,52 @@ fn generate<'a>(more: &[&'a str]) -> Vec<&'a str> {
     args
 }
 
+/// Runs a model under a cap of the instruction set and returns its logits.
+fn logits_under(place: &Place, cap: &str, weights: &str) -> Vec<f32> {
+    let output = place.path(&format!("logits-{cap}-{weights}"));
+    let done = Command::new(env!("CARGO_BIN_EXE_scylla"))
+        .args([
+            "inspect", "forward", "--model", "model", "--input", "in", "--output", &output,
+        ])
+        .args(["--weights", weights])
+        .current_dir(place.dir.path())
+        .env("SCYLLA_SIMD", cap)
+        .output()
+        .expect("starts");
+    assert!(
+        done.status.success(),
+        "{}",
+        String::from_utf8_lossy(&done.stderr)
+    );
+    let bytes = std::fs::read(&output).expect("written");
+    let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let view = file.tensor("logits").expect("logits");
+    let value = |b: &[u8]| f32::from_le_bytes(std::array::from_fn(|i| b[i]));
+    view.data().chunks_exact(4).map(value).collect()
+}
+
+#[test]
+fn every_instruction_set_gives_the_same_model_in_every_weight_form() {
+    let place = Place::new();
+    let tokens: Vec<u8> = (0..40i64)
+        .flat_map(|i| (i * 7 % 97).to_le_bytes())
+        .collect();
+    let view = TensorView::new(Dtype::I64, vec![40], &tokens).expect("view");
+    let bytes = safetensors::serialize([("tokens", view)], None).expect("serialize");
+    std::fs::write(place.path("in"), bytes).expect("input");
+    for (weights, bound) in [("f32", 1e-4), ("bf16", 1e-4), ("q8_0", 2e-2), ("q4", 2e-2)] {
+        let portable = logits_under(&place, "portable", weights);
+        let size = portable.iter().fold(0.0f32, |a, v| a.max(v.abs()));
+        for cap in ["avx2", "best"] {
+            let off = scylla_tests::deviation(&logits_under(&place, cap, weights), &portable);
+            assert!(
+                off <= bound * size,
+                "{cap}, {weights}: off by {off} of {size}"
+            );
+        }
+    }
+}
+
 #[test]
 fn generate_prints_what_scripts_rely_on() {
     let place = Place::new();

@@ -21,6 +21,8 @@ pub(super) enum Inspect {
     Model(Model),
     /// The best static tree for the acceptance that a benchmark recorded
     Tree(super::tree::Tree),
+    /// Perplexity and most probable tokens of weight forms, against f32
+    Quality(super::quality::Quality),
     /// Count tokens of texts, for a truncated head (draft.head)
     Frequencies(super::frequencies::Frequencies),
 }
@@ -79,6 +81,7 @@ impl Inspect {
             Self::Forward(c) => c.run(),
             Self::Model(c) => c.run(),
             Self::Tree(c) => c.run(),
+            Self::Quality(c) => c.run(),
             Self::Frequencies(c) => c.run(),
         }
     }

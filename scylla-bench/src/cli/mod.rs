@@ -7,6 +7,7 @@ mod frequencies;
 mod generate;
 mod inspect;
 mod prove;
+mod quality;
 mod tree;
 
 use std::ffi::OsString;
@@ -55,7 +56,7 @@ struct ModelOptions {
     /// Threads on a CPU; 0 takes the number of cores
     #[arg(long)]
     threads: Option<usize>,
-    /// Form of the weights: f32, q8_0 or as-is
+    /// Form of the weights: f32, bf16, q8_0, q4 or as-is
     #[arg(long)]
     weights: Option<String>,
 }

@@ -440,7 +440,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(24))]
         #[test]
         fn products_agree_with_f64_and_rows_do_not_depend_on_their_company(
-            m in 1usize..10, n in 1usize..40, blocks in 1usize..8, seed in 0u64..1000,
+            m in 1usize..40, n in 1usize..70, blocks in 1usize..8, seed in 0u64..1000,
         ) {
             let k = blocks * 32;
             let (w, x) = (values(n * k, seed), values(m * k, seed + 1));
@@ -463,15 +463,95 @@ mod tests {
         }
 
         #[test]
-        fn odd_widths_are_summed_whole(m in 1usize..6, n in 1usize..9, k in 1usize..70, seed in 0u64..100) {
+        fn odd_widths_are_summed_whole(m in 1usize..12, n in 1usize..40, k in 1usize..300, seed in 0u64..100) {
             let (w, x) = (values(n * k, seed), values(m * k, seed + 7));
-            let out = forward(&Linear::new(Weight::f32(&w, k), None), &x, 1);
-            for r in 0..m {
-                for c in 0..n {
-                    let expected: f64 = (0..k).map(|i| f64::from(w[c * k + i]) * f64::from(x[r * k + i])).sum();
-                    prop_assert!((f64::from(out[r * n + c]) - expected).abs() < 1e-4);
+            for weight in [Weight::f32(&w, k), Weight::f32(&w, k).to_bf16()] {
+                let exact = weight.to_f32();
+                let linear = Linear::new(weight, None);
+                let out = forward(&linear, &x, 2);
+                for r in 0..m {
+                    let row = &x[r * k..(r + 1) * k];
+                    for c in 0..n {
+                        let expected: f64 = (0..k).map(|i| f64::from(exact[c * k + i]) * f64::from(row[i])).sum();
+                        prop_assert!((f64::from(out[r * n + c]) - expected).abs() < 1e-4);
+                    }
+                    prop_assert_eq!(&out[r * n..(r + 1) * n], &forward(&linear, row, 1)[..]);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn the_shapes_of_real_models_and_their_edges_agree_with_f64() {
+        for (m, n, k) in [
+            (1, 1, 1),
+            (7, 7, 7),
+            (3, 896, 576),
+            (5, 576, 896),
+            (2, 49152, 32),
+            (33, 17, 896),
+        ] {
+            let (w, x) = (values(n * k, 1), values(m * k, 2));
+            let wide = Weight::f32(&w, k);
+            let whole = k % 32 == 0;
+            let mut all = vec![(wide.to_bf16(), 1e-6), (Weight::f32(&w, k), 1e-6)];
+            if whole {
+                all.extend([(wide.to_q8_0(), 8e-3), (wide.to_q4(), 8e-3)]);
+            }
+            for (weight, tolerance) in all {
+                let (exact, form) = (weight.to_f32(), weight.form());
+                let out = forward(&Linear::new(weight, None), &x, 2);
+                for (r, c) in (0..m).flat_map(|r| [0, n / 2, n - 1].map(|c| (r, c))) {
+                    let pairs = exact[c * k..(c + 1) * k].iter().zip(&x[r * k..(r + 1) * k]);
+                    let products = pairs.map(|(&w, &x)| f64::from(w) * f64::from(x));
+                    let scale: f64 = products.clone().map(f64::abs).sum();
+                    let off = (f64::from(out[r * n + c]) - products.sum::<f64>()).abs();
+                    assert!(
+                        off <= tolerance * scale + 1e-7,
+                        "{form} {m} x {n} x {k}: off by {off}"
+                    );
+                }
+            }
+        }
+        // No rows, and denormals.
+        let linear = Linear::new(Weight::f32(&[1e-40; 64], 32).to_bf16(), None);
+        assert!(forward(&linear, &[], 2).is_empty());
+        assert!(
+            forward(&linear, &[1e-39; 32], 1)
+                .iter()
+                .all(|v| v.abs() < 1e-30)
+        );
+    }
+
+    /// Q4_K keeps its 4 bits; Q5_K and Q6_K are rounded to 8.
+    #[test]
+    fn super_blocks_are_laid_out_anew_within_their_rounding() {
+        use candle_core::quantized::QTensor;
+        use candle_core::{Device, Tensor};
+        let (n, k) = (5, 512);
+        let w = values(n * k, 9);
+        let tensor = Tensor::from_vec(w, (n, k), &Device::Cpu).expect("tensor");
+        for (dtype, bound) in [
+            (GgmlDType::Q4K, 2e-3),
+            (GgmlDType::Q5K, 8e-3),
+            (GgmlDType::Q6K, 8e-3),
+        ] {
+            let stored = QTensor::quantize(&tensor, dtype).expect("quantise");
+            let expected = stored.dequantize(&Device::Cpu).expect("widen");
+            let expected = expected
+                .flatten_all()
+                .and_then(|t| t.to_vec1::<f32>())
+                .expect("values");
+            let bytes = stored.data().expect("bytes");
+            let found = Weight::from_gguf(dtype, &bytes, n, k)
+                .expect("read")
+                .to_f32();
+            let off = found
+                .iter()
+                .zip(&expected)
+                .map(|(a, b)| (a - b).abs())
+                .fold(0.0, f32::max);
+            assert!(off < bound, "{dtype:?}: off by {off}");
         }
     }
 

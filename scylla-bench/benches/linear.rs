@@ -1,0 +1,93 @@
+//! Linear layers of m rows beside their limit, `max(bytes / bandwidth, multiply-adds / peak)`, peaks measured in the same
+//! run and interleaved with the layers. Each product reads another copy of its weight, so that weights come from memory.
+//!
+//! `cargo bench --bench linear`; `SCYLLA_THREADS` sets the threads. Medians, not criterion's estimates: a layer takes
+//! tens of microseconds, and what counts is its ratio to a limit that drifts with the machine.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use scylla_core::kernels::{Linear, Pool, Scratch, Weight};
+
+fn seconds(body: impl FnOnce()) -> f64 {
+    let begun = Instant::now();
+    body();
+    begun.elapsed().as_secs_f64()
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Bytes a second that all threads read together.
+fn read_rate(pool: &Pool, data: &[u64]) -> f64 {
+    let time = seconds(|| {
+        pool.ranges(data.len(), 1 << 16, |range| {
+            black_box(data[range].iter().fold(0u64, |a, &b| a ^ b));
+        });
+    });
+    size_of_val(data) as f64 / time
+}
+
+type Reform = fn(Weight) -> Weight;
+
+fn main() {
+    let threads = std::env::var("SCYLLA_THREADS").ok();
+    let threads = threads.and_then(|t| t.parse().ok());
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let pool = Pool::new(threads.unwrap_or(cores));
+    let data = vec![1u64; 16 << 20];
+    let forms: [(&str, Reform); 4] = [
+        ("q8_0", |w| w.to_q8_0()),
+        ("q4", |w| w.to_q4()),
+        ("bf16", |w| w.to_bf16()),
+        ("f32", |w| w),
+    ];
+    println!("{} threads; time in ms (times the limit)", pool.threads());
+    for (model, n, k) in [
+        ("1.1B qkv", 2560, 2048),
+        ("1.1B gate and up", 11264, 2048),
+        ("1.1B down", 2048, 5632),
+        ("SmolLM2 gate and up", 3072, 576),
+        ("SmolLM2 down", 576, 1536),
+        ("SmolLM2 head", 49152, 576),
+        ("Qwen2.5-0.5B gate and up", 9728, 896),
+    ] {
+        let values: Vec<f32> = (0..n * k).map(|i| (i as f32 * 0.73).sin()).collect();
+        let all: Vec<u32> = (0..n as u32).collect();
+        for (form, reform) in forms {
+            let weight = reform(Weight::f32(&values, k));
+            let bytes = weight.bytes();
+            let copies = (192usize << 20).div_ceil(bytes).clamp(3, 64);
+            let layers: Vec<Linear> = (0..copies)
+                .map(|_| Linear::new(weight.rows(&all), None))
+                .collect();
+            let mut scratch = Scratch::default();
+            // Multiply-adds a second of this kernel at its best: many rows, a weight that stays in the cache.
+            let small = Linear::new(weight.rows(&all[..n.min(256)]), None);
+            let x: Vec<f32> = (0..64 * k).map(|i| (i as f32 * 0.37).cos()).collect();
+            let mut out = vec![0.0; 64 * n];
+            let mut peaks = Vec::new();
+            let mut rates = Vec::new();
+            let mut line = format!("{model:<25}{n:>6} x {k:<5}{form:<5}");
+            for m in [1, 2, 4, 8, 16, 32] {
+                rates.push(read_rate(&pool, &data));
+                let one = seconds(|| {
+                    let _ = small.forward(&pool, &x, &mut scratch, &mut out[..64 * small.n]);
+                });
+                peaks.push((64 * small.n * k) as f64 / one);
+                let times = layers.iter().map(|layer| {
+                    let (x, out) = (&x[..m * k], &mut out[..m * n]);
+                    seconds(|| layer.forward(&pool, x, &mut scratch, out).expect("forward"))
+                });
+                let time = median(times.collect());
+                let rate = rates.iter().copied().fold(0.0, f64::max);
+                let peak = peaks.iter().copied().fold(0.0, f64::max);
+                let limit = (bytes as f64 / rate).max((m * n * k) as f64 / peak);
+                line.push_str(&format!("  {m}: {:.3} ({:.2})", time * 1e3, time / limit));
+            }
+            println!("{line}");
+        }
+    }
+}
