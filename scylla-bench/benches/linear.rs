@@ -1,5 +1,6 @@
 //! Linear layers of m rows beside their limit, `max(bytes / bandwidth, multiply-adds / peak)`, peaks measured in the same
-//! run and interleaved with the layers. Each product reads another copy of its weight, so that weights come from memory.
+//! run and interleaved with the layers: bandwidth by reading memory, multiply-adds (f32, or bytes for the quantised
+//! forms) on registers alone. Each product reads another copy of its weight, so that weights come from memory.
 //!
 //! `cargo bench --bench linear`; `SCYLLA_THREADS` sets the threads. Medians, not criterion's estimates: a layer takes
 //! tens of microseconds, and what counts is its ratio to a limit that drifts with the machine.
@@ -7,7 +8,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use scylla_core::kernels::{Linear, Pool, Scratch, Weight};
+use scylla_core::kernels::{Linear, Pool, Scratch, Weight, multiply_adds};
 
 fn seconds(body: impl FnOnce()) -> f64 {
     let begun = Instant::now();
@@ -28,6 +29,10 @@ fn read_rate(pool: &Pool, data: &[u64]) -> f64 {
         });
     });
     size_of_val(data) as f64 / time
+}
+
+fn best(values: &[f64]) -> f64 {
+    values.iter().copied().fold(0.0, f64::max)
 }
 
 type Reform = fn(Weight) -> Weight;
@@ -64,30 +69,25 @@ fn main() {
                 .map(|_| Linear::new(weight.rows(&all), None))
                 .collect();
             let mut scratch = Scratch::default();
-            // Multiply-adds a second of this kernel at its best: many rows, a weight that stays in the cache.
-            let small = Linear::new(weight.rows(&all[..n.min(256)]), None);
-            let x: Vec<f32> = (0..64 * k).map(|i| (i as f32 * 0.37).cos()).collect();
-            let mut out = vec![0.0; 64 * n];
+            let integer = form.starts_with('q');
+            let x: Vec<f32> = (0..32 * k).map(|i| (i as f32 * 0.37).cos()).collect();
+            let mut out = vec![0.0; 32 * n];
             let mut peaks = Vec::new();
             let mut rates = Vec::new();
             let mut line = format!("{model:<25}{n:>6} x {k:<5}{form:<5}");
             for m in [1, 2, 4, 8, 16, 32] {
                 rates.push(read_rate(&pool, &data));
-                let one = seconds(|| {
-                    let _ = small.forward(&pool, &x, &mut scratch, &mut out[..64 * small.n]);
-                });
-                peaks.push((64 * small.n * k) as f64 / one);
+                peaks.push(multiply_adds(&pool, integer));
                 let times = layers.iter().map(|layer| {
                     let (x, out) = (&x[..m * k], &mut out[..m * n]);
                     seconds(|| layer.forward(&pool, x, &mut scratch, out).expect("forward"))
                 });
                 let time = median(times.collect());
-                let rate = rates.iter().copied().fold(0.0, f64::max);
-                let peak = peaks.iter().copied().fold(0.0, f64::max);
-                let limit = (bytes as f64 / rate).max((m * n * k) as f64 / peak);
+                let limit = (bytes as f64 / best(&rates)).max((m * n * k) as f64 / best(&peaks));
                 line.push_str(&format!("  {m}: {:.3} ({:.2})", time * 1e3, time / limit));
             }
-            println!("{line}");
+            let (rate, peak) = (best(&rates), best(&peaks));
+            println!("{line}  [{:.0} GB/s, {:.0} G/s]", rate / 1e9, peak / 1e9);
         }
     }
 }

@@ -11,6 +11,7 @@ mod attention;
 mod dense;
 mod elementwise;
 mod linear;
+mod peak;
 mod pool;
 pub mod probability;
 mod quant;
@@ -19,6 +20,7 @@ mod simd;
 pub use attention::{AttentionRow, KvLayer, attention};
 pub use elementwise::{add, rms_norm, rope, swiglu};
 pub use linear::{Linear, Scratch, Weight};
+pub use peak::multiply_adds;
 pub use pool::Pool;
 pub use simd::Level;
 

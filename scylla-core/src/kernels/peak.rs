@@ -1,0 +1,71 @@
+//! How fast the processor multiplies and adds, for benchmarks to hold kernels against.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use super::Pool;
+use super::simd::{Level, Line, Simd, dispatch};
+
+/// Independent sums: enough to hide the latency of an addition.
+const SUMS: usize = 16;
+const ROUNDS: usize = 20_000;
+
+/// Multiply-adds a second of all threads together, on registers alone: of f32, or of bytes (`integer`).
+pub fn multiply_adds(pool: &Pool, integer: bool) -> f64 {
+    let portions = pool.threads() * 8;
+    let level = Level::detect();
+    let begun = Instant::now();
+    pool.ranges(portions, 1, |range| {
+        for _ in range {
+            match integer {
+                true => {
+                    dispatch!(level, bytes(): () <>);
+                }
+                false => {
+                    dispatch!(level, floats(): () <>);
+                }
+            }
+        }
+    });
+    let each = SUMS * ROUNDS * if integer { 64 } else { 16 };
+    (portions * each) as f64 / begun.elapsed().as_secs_f64()
+}
+
+#[inline(always)]
+fn floats<S: Simd>() {
+    let (a, b) = (S::splat(black_box(0.5)), S::splat(black_box(1.0)));
+    let mut sums = [S::zero(); SUMS];
+    for _ in 0..ROUNDS {
+        for sum in &mut sums {
+            *sum = S::fma(*sum, a, b);
+        }
+    }
+    black_box(sums.map(S::sum));
+}
+
+#[inline(always)]
+fn bytes<S: Simd>() {
+    let w = S::load_line(black_box(&Line([3; 64])));
+    let x = black_box([1i8, -2, 3, -4]);
+    let mut sums = [S::splat_i(0); SUMS];
+    for _ in 0..ROUNDS {
+        for sum in &mut sums {
+            *sum = S::dot(*sum, w, x);
+        }
+    }
+    black_box(sums.map(|s| S::sum(S::to_f32(s))));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_positive_numbers() {
+        let pool = Pool::new(2);
+        for integer in [false, true] {
+            let rate = multiply_adds(&pool, integer);
+            assert!(rate.is_finite() && rate > 1e6, "{rate}");
+        }
+    }
+}
