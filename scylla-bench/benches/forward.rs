@@ -19,7 +19,12 @@ fn forward(c: &mut Criterion) {
         eprintln!("skipped: the default model is not in the cache");
         return;
     };
-    for weights in [WeightForm::AsIs, WeightForm::Q8_0, WeightForm::F32] {
+    for weights in [
+        WeightForm::AsIs,
+        WeightForm::Q8_0,
+        WeightForm::Bf16,
+        WeightForm::F32,
+    ] {
         let options = LoadOptions {
             weights,
             ..LoadOptions::default()
