@@ -296,4 +296,6 @@ fn recorded_acceptance_gives_the_best_static_tree() {
         "f",
     ]);
     assert!(error.contains("no tokenizer"), "{error}");
+    let error = place.refused(&["inspect", "quality", "model", "--text", "prompts.jsonl"]);
+    assert!(error.contains("no tokenizer"), "{error}");
 }

@@ -159,7 +159,7 @@ proptest! {
         prompts in prop::collection::vec(prop::collection::vec(0u32..97, 1..40), 1..5),
         budget in (2usize..24, 1usize..5, 0usize..7),
         batch in 1usize..4,
-        form in prop::sample::select(vec![WeightForm::F32, WeightForm::Q8_0]),
+        form in prop::sample::select(vec![WeightForm::F32, WeightForm::Bf16, WeightForm::Q8_0, WeightForm::Q4]),
         seed in 0u64..100,
     ) {
         let mut target = model(&tiny, form, 2);
@@ -190,7 +190,7 @@ proptest! {
     fn a_ragged_batch_equals_one_by_one_bit_for_bit(
         tiny in tiny(),
         prompts in prop::collection::vec(prop::collection::vec(0u32..97, 1..50), 2..6),
-        form in prop::sample::select(vec![WeightForm::F32, WeightForm::Q8_0]),
+        form in prop::sample::select(vec![WeightForm::F32, WeightForm::Bf16, WeightForm::Q8_0, WeightForm::Q4]),
         threads in 1usize..4,
     ) {
         let mut together = model(&tiny, form, threads);

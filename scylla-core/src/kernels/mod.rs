@@ -109,7 +109,7 @@ struct Panel {
 }
 
 /// Sizes of panels.
-const SIZES: [usize; 8] = [1, 2, 3, 4, 6, 8, 12, 16];
+const SIZES: [usize; 9] = [1, 2, 3, 4, 6, 8, 10, 12, 16];
 
 /// Cuts rows into as few panels of at most `most` rows as there must be, of about the same size.
 fn panels(rows: usize, most: usize) -> impl Iterator<Item = Panel> {
@@ -158,6 +158,10 @@ macro_rules! of_size {
                 const $R: usize = 8;
                 $body
             }
+            10 if $most >= 10 => {
+                const $R: usize = 10;
+                $body
+            }
             12 if $most >= 12 => {
                 const $R: usize = 12;
                 $body
@@ -171,3 +175,24 @@ macro_rules! of_size {
     };
 }
 use of_size;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn panels_cover_all_rows_once_in_sizes_that_kernels_are_made_for() {
+        for most in [4, 8, 16] {
+            for rows in 0..70 {
+                let (mut next, mut at) = (0, 0);
+                for p in panels(rows, most) {
+                    assert_eq!((p.row, p.at), (next, at));
+                    assert!(p.rows >= 1 && p.rows <= p.room && p.room <= most);
+                    assert!(SIZES.contains(&p.room), "{p:?}");
+                    (next, at) = (next + p.rows, at + p.room);
+                }
+                assert_eq!(next, rows);
+            }
+        }
+    }
+}
