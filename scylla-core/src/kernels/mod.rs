@@ -1,8 +1,8 @@
 //! CPU kernels: products of a few rows with a weight, attention over a cache and a tree, and what lies between.
 //!
 //! Two rules hold for each of them. A row's result does not depend on how many rows travel with it, nor on the
-//! number of threads; so a tree's node has bit for bit the logits of plain decoding. And nothing is allocated
-//! per call beyond buffers that are kept.
+//! number of threads; so a tree's node has bit for bit the logits of plain decoding. And nothing that grows with
+//! the text is allocated per call: buffers are kept. How they are laid out, and why, is in `README.md` beside this file.
 //!
 //! This is one of the two places in the workspace where `unsafe` may stand (the other maps files).
 #![allow(unsafe_code)]

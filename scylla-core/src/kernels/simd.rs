@@ -1,7 +1,7 @@
 //! Vectors of sixteen f32 lanes, and the instruction sets that carry them.
 //!
-//! Every product in this folder sums over sixteen fixed lanes, whatever the number of rows beside it, so a
-//! row's result does not depend on its company. Different instruction sets may round differently.
+//! In a product each lane adds up one output, in the order of the inner dimension, whatever the number of rows beside
+//! it, so a row's result does not depend on its company. Different instruction sets may round differently.
 
 use half::f16;
 
