@@ -72,6 +72,23 @@ fn write(from: &Path, to: &Path, format: Format, precision: Precision, bias: boo
     export(&what, to).expect("exports")
 }
 
+/// What an export that cannot be says.
+fn export_refused(checkpoint: &Checkpoint, format: Format, to: &Path) -> String {
+    let what = Export {
+        checkpoint,
+        format,
+        precision: Precision::AsIs,
+        zero_bias: false,
+        target: &config(),
+        target_sha256: None,
+        verifier: ("t", "LlamaForCausalLM"),
+        embedding: &|| Ok(Vec::new()),
+        taps: &[],
+        speculative_tokens: 5,
+    };
+    export(&what, to).expect_err("refused").to_string()
+}
+
 /// Name, type, shape and bytes of every tensor.
 type All = Vec<(String, Dtype, Vec<usize>, Vec<u8>)>;
 
@@ -595,22 +612,7 @@ fn a_whole_draft_vocabulary_is_written_without_maps_or_not_at_all() {
     draft.write(&at("mixed"));
     let checkpoint = open(&at("mixed")).expect("opens");
     assert_eq!(checkpoint.draft_ids(30).expect("ids").target(0), 1);
-    let target = config();
-    let what = Export {
-        checkpoint: &checkpoint,
-        format: Format::Eagle3,
-        precision: Precision::AsIs,
-        zero_bias: false,
-        target: &target,
-        target_sha256: None,
-        verifier: ("t", "LlamaForCausalLM"),
-        embedding: &|| Ok(Vec::new()),
-        taps: &[],
-        speculative_tokens: 5,
-    };
-    let error = export(&what, &at("never"))
-        .expect_err("refused")
-        .to_string();
+    let error = export_refused(&checkpoint, Format::Eagle3, &at("never"));
     check(&error, &["another order"]);
 }
 
@@ -646,23 +648,8 @@ fn formats_that_cannot_say_a_network_are_refused() {
     let dir = tempfile::tempdir().expect("dir");
     TinyDraft::new(&TARGET, "scylla", json!({}), 1).write(dir.path());
     let checkpoint = open(dir.path()).expect("opens");
-    let target = config();
     for format in [Format::Eagle, Format::Eagle3] {
-        let what = Export {
-            checkpoint: &checkpoint,
-            format,
-            precision: Precision::Bf16,
-            zero_bias: false,
-            target: &target,
-            target_sha256: None,
-            verifier: ("t", "LlamaForCausalLM"),
-            embedding: &|| Ok(Vec::new()),
-            taps: &[],
-            speculative_tokens: 5,
-        };
-        let error = export(&what, &dir.path().join("out"))
-            .expect_err("refused")
-            .to_string();
+        let error = export_refused(&checkpoint, format, &dir.path().join("out"));
         check(&error, &["a Scylla network", &format!("{format:?}")]);
         assert!(!dir.path().join("out").exists());
     }

@@ -25,11 +25,10 @@ enum Form {
     Quant(Quant),
 }
 
-/// The value of an element of a safetensors or GGUF tensor that is not quantised.
+/// The value of an element that is held in single precision: f32, or f16.
 fn element(dtype: GgmlDType, b: &[u8]) -> f32 {
     match dtype {
         GgmlDType::F32 => f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
-        GgmlDType::BF16 => half::bf16::from_le_bytes([b[0], b[1]]).to_f32(),
         _ => half::f16::from_le_bytes([b[0], b[1]]).to_f32(),
     }
 }

@@ -22,30 +22,6 @@ pub fn default_taps(n: usize) -> Result<[usize; 3]> {
     }
 }
 
-/// The taps of a checkpoint, see [`Checkpoint::taps`].
-pub fn tap_layers(
-    checkpoint: &Checkpoint,
-    layers: Option<&[usize]>,
-    target: &TargetShape,
-) -> Result<Vec<Tap>> {
-    let layers = match layers {
-        Some(layers) => layers.to_vec(),
-        None => match configured(&checkpoint.json)? {
-            Some(layers) => layers,
-            None => default_taps(target.layers)?.to_vec(),
-        },
-    };
-    let rising = layers.windows(2).all(|w| w[0] < w[1]);
-    let count = checkpoint.tap_count();
-    if layers.len() != count || !rising || layers.iter().any(|&l| l > target.layers) {
-        return Err(Error::Invalid(format!(
-            "taps {layers:?}: expected {count} different layer inputs in rising order, of 0..={}",
-            target.layers
-        )));
-    }
-    Ok(layers.into_iter().map(Tap::Input).collect())
-}
-
 /// Layer inputs that a configuration names: vLLM's top-level key counts inputs, SGLang's nested one counts outputs,
 /// of which -1 is the embedding.
 fn configured(json: &Value) -> Result<Option<Vec<usize>>> {
@@ -74,6 +50,26 @@ pub fn offsets_of(targets: &[u32]) -> Vec<i64> {
 }
 
 impl Checkpoint {
+    /// The taps an EAGLE-3 network reads: `layers` where given, else what the configuration says, else the default.
+    pub fn taps(&self, layers: Option<&[usize]>, target: &TargetShape) -> Result<Vec<Tap>> {
+        let layers = match layers {
+            Some(layers) => layers.to_vec(),
+            None => match configured(&self.json)? {
+                Some(layers) => layers,
+                None => default_taps(target.layers)?.to_vec(),
+            },
+        };
+        let rising = layers.windows(2).all(|w| w[0] < w[1]);
+        let count = self.tap_count();
+        if layers.len() != count || !rising || layers.iter().any(|&l| l > target.layers) {
+            return Err(Error::Invalid(format!(
+                "taps {layers:?}: expected {count} different layer inputs in rising order, of 0..={}",
+                target.layers
+            )));
+        }
+        Ok(layers.into_iter().map(Tap::Input).collect())
+    }
+
     /// Hidden states side by side that make up a feature.
     pub fn tap_count(&self) -> usize {
         let listed = || configured(&self.json).ok().flatten().map(|l| l.len());

@@ -13,11 +13,11 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use scylla_core::kernels::Weight;
 use scylla_core::model::{ModelConfig, Shards, WeightForm, Weights};
-use scylla_core::plugin::{Tap, TargetShape};
+use scylla_core::plugin::TargetShape;
 use scylla_core::{Error, Result};
 use serde_json::Value;
 
-pub use eagle3::{default_taps, offsets_of, tap_layers};
+pub use eagle3::{default_taps, offsets_of};
 
 pub use export::{Export, Format, Precision, Written, export};
 pub(crate) use layout::eagle3_prefix;
@@ -189,11 +189,6 @@ impl Checkpoint {
             expected,
             found,
         }
-    }
-
-    /// The taps an EAGLE-3 network reads: `layers` where given, else what the configuration says, else the default.
-    pub fn taps(&self, layers: Option<&[usize]>, target: &TargetShape) -> Result<Vec<Tap>> {
-        tap_layers(self, layers, target)
     }
 }
 
