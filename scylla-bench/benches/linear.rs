@@ -1,14 +1,14 @@
 //! Linear layers of m rows beside their limit, `max(bytes / bandwidth, multiply-adds / peak)`, peaks measured in the same
-//! run and interleaved with the layers: bandwidth by reading memory, multiply-adds (f32, or bytes for the quantised
-//! forms) on registers alone. Each product reads another copy of its weight, so that weights come from memory.
+//! run and interleaved with the layers: bandwidth by reading memory, multiply-adds (of f32, of bf16, or of bytes for the
+//! quantised forms) on registers alone. Each product reads another copy of its weight, so that weights come from memory.
 //!
-//! `cargo bench --bench linear`; `SCYLLA_THREADS` sets the threads. Medians, not criterion's estimates: a layer takes
+//! `cargo bench --bench linear [-- WORDS]` runs the lines that hold all the words; `SCYLLA_THREADS` sets the threads. Medians, not criterion's estimates: a layer takes
 //! tens of microseconds, and what counts is its ratio to a limit that drifts with the machine.
 
 use std::hint::black_box;
 use std::time::Instant;
 
-use scylla_core::kernels::{Linear, Pool, Scratch, Weight, multiply_adds};
+use scylla_core::kernels::{Linear, Operand, Pool, Scratch, Weight, multiply_adds};
 
 fn seconds(body: impl FnOnce()) -> f64 {
     let begun = Instant::now();
@@ -43,12 +43,15 @@ fn main() {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let pool = Pool::new(threads.unwrap_or(cores));
     let data = vec![1u64; 16 << 20];
-    let forms: [(&str, Reform); 4] = [
-        ("q8_0", |w| w.to_q8_0()),
-        ("q4", |w| w.to_q4()),
-        ("bf16", |w| w.to_bf16()),
-        ("f32", |w| w),
+    let forms: [(&str, Operand, Reform); 4] = [
+        ("q8_0", Operand::Byte, |w| w.to_q8_0()),
+        ("q4", Operand::Byte, |w| w.to_q4()),
+        ("bf16", Operand::Bf16, |w| w.to_bf16()),
+        ("f32", Operand::F32, |w| w),
     ];
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let mut words: Vec<&str> = words.iter().flat_map(|w| w.split_whitespace()).collect();
+    words.retain(|word| !word.starts_with("--")); // cargo's own
     println!("{} threads; time in ms (times the limit)", pool.threads());
     for (model, n, k) in [
         ("1.1B qkv", 2560, 2048),
@@ -61,7 +64,11 @@ fn main() {
     ] {
         let values: Vec<f32> = (0..n * k).map(|i| (i as f32 * 0.73).sin()).collect();
         let all: Vec<u32> = (0..n as u32).collect();
-        for (form, reform) in forms {
+        for (form, operand, reform) in forms {
+            let title = format!("{model:<25}{n:>6} x {k:<5}{form:<5}");
+            if !words.iter().all(|word| title.contains(word)) {
+                continue;
+            }
             let weight = reform(Weight::f32(&values, k));
             let bytes = weight.bytes();
             let copies = (192usize << 20).div_ceil(bytes).clamp(3, 64);
@@ -69,15 +76,14 @@ fn main() {
                 .map(|_| Linear::new(weight.rows(&all), None))
                 .collect();
             let mut scratch = Scratch::default();
-            let integer = form.starts_with('q');
             let x: Vec<f32> = (0..32 * k).map(|i| (i as f32 * 0.37).cos()).collect();
             let mut out = vec![0.0; 32 * n];
             let mut peaks = Vec::new();
             let mut rates = Vec::new();
-            let mut line = format!("{model:<25}{n:>6} x {k:<5}{form:<5}");
+            let mut line = title;
             for m in [1, 2, 4, 8, 16, 32] {
                 rates.push(read_rate(&pool, &data));
-                peaks.push(multiply_adds(&pool, integer));
+                peaks.push(multiply_adds(&pool, operand));
                 let times = layers.iter().map(|layer| {
                     let (x, out) = (&x[..m * k], &mut out[..m * n]);
                     seconds(|| layer.forward(&pool, x, &mut scratch, out).expect("forward"))

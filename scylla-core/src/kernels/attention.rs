@@ -4,9 +4,9 @@
 //! no score needs a horizontal sum. Scores, their softmax and the values are summed by logical position, so a
 //! node in a tree gets bit for bit what plain decoding gets, wherever its ancestors lie in the cache.
 
-use super::Pool;
 use super::elementwise::{exp, largest};
 use super::simd::{Level, Simd, dispatch};
+use super::{Pool, Shared};
 
 const TILE: usize = 16;
 
@@ -87,11 +87,6 @@ pub struct AttentionRow<'a> {
     pub scattered: &'a [u32],
 }
 
-/// Raw output, filled by threads for disjoint (row, head) pairs.
-struct Out(*mut f32);
-// SAFETY: each (row, head) range is written by the one thread that was handed it.
-unsafe impl Sync for Out {}
-
 /// Queries that pass the keys and values of one head together, at most.
 const MOST: usize = 6;
 
@@ -155,8 +150,7 @@ pub fn attention(pool: &Pool, q: &[f32], rows: &[AttentionRow<'_>], heads: usize
         assert!(behind && rising && inside, "places {:?}", row.scattered);
     }
     let level = Level::detect();
-    let target = Out(out.as_mut_ptr());
-    let target = &target;
+    let target = &Shared::new(out);
     let items = items(rows, heads, pool.threads());
     let items = &items;
     pool.ranges(items.len(), 1, |range| {
@@ -165,7 +159,7 @@ pub fn attention(pool: &Pool, q: &[f32], rows: &[AttentionRow<'_>], heads: usize
         }
         SCORES.with_borrow_mut(|scores| {
             for item in &items[range] {
-                dispatch!(level, some_queries(rows, item, heads, q, scores, target): (rows: &[AttentionRow<'_>], item: &Item, heads: usize, q: &[f32], scores: &mut Vec<f32>, target: &Out) <>);
+                dispatch!(level, some_queries(rows, item, heads, q, scores, target): (rows: &[AttentionRow<'_>], item: &Item, heads: usize, q: &[f32], scores: &mut Vec<f32>, target: &Shared<'_, f32>) <>);
             }
         });
     });
@@ -186,7 +180,7 @@ fn some_queries<S: Simd>(
     heads: usize,
     q: &[f32],
     scores: &mut Vec<f32>,
-    target: &Out,
+    target: &Shared<'_, f32>,
 ) {
     let cache = rows[item.rows.start].cache;
     let e = cache.head_dim;
@@ -215,7 +209,7 @@ fn queries<S: Simd, const Q: usize>(
     queries: [Query<'_>; Q],
     item: &Item,
     scores: &mut Vec<f32>,
-    target: &Out,
+    target: &Shared<'_, f32>,
 ) {
     let cache = queries[0].row.cache;
     let e = cache.head_dim;
@@ -291,7 +285,7 @@ fn mix<S: Simd, const Q: usize, const W: usize>(
     places: usize,
     inverse: [f32; Q],
     column: usize,
-    target: &Out,
+    target: &Shared<'_, f32>,
 ) {
     let cache = queries[0].row.cache;
     let e = cache.head_dim;
@@ -328,9 +322,8 @@ fn mix<S: Simd, const Q: usize, const W: usize>(
             S::store(*acc, &mut lanes);
             let from = column + w * TILE;
             let count = TILE.min(e.saturating_sub(from));
-            // SAFETY: `at + E <= M A E`, the length of `out`, and no other item holds this query.
-            let out =
-                unsafe { std::slice::from_raw_parts_mut(target.0.add(query.at + from), count) };
+            // SAFETY: no other item holds this query, and its registers are written in turn.
+            let out = unsafe { target.part(query.at + from..query.at + from + count) };
             for (o, v) in out.iter_mut().zip(lanes) {
                 *o = v * inverse[q];
             }

@@ -1,22 +1,44 @@
 //! Products of rows with a dense f32 or bf16 matrix.
 //!
-//! Sixteen columns lie side by side in a tile, so that a register holds one weight of each and a product needs no sum
-//! across lanes. The inner dimension is cut into chunks that stay in the first cache while all rows pass.
+//! Sixteen columns lie side by side in a tile, so that a register holds one weight of each (f32) or two (bf16), and a
+//! product needs no sum across lanes.
 
 use super::pool::Pool;
 use super::simd::{Level, Simd, dispatch};
-use super::{Columns, Panel, SharedOut, TILE, of_size, panels};
+use super::tiles::{Part, Product, multiply, panels};
+use super::{Shared, SharedOut, TILE};
 
 /// The element type of a dense weight.
 pub(super) trait Element: Copy + Send + Sync + Default {
-    fn load<S: Simd>(w: &[Self]) -> S::V;
+    /// Inner values that one register line holds of each column.
+    const PER: usize;
+    /// As many of an activation.
+    type X: Copy + Send + Sync + Default;
+    /// A line in a register.
+    type Line<S: Simd>: Copy;
+    fn load<S: Simd>(w: &[Self]) -> Self::Line<S>;
+    /// `acc + w x`
+    fn multiply_add<S: Simd>(w: Self::Line<S>, x: Self::X, acc: S::V) -> S::V;
+    /// Activations as `to` holds them, `PER` values to an element, zero where there are fewer.
+    fn activations(x: &[f32], to: &mut [Self::X]);
     fn widen(self) -> f32;
 }
 
 impl Element for f32 {
+    const PER: usize = 1;
+    type X = f32;
+    type Line<S: Simd> = S::V;
     #[inline(always)]
     fn load<S: Simd>(w: &[Self]) -> S::V {
         S::load(w)
+    }
+    #[inline(always)]
+    fn multiply_add<S: Simd>(w: S::V, x: f32, acc: S::V) -> S::V {
+        S::fma(w, S::splat(x), acc)
+    }
+    #[inline(always)]
+    fn activations(x: &[f32], to: &mut [f32]) {
+        to[..x.len()].copy_from_slice(x);
     }
     #[inline(always)]
     fn widen(self) -> f32 {
@@ -24,11 +46,29 @@ impl Element for f32 {
     }
 }
 
-/// bf16 bits.
+/// bf16 bits. Activations are rounded to bf16 as well, so that products of pairs are one instruction where the
+/// processor has it; sums are f32.
 impl Element for u16 {
+    const PER: usize = 2;
+    type X = [u16; 2];
+    type Line<S: Simd> = S::P;
     #[inline(always)]
-    fn load<S: Simd>(w: &[Self]) -> S::V {
-        S::load_bf16(w)
+    fn load<S: Simd>(w: &[Self]) -> S::P {
+        S::load_pairs(w)
+    }
+    #[inline(always)]
+    fn multiply_add<S: Simd>(w: S::P, x: [u16; 2], acc: S::V) -> S::V {
+        S::dot_pairs(acc, w, x)
+    }
+    #[inline(always)]
+    fn activations(x: &[f32], to: &mut [[u16; 2]]) {
+        let (pairs, last) = x.as_chunks();
+        for (to, [a, b]) in to.iter_mut().zip(pairs) {
+            *to = [to_bf16(*a), to_bf16(*b)];
+        }
+        if let [last] = last {
+            to[pairs.len()] = [to_bf16(*last), 0];
+        }
     }
     #[inline(always)]
     fn widen(self) -> f32 {
@@ -36,11 +76,20 @@ impl Element for u16 {
     }
 }
 
+/// The nearest bf16, ties to even; NaN stays NaN. As `half` does it, in a form that compilers vectorise.
+#[inline(always)]
+fn to_bf16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    let quiet = bits | 0x40_0000;
+    ((if x.is_nan() { quiet } else { rounded }) >> 16) as u16
+}
+
 /// A matrix `[N, K]` in tiles of sixteen columns of its product.
 pub(super) struct Dense<W> {
     pub(super) n: usize,
     pub(super) k: usize,
-    /// `[N / 16, K, 16]`
+    /// `[N / 16, K / PER, 16, PER]`
     tiles: Vec<W>,
 }
 
@@ -50,23 +99,36 @@ impl<W: Element> Dense<W> {
         Self {
             n,
             k,
-            tiles: vec![W::default(); n.div_ceil(TILE) * k * TILE],
+            tiles: vec![W::default(); n.div_ceil(TILE) * k.div_ceil(W::PER) * Self::LINE],
         }
+    }
+
+    /// Elements of a line of sixteen columns.
+    const LINE: usize = TILE * W::PER;
+
+    /// Lines of a tile.
+    fn lines(&self) -> usize {
+        self.k.div_ceil(W::PER)
+    }
+
+    /// Where the tile of a row begins.
+    fn tile(&self, row: usize) -> usize {
+        row / TILE * self.lines() * Self::LINE
     }
 
     /// Stores row `row` `[K]`.
     pub(super) fn set_row(&mut self, row: usize, values: impl Iterator<Item = W>) {
-        let tile = &mut self.tiles[row / TILE * self.k * TILE..];
-        for (line, value) in tile.chunks_exact_mut(TILE).take(self.k).zip(values) {
-            line[row % TILE] = value;
+        let at = self.tile(row) + row % TILE * W::PER;
+        let tile = &mut self.tiles[at..];
+        for (i, value) in values.take(self.k).enumerate() {
+            tile[i / W::PER * Self::LINE + i % W::PER] = value;
         }
     }
 
     /// Row `row` `[K]`.
     pub(super) fn row(&self, row: usize) -> impl Iterator<Item = W> + '_ {
-        let tile = &self.tiles[row / TILE * self.k * TILE..];
-        let lines = tile.chunks_exact(TILE).take(self.k);
-        lines.map(move |line| line[row % TILE])
+        let tile = &self.tiles[self.tile(row) + row % TILE * W::PER..];
+        (0..self.k).map(move |i| tile[i / W::PER * Self::LINE + i % W::PER])
     }
 
     /// Appends the rows of `other`; this one's tiles are whole.
@@ -82,116 +144,117 @@ impl<W: Element> Dense<W> {
     }
 }
 
-/// Tiles whose products are taken together: with few rows enough sums to hide the latency of the additions, with
-/// more as many as the registers hold.
-const fn wide(rows: usize) -> usize {
-    if rows <= 4 { 4 } else { 3 }
+/// Lines whose activations lie together, row by row, in a packed panel.
+const RUN: usize = 16;
+
+/// Packs `[M, K]` activations: panel by panel; within one, sixteen lines of each row in turn, the rows side by side.
+pub(super) fn pack<W: Element>(pool: &Pool, x: &[f32], k: usize, to: &mut Vec<W::X>) {
+    let rows = x.len().checked_div(k).unwrap_or(0);
+    let panels = panels::<Rows<'_, W>>(rows);
+    let room: usize = panels.clone().map(|p| p.room).sum();
+    let lines = k.div_ceil(W::PER).next_multiple_of(RUN);
+    to.resize(room * lines, W::X::default());
+    let to = Shared::new(to);
+    pool.ranges(panels.clone().count(), 1, |range| {
+        for p in panels.clone().skip(range.start).take(range.len()) {
+            let x = &x[p.row * k..(p.row + p.rows) * k];
+            // SAFETY: each panel has its own range, and is packed once.
+            let to = unsafe { to.part(p.at * lines..(p.at + p.room) * lines) };
+            let room = p.room;
+            dispatch!(Level::detect(), pack_panel(x, k, room, to): (x: &[f32], k: usize, room: usize, to: &mut [W::X]) <W: Element = W>);
+        }
+    });
 }
 
-/// Rows of a panel at most.
-const MOST: usize = 8;
-
-/// Inner values of one chunk: its weights of a few tiles stay in the first cache. Sums are taken chunk by chunk, so
-/// the size decides how results round.
-const CHUNK: usize = 128;
-
-/// Packs `[M, K]` activations: panel by panel; within one, value by value, the rows side by side.
-pub(super) fn pack(x: &[f32], k: usize, to: &mut Vec<f32>) {
-    let most = Level::detect().rows().min(MOST);
-    let rows = x.len().checked_div(k).unwrap_or(0);
-    let room: usize = panels(rows, most).map(|p| p.room).sum();
-    to.resize(room * k, 0.0);
-    for p in panels(rows, most) {
-        for r in 0..p.rows {
-            let row = &x[(p.row + r) * k..(p.row + r + 1) * k];
-            let lines = to[p.at * k..].chunks_exact_mut(p.room);
-            for (line, value) in lines.zip(row) {
-                line[r] = *value;
-            }
+#[inline(always)]
+fn pack_panel<S: Simd, W: Element>(x: &[f32], k: usize, room: usize, to: &mut [W::X]) {
+    for (r, row) in x.chunks_exact(k).enumerate() {
+        let runs = to.chunks_exact_mut(RUN).skip(r).step_by(room);
+        for (run, values) in runs.zip(row.chunks(RUN * W::PER)) {
+            W::activations(values, run);
         }
     }
+}
+
+/// Packed activations `x` and the weight they are multiplied with.
+struct Rows<'a, W: Element> {
+    w: &'a Dense<W>,
+    x: &'a [W::X],
 }
 
 /// `out[r, c] = sum_k w[c, k] x[r, k]` for all rows of packed `x`.
-pub(super) fn matmul<W: Element>(pool: &Pool, w: &Dense<W>, x: &[f32], out: &SharedOut<'_>) {
-    let tiles = w.n.div_ceil(TILE);
-    let level = Level::detect();
-    let grain = super::grain(tiles, pool).next_multiple_of(12);
-    pool.ranges(tiles, grain, |range| {
-        let tiles = Columns {
-            start: range.start,
-            end: range.end,
-        };
-        dispatch!(level, tiles_of(w, x, tiles, out): (w: &Dense<W>, x: &[f32], tiles: Columns, out: &SharedOut<'_>) <W: Element>);
-    });
+pub(super) fn matmul<W: Element>(pool: &Pool, w: &Dense<W>, x: &[W::X], out: &SharedOut<'_>) {
+    multiply(pool, &Rows { w, x }, w.n.div_ceil(TILE), out);
 }
 
-#[inline(always)]
-fn tiles_of<S: Simd, W: Element>(w: &Dense<W>, x: &[f32], tiles: Columns, out: &SharedOut<'_>) {
-    let most = S::ROWS.min(MOST);
-    let largest = panels(out.rows, most).map(|p| p.room).max().unwrap_or(1);
-    let mut tile = tiles.start;
-    while tile < tiles.end {
-        let together = wide(largest).min(tiles.end - tile);
-        for start in (0..w.k).step_by(CHUNK) {
-            let inner = start..w.k.min(start + CHUNK);
-            for p in panels(out.rows, most) {
-                let mut at = tile;
-                while at < tile + together {
-                    let left = tile + together - at;
-                    let inner = inner.clone();
-                    at += of_size!(p.room, most, |R| match left >= wide(R) {
-                        true => panel::<S, W, R, { wide(R) }>(w, x, at, p, inner, out),
-                        false => panel::<S, W, R, 1>(w, x, at, p, inner, out),
-                    });
+impl<W: Element> Product for Rows<'_, W> {
+    const ROWS: usize = 8;
+    const CHUNK: usize = 64;
+    const ALIGN: usize = RUN;
+
+    /// With few rows enough sums to hide the latency of the additions, with more as many as the registers hold.
+    #[inline(always)]
+    fn wide<S: Simd>(rows: usize) -> usize {
+        if rows <= 6 { 4 } else { 3 }
+    }
+
+    fn ahead(_: usize) -> usize {
+        128
+    }
+
+    fn units(&self) -> usize {
+        self.w.lines()
+    }
+
+    #[inline(always)]
+    fn panel<S: Simd, const R: usize, const T: usize>(&self, part: Part, sums: &mut [[f32; TILE]]) {
+        let (lines, line) = (self.w.lines(), Dense::<W>::LINE);
+        let count = part.end - part.start;
+        let weights: [&[W]; T] = std::array::from_fn(|t| {
+            let first = (part.tile + t) * lines + part.start;
+            &self.w.tiles[first * line..(first + count) * line]
+        });
+        let first = part.at * lines.next_multiple_of(RUN) + part.start * R;
+        let x = &self.x[first..first + count.next_multiple_of(RUN) * R];
+        let mut acc: [[S::V; T]; R] =
+            std::array::from_fn(|r| std::array::from_fn(|t| S::load(&sums[t * R + r])));
+        // Each pass asks for its share of the lines that come next.
+        let share = (1 << 16) / part.passes;
+        let ahead = part.ahead + part.pass * count / part.passes;
+        for i in 0..count {
+            let x = &x[i / RUN * RUN * R + i % RUN..][..(R - 1) * RUN + 1];
+            let columns: [W::Line<S>; T] =
+                std::array::from_fn(|t| W::load::<S>(&weights[t][i * line..(i + 1) * line]));
+            for weights in weights {
+                S::prefetch(&weights[0], (ahead + ((i * share) >> 16)) * line);
+            }
+            for r in 0..R {
+                for t in 0..T {
+                    acc[r][t] = W::multiply_add::<S>(columns[t], x[r * RUN], acc[r][t]);
                 }
             }
         }
-        tile += together;
+        for (r, acc) in acc.into_iter().enumerate() {
+            for (t, acc) in acc.into_iter().enumerate() {
+                S::store(acc, &mut sums[t * R + r]);
+            }
+        }
     }
 }
 
-/// Some tiles of one panel and chunk; returns how many.
-#[inline(always)]
-fn panel<S: Simd, W: Element, const R: usize, const T: usize>(
-    w: &Dense<W>,
-    x: &[f32],
-    tile: usize,
-    panel: Panel,
-    inner: std::ops::Range<usize>,
-    out: &SharedOut<'_>,
-) -> usize {
-    let k = w.k;
-    let count = inner.len();
-    let weights: [&[W]; T] = std::array::from_fn(|t| {
-        let first = (tile + t) * k + inner.start;
-        &w.tiles[first * TILE..(first + count) * TILE]
-    });
-    let x = &x[panel.at * k + inner.start * R..panel.at * k + inner.end * R];
-    let mut acc = [[S::zero(); T]; R];
-    for (i, x) in x.chunks_exact(R).enumerate() {
-        let line: [S::V; T] =
-            std::array::from_fn(|t| W::load::<S>(&weights[t][i * TILE..(i + 1) * TILE]));
-        for weights in weights {
-            S::prefetch(&weights[i * TILE], CHUNK * TILE);
-        }
-        for r in 0..R {
-            let x = S::splat(x[r]);
-            for t in 0..T {
-                acc[r][t] = S::fma(line[t], x, acc[r][t]);
-            }
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounding_to_bf16_is_that_of_half() {
+        let mut bits = 1u32;
+        for _ in 0..200_000 {
+            bits = bits.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let x = f32::from_bits(bits);
+            let (found, expected) = (to_bf16(x), half::bf16::from_f32(x));
+            assert!(found == expected.to_bits() || x.is_nan() && expected.is_nan());
+            assert_eq!(f32::from_bits(u32::from(found) << 16).is_nan(), x.is_nan());
         }
     }
-    for (r, acc) in acc.into_iter().take(panel.rows).enumerate() {
-        for (t, acc) in acc.into_iter().enumerate() {
-            let mut lanes = [0.0; TILE];
-            S::store(acc, &mut lanes);
-            let column = (tile + t) * TILE;
-            match inner.start {
-                0 => out.store(panel.row + r, column, &lanes),
-                _ => out.add(panel.row + r, column, &lanes),
-            }
-        }
-    }
-    T
 }

@@ -16,24 +16,50 @@ mod pool;
 pub mod probability;
 mod quant;
 mod simd;
+mod tiles;
 
 pub use attention::{AttentionRow, KvLayer, attention};
 pub use elementwise::{add, rms_norm, rope, swiglu};
 pub use linear::{Linear, Scratch, Weight};
-pub use peak::multiply_adds;
+pub use peak::{Operand, multiply_adds};
 pub use pool::Pool;
 pub use simd::Level;
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// Columns of a product that lie side by side in a weight.
 const TILE: usize = 16;
 
-/// A range of tiles.
-#[derive(Clone, Copy)]
-struct Columns {
-    start: usize,
-    end: usize,
+/// Values that threads fill together, each its own ranges.
+struct Shared<'a, T> {
+    data: *mut T,
+    len: usize,
+    life: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: values are reached through `part` alone, whose callers keep ranges apart.
+unsafe impl<T: Send> Sync for Shared<'_, T> {}
+
+impl<'a, T> Shared<'a, T> {
+    fn new(values: &'a mut [T]) -> Self {
+        Self {
+            data: values.as_mut_ptr(),
+            len: values.len(),
+            life: PhantomData,
+        }
+    }
+
+    /// A range of the values.
+    ///
+    /// # Safety
+    /// As long as the result lives, no other one overlaps it.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: inside the slice that is borrowed for `'a`, and apart from all others, as the caller promises.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
+    }
 }
 
 /// Rows of output that threads fill together, each its own columns.
@@ -70,129 +96,20 @@ impl<'a> SharedOut<'a> {
     /// Writes the columns from `column` on that there are.
     #[inline(always)]
     fn store(&self, row: usize, column: usize, values: &[f32; TILE]) {
-        let count = TILE.min(self.columns - column);
         assert!(row < self.rows && column < self.columns);
         let at = row * self.stride + self.first + column;
+        // A whole tile is one store; a count that is not known is a call.
         // SAFETY: in bounds, as just checked and as `new` checked the stride; no other thread writes these columns.
-        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.data.add(at), count) }
-    }
-
-    /// Adds to the columns from `column` on that there are.
-    #[inline(always)]
-    fn add(&self, row: usize, column: usize, values: &[f32; TILE]) {
-        let count = TILE.min(self.columns - column);
-        assert!(row < self.rows && column < self.columns);
-        let at = row * self.stride + self.first + column;
-        // SAFETY: as in `store`; the values were written by this thread before.
-        let out = unsafe { std::slice::from_raw_parts_mut(self.data.add(at), count) };
-        for (out, value) in out.iter_mut().zip(values) {
-            *out += value;
-        }
-    }
-}
-
-/// Tiles handed to a thread at once: eight portions a thread.
-fn grain(tiles: usize, pool: &Pool) -> usize {
-    tiles.div_ceil(pool.threads() * 8)
-}
-
-/// Rows that pass a weight together, their activations packed side by side.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Panel {
-    /// First row, and how many there are.
-    row: usize,
-    rows: usize,
-    /// Rows it has room for, one of the sizes kernels are compiled for; those beyond `rows` are never stored.
-    room: usize,
-    /// Rows that earlier panels have room for.
-    at: usize,
-}
-
-/// Sizes of panels.
-const SIZES: [usize; 9] = [1, 2, 3, 4, 6, 8, 10, 12, 16];
-
-/// Cuts rows into as few panels of at most `most` rows as there must be, of about the same size.
-fn panels(rows: usize, most: usize) -> impl Iterator<Item = Panel> {
-    let count = rows.div_ceil(most);
-    let mut at = 0;
-    (0..count).map(move |i| {
-        let row = rows * i / count;
-        let rows = rows * (i + 1) / count - row;
-        let room = SIZES.into_iter().find(|&s| s >= rows).unwrap_or(rows);
-        let panel = Panel {
-            row,
-            rows,
-            room,
-            at,
-        };
-        at += room;
-        panel
-    })
-}
-
-/// Calls `$body` with the room of a panel as a constant.
-macro_rules! of_size {
-    ($room:expr, $most:expr, |$R:ident| $body:expr) => {
-        match $room {
-            1 => {
-                const $R: usize = 1;
-                $body
-            }
-            2 => {
-                const $R: usize = 2;
-                $body
-            }
-            3 => {
-                const $R: usize = 3;
-                $body
-            }
-            4 => {
-                const $R: usize = 4;
-                $body
-            }
-            6 if $most >= 6 => {
-                const $R: usize = 6;
-                $body
-            }
-            8 if $most >= 8 => {
-                const $R: usize = 8;
-                $body
-            }
-            10 if $most >= 10 => {
-                const $R: usize = 10;
-                $body
-            }
-            12 if $most >= 12 => {
-                const $R: usize = 12;
-                $body
-            }
-            16 if $most >= 16 => {
-                const $R: usize = 16;
-                $body
-            }
-            room => unreachable!("a panel of {room} rows"),
-        }
-    };
-}
-use of_size;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn panels_cover_all_rows_once_in_sizes_that_kernels_are_made_for() {
-        for most in [4, 8, 16] {
-            for rows in 0..70 {
-                let (mut next, mut at) = (0, 0);
-                for p in panels(rows, most) {
-                    assert_eq!((p.row, p.at), (next, at));
-                    assert!(p.rows >= 1 && p.rows <= p.room && p.room <= most);
-                    assert!(SIZES.contains(&p.room), "{p:?}");
-                    (next, at) = (next + p.rows, at + p.room);
-                }
-                assert_eq!(next, rows);
-            }
+        match self.columns - column {
+            TILE.. => unsafe {
+                self.data
+                    .add(at)
+                    .cast::<[f32; TILE]>()
+                    .write_unaligned(*values)
+            },
+            count => unsafe {
+                std::ptr::copy_nonoverlapping(values.as_ptr(), self.data.add(at), count);
+            },
         }
     }
 }

@@ -10,24 +10,43 @@ use super::simd::{Level, Line, Simd, dispatch};
 const SUMS: usize = 16;
 const ROUNDS: usize = 20_000;
 
-/// Multiply-adds a second of all threads together, on registers alone: of f32, or of bytes (`integer`).
-pub fn multiply_adds(pool: &Pool, integer: bool) -> f64 {
+/// What is multiplied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operand {
+    /// Single precision.
+    F32,
+    /// Pairs of bf16, added up in f32.
+    Bf16,
+    /// Fours of bytes, added up as integers.
+    Byte,
+}
+
+/// Multiply-adds a second of all threads together, on registers alone.
+pub fn multiply_adds(pool: &Pool, of: Operand) -> f64 {
     let portions = pool.threads() * 8;
     let level = Level::detect();
     let begun = Instant::now();
     pool.ranges(portions, 1, |range| {
         for _ in range {
-            match integer {
-                true => {
-                    dispatch!(level, bytes(): () <>);
-                }
-                false => {
+            match of {
+                Operand::F32 => {
                     dispatch!(level, floats(): () <>);
+                }
+                Operand::Bf16 => {
+                    dispatch!(level, pairs(): () <>);
+                }
+                Operand::Byte => {
+                    dispatch!(level, bytes(): () <>);
                 }
             }
         }
     });
-    let each = SUMS * ROUNDS * if integer { 64 } else { 16 };
+    let width = match of {
+        Operand::F32 => 16,
+        Operand::Bf16 => 32,
+        Operand::Byte => 64,
+    };
+    let each = SUMS * ROUNDS * width;
     (portions * each) as f64 / begun.elapsed().as_secs_f64()
 }
 
@@ -38,6 +57,19 @@ fn floats<S: Simd>() {
     for _ in 0..ROUNDS {
         for sum in &mut sums {
             *sum = S::fma(*sum, a, b);
+        }
+    }
+    black_box(sums.map(S::sum));
+}
+
+#[inline(always)]
+fn pairs<S: Simd>() {
+    let w = S::load_pairs(&black_box([0x3f80; 32]));
+    let x = black_box([0x3f80, 0xbf80]);
+    let mut sums = [S::zero(); SUMS];
+    for _ in 0..ROUNDS {
+        for sum in &mut sums {
+            *sum = S::dot_pairs(*sum, w, x);
         }
     }
     black_box(sums.map(S::sum));
@@ -63,8 +95,8 @@ mod tests {
     #[test]
     fn rates_are_positive_numbers() {
         let pool = Pool::new(2);
-        for integer in [false, true] {
-            let rate = multiply_adds(&pool, integer);
+        for of in [Operand::F32, Operand::Bf16, Operand::Byte] {
+            let rate = multiply_adds(&pool, of);
             assert!(rate.is_finite() && rate > 1e6, "{rate}");
         }
     }

@@ -106,6 +106,30 @@ impl Pool {
         });
     }
 
+    /// The same in shares that shrink as the end comes nearer, each but the last a multiple of `step`: few of them,
+    /// and the threads end together.
+    pub fn shares(&self, items: usize, step: usize, body: impl Fn(Range<usize>) + Sync) {
+        let step = step.max(1);
+        if self.workers.is_empty() || items <= step {
+            if items > 0 {
+                body(0..items);
+            }
+            return;
+        }
+        let portions = 2 * self.threads();
+        let next = AtomicUsize::new(0);
+        let end_of = |start: usize| {
+            let share = (items - start).div_ceil(portions).next_multiple_of(step);
+            items.min(start + share)
+        };
+        self.run(&|_| {
+            let advance = |start: usize| (start < items).then(|| end_of(start));
+            while let Ok(start) = next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, advance) {
+                body(start..end_of(start));
+            }
+        });
+    }
+
     fn run<F: Fn(usize) + Sync>(&self, body: &F) {
         unsafe fn call<F: Fn(usize)>(data: *const (), index: usize) {
             // SAFETY: `data` points at the `F` that `run` holds on its stack until every worker has finished.
@@ -214,6 +238,13 @@ mod tests {
                     }
                 });
                 assert!(seen.iter().all(|s| s.load(Ordering::Relaxed) == 1));
+                pool.shares(items, 4, |range| {
+                    assert!(range.start % 4 == 0);
+                    for i in range {
+                        seen[i].fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+                assert!(seen.iter().all(|s| s.load(Ordering::Relaxed) == 2));
             }
         }
     }

@@ -4,14 +4,21 @@
 //! product needs no sum across lanes. Activations are quantised to 8 bits per block of 32, as llama.cpp does, and
 //! multiplied as integers; the weights of a block are read once for up to sixteen rows.
 
+use std::marker::PhantomData;
+use std::ops::Range;
+
 use half::f16;
 
 use super::pool::Pool;
 use super::simd::{Level, Line, Simd, dispatch, quantize};
-use super::{Columns, Panel, SharedOut, TILE, of_size, panels};
+use super::tiles::{Part, Product, multiply, panels};
+use super::{Shared, SharedOut, TILE};
 
 /// Values a block.
 pub(super) const BLOCK: usize = 32;
+
+/// Pairs of groups of four values in a block: the i-th holds the values from 4 i and from 16 + 4 i on.
+const PAIRS: usize = BLOCK / 8;
 
 /// How the weights of a block are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +37,15 @@ impl Bits {
         match self {
             Self::Eight => 8,
             _ => 4,
+        }
+    }
+
+    /// Which line holds the bytes `4 group..4 group + 4` of a block. Those that are multiplied in turn lie in turn: the
+    /// values 4 i and 16 + 4 i on, which share a byte where two do.
+    fn line(self, group: usize) -> usize {
+        match self {
+            Self::Eight => group % PAIRS * 2 + group / PAIRS,
+            _ => group,
         }
     }
 
@@ -118,11 +134,12 @@ impl BlockOf {
 
     /// Quantises 32 values to 8 bits: the largest magnitude becomes 127.
     pub(super) fn quantize(x: &[f32]) -> Self {
-        let mut q = [0i8; BLOCK];
+        let mut q = [[0; 4]; 2 * PAIRS];
         let mut whole = [0.0; BLOCK];
         whole.copy_from_slice(x);
         let (d, _) = quantize(&whole, &mut q);
-        Self::new(f16::from_f32(d), f16::ZERO, &q.map(|q| q as u8 ^ 0x80))
+        let stored: [u8; BLOCK] = std::array::from_fn(|i| q[i / 4][i % 4] as u8 ^ 0x80);
+        Self::new(f16::from_f32(d), f16::ZERO, &stored)
     }
 
     /// Quantises 32 values to 4 bits between their least and their largest.
@@ -178,11 +195,9 @@ impl Quant {
     pub(super) fn set(&mut self, row: usize, block: usize, from: &BlockOf) {
         let (at, lane) = self.at(row, block);
         let lines = self.bits.lines();
-        let fours = from.quants.chunks_exact(4);
-        for (line, four) in self.lines[at * lines..(at + 1) * lines]
-            .iter_mut()
-            .zip(fours)
-        {
+        let block = &mut self.lines[at * lines..(at + 1) * lines];
+        for (group, four) in from.quants.chunks_exact(4).take(lines).enumerate() {
+            let line = &mut block[self.bits.line(group)];
             line.0[lane * 4..lane * 4 + 4].copy_from_slice(four);
         }
         self.scales[at][lane] = from.scale;
@@ -196,8 +211,9 @@ impl Quant {
         let (at, lane) = self.at(row, block);
         let lines = self.bits.lines();
         let mut quants = [0; BLOCK];
-        let fours = quants.chunks_exact_mut(4);
-        for (line, four) in self.lines[at * lines..(at + 1) * lines].iter().zip(fours) {
+        let block = &self.lines[at * lines..(at + 1) * lines];
+        for (group, four) in quants.chunks_exact_mut(4).take(lines).enumerate() {
+            let line = &block[self.bits.line(group)];
             four.copy_from_slice(&line.0[lane * 4..lane * 4 + 4]);
         }
         let offset = self.offsets.get(at).map_or(f16::ZERO, |o| o[lane]);
@@ -238,186 +254,246 @@ impl Quant {
     }
 }
 
-/// Rows of activations in blocks of 32: 8-bit values, a scale, and the sum of the values. Panel by panel; within one,
-/// block by block, the rows of a block side by side.
+/// Rows of activations in blocks of 32: 8-bit values, their scale, and their sum in the two forms that weights need.
+/// Panel by panel; within one, block by block, the rows of a block side by side.
 #[derive(Default)]
 pub(super) struct Activations {
-    q: Vec<[i8; BLOCK]>,
+    /// In groups of four.
+    q: Vec<[[i8; 4]; 2 * PAIRS]>,
     scale: Vec<f32>,
-    sum: Vec<i32>,
+    /// Where sums of products begin for weights that are stored 128 above their value: `-128 sum(q)`.
+    start: Vec<i32>,
+    /// What an offset of the weights is multiplied with: `scale sum(q)`.
+    total: Vec<f32>,
 }
 
 impl Activations {
     /// Quantises `[M, K]` values.
-    pub(super) fn fill(&mut self, x: &[f32], k: usize) {
-        let level = Level::detect();
-        dispatch!(level, quantize_rows(self, x, k): (to: &mut Activations, x: &[f32], k: usize) <>);
+    pub(super) fn fill(&mut self, pool: &Pool, x: &[f32], k: usize) {
+        let blocks = k / BLOCK;
+        let panels = panels::<Rows<'_, Eight>>(x.len() / k);
+        let room: usize = panels.clone().map(|p| p.room).sum();
+        self.q.resize(room * blocks, [[0; 4]; 2 * PAIRS]);
+        self.scale.resize(room * blocks, 0.0);
+        self.start.resize(room * blocks, 0);
+        self.total.resize(room * blocks, 0.0);
+        let (q, scale) = (Shared::new(&mut self.q), Shared::new(&mut self.scale));
+        let (start, total) = (Shared::new(&mut self.start), Shared::new(&mut self.total));
+        pool.ranges(panels.clone().count(), 1, |range| {
+            for p in panels.clone().skip(range.start).take(range.len()) {
+                let x = &x[p.row * k..(p.row + p.rows) * k];
+                let at = p.at * blocks..(p.at + p.room) * blocks;
+                // SAFETY: each panel has its own ranges, and is filled once.
+                let to = unsafe {
+                    Quantized {
+                        q: q.part(at.clone()),
+                        scale: scale.part(at.clone()),
+                        start: start.part(at.clone()),
+                        total: total.part(at),
+                    }
+                };
+                let room = p.room;
+                dispatch!(Level::detect(), quantize_panel(x, k, room, to): (x: &[f32], k: usize, room: usize, to: Quantized<'_>) <>);
+            }
+        });
     }
 }
 
+/// One panel of [`Activations`].
+struct Quantized<'a> {
+    q: &'a mut [[[i8; 4]; 2 * PAIRS]],
+    scale: &'a mut [f32],
+    start: &'a mut [i32],
+    total: &'a mut [f32],
+}
+
 #[inline(always)]
-fn quantize_rows<S: Simd>(to: &mut Activations, x: &[f32], k: usize) {
-    let blocks = k / BLOCK;
-    let room: usize = panels(x.len() / k, S::ROWS).map(|p| p.room).sum();
-    to.q.resize(room * blocks, [0; BLOCK]);
-    to.scale.resize(room * blocks, 0.0);
-    to.sum.resize(room * blocks, 0);
-    for panel in panels(x.len() / k, S::ROWS) {
-        for r in 0..panel.rows {
-            let row = &x[(panel.row + r) * k..(panel.row + r + 1) * k];
-            for (b, x) in row.chunks_exact(BLOCK).enumerate() {
-                let at = panel.at * blocks + b * panel.room + r;
-                let Some(x) = x.first_chunk() else { continue };
-                (to.scale[at], to.sum[at]) = S::quantize(x, &mut to.q[at]);
-            }
+fn quantize_panel<S: Simd>(x: &[f32], k: usize, room: usize, to: Quantized<'_>) {
+    for (r, row) in x.chunks_exact(k).enumerate() {
+        for (b, x) in row.as_chunks().0.iter().enumerate() {
+            let at = b * room + r;
+            let (scale, sum) = S::quantize(x, &mut to.q[at]);
+            to.scale[at] = scale;
+            to.start[at] = sum.wrapping_mul(-128); // no number where the scale is none
+            to.total[at] = scale * sum as f32;
         }
     }
 }
 
 /// The weights of one form, as a kernel reads them.
-trait Form {
-    const LINES: usize;
-    /// What each stored value lies above the weight over its scale.
-    const BIAS: i32;
+trait Form: Sync {
+    /// Lines that hold a pair of groups.
+    const PER_PAIR: usize;
+    /// What each stored value lies above the weight over its scale, as a right shift of 128.
+    const BIAS_SHIFT: Option<u32>;
     const OFFSET: bool;
-    /// The eight groups of four consecutive weights of a block.
-    fn groups<S: Simd>(lines: &[Line]) -> [S::B; 8];
+    /// A pair of groups, each of four consecutive weights.
+    fn pair<S: Simd>(lines: &[Line]) -> [S::B; 2];
 }
 
 struct Eight;
 struct Four;
 struct FourWithOffset;
 
+#[inline(always)]
+fn nibbles<S: Simd>(line: &Line) -> [S::B; 2] {
+    let both = S::load_line(line);
+    [S::low(both), S::high(both)]
+}
+
 impl Form for Eight {
-    const LINES: usize = 8;
-    const BIAS: i32 = 128;
+    const PER_PAIR: usize = 2;
+    const BIAS_SHIFT: Option<u32> = Some(0);
     const OFFSET: bool = false;
     #[inline(always)]
-    fn groups<S: Simd>(lines: &[Line]) -> [S::B; 8] {
-        std::array::from_fn(|i| S::load_line(&lines[i]))
+    fn pair<S: Simd>(lines: &[Line]) -> [S::B; 2] {
+        [S::load_line(&lines[0]), S::load_line(&lines[1])]
     }
 }
 
-#[inline(always)]
-fn nibbles<S: Simd>(lines: &[Line]) -> [S::B; 8] {
-    let whole: [S::B; 4] = std::array::from_fn(|i| S::load_line(&lines[i]));
-    std::array::from_fn(|i| match i {
-        0..4 => S::low(whole[i]),
-        _ => S::high(whole[i - 4]),
-    })
-}
-
 impl Form for Four {
-    const LINES: usize = 4;
-    const BIAS: i32 = 8;
+    const PER_PAIR: usize = 1;
+    const BIAS_SHIFT: Option<u32> = Some(4);
     const OFFSET: bool = false;
     #[inline(always)]
-    fn groups<S: Simd>(lines: &[Line]) -> [S::B; 8] {
-        nibbles::<S>(lines)
+    fn pair<S: Simd>(lines: &[Line]) -> [S::B; 2] {
+        nibbles::<S>(&lines[0])
     }
 }
 
 impl Form for FourWithOffset {
-    const LINES: usize = 4;
-    const BIAS: i32 = 0;
+    const PER_PAIR: usize = 1;
+    const BIAS_SHIFT: Option<u32> = None;
     const OFFSET: bool = true;
     #[inline(always)]
-    fn groups<S: Simd>(lines: &[Line]) -> [S::B; 8] {
-        nibbles::<S>(lines)
+    fn pair<S: Simd>(lines: &[Line]) -> [S::B; 2] {
+        nibbles::<S>(&lines[0])
     }
+}
+
+/// Quantised activations and the weight they are multiplied with.
+struct Rows<'a, F> {
+    w: &'a Quant,
+    x: &'a Activations,
+    form: PhantomData<F>,
 }
 
 /// `out[r, c] = sum_k w[c, k] x[r, k]` for `M` rows `x`.
 pub(super) fn matmul(pool: &Pool, w: &Quant, x: &Activations, out: &SharedOut<'_>) {
-    let tiles = w.n.div_ceil(TILE);
-    let level = Level::detect();
-    pool.ranges(tiles, super::grain(tiles, pool), |range| {
-        let tiles = Columns {
-            start: range.start,
-            end: range.end,
+    fn of<F: Form>(pool: &Pool, w: &Quant, x: &Activations, out: &SharedOut<'_>) {
+        let form = PhantomData::<F>;
+        multiply(pool, &Rows { w, x, form }, w.n.div_ceil(TILE), out);
+    }
+    match w.bits {
+        Bits::Eight => of::<Eight>(pool, w, x, out),
+        Bits::Four => of::<Four>(pool, w, x, out),
+        Bits::FourWithOffset => of::<FourWithOffset>(pool, w, x, out),
+    }
+}
+
+impl<F: Form> Product for Rows<'_, F> {
+    const ROWS: usize = 10;
+    const CHUNK: usize = 256;
+    const ALIGN: usize = 1;
+
+    /// With more than two rows an activation is loaded for two tiles, where registers allow.
+    #[inline(always)]
+    fn wide<S: Simd>(rows: usize) -> usize {
+        match rows {
+            0..=2 => 1,
+            9.. if F::OFFSET => 1,
+            _ => S::WIDE,
+        }
+    }
+
+    /// Few rows come to them sooner.
+    fn ahead(rows: usize) -> usize {
+        let lines = if rows <= 2 { 128 } else { 48 };
+        lines / (PAIRS * F::PER_PAIR)
+    }
+
+    fn units(&self) -> usize {
+        self.w.k / BLOCK
+    }
+
+    #[inline(always)]
+    fn panel<S: Simd, const R: usize, const T: usize>(&self, part: Part, sums: &mut [[f32; TILE]]) {
+        let (w, blocks) = (self.w, self.w.k / BLOCK);
+        // A number the compiler does not know: it would lay out all pairs in a row, load every activation first, and run
+        // out of registers.
+        let pairs = std::hint::black_box(PAIRS);
+        let per_block = pairs * F::PER_PAIR;
+        let of_tile = |t: usize| {
+            let first = (part.tile + t) * blocks;
+            first + part.start..first + part.end
         };
-        match w.bits {
-            Bits::Eight => {
-                dispatch!(level, tiles_of(w, x, tiles, out): (w: &Quant, x: &Activations, tiles: Columns, out: &SharedOut<'_>) <F: Form = Eight>);
+        let lines: [&[Line]; T] = std::array::from_fn(|t| {
+            let Range { start, end } = of_tile(t);
+            &w.lines[start * per_block..end * per_block]
+        });
+        let scales: [&[[f16; TILE]]; T] = std::array::from_fn(|t| &w.scales[of_tile(t)]);
+        let offsets: [&[[f16; TILE]]; T] = std::array::from_fn(|t| match F::OFFSET {
+            true => &w.offsets[of_tile(t)],
+            false => &[],
+        });
+        let first = part.at * blocks;
+        let packed = first + part.start * R..first + part.end * R;
+        let q = self.x.q[packed.clone()].as_chunks::<R>().0;
+        let x_scale = self.x.scale[packed.clone()].as_chunks::<R>().0;
+        let x_start = self.x.start[packed.clone()].as_chunks::<R>().0;
+        let x_total = self.x.total[packed].as_chunks::<R>().0;
+        // The products of many rows take longer than the lines need to come, if they were asked for: each pass asks for
+        // its share of those that come next.
+        let share = per_block.div_ceil(part.passes);
+        let mut acc: [[S::V; T]; R] =
+            std::array::from_fn(|r| std::array::from_fn(|t| S::load(&sums[t * R + r])));
+        for (b, x) in q.iter().enumerate() {
+            let next = part.ahead + b;
+            for t in 0..T {
+                S::prefetch(&scales[t][0], next);
+                if F::OFFSET {
+                    S::prefetch(&offsets[t][0], next);
+                }
+                for j in 0..share {
+                    S::prefetch(&lines[t][0], next * per_block + part.pass * share + j);
+                }
             }
-            Bits::Four => {
-                dispatch!(level, tiles_of(w, x, tiles, out): (w: &Quant, x: &Activations, tiles: Columns, out: &SharedOut<'_>) <F: Form = Four>);
+            let mut dots = [[S::splat_i(0); T]; R];
+            if let Some(shift) = F::BIAS_SHIFT {
+                for r in 0..R {
+                    dots[r] = [S::splat_i(x_start[b][r] >> shift); T];
+                }
             }
-            Bits::FourWithOffset => {
-                dispatch!(level, tiles_of(w, x, tiles, out): (w: &Quant, x: &Activations, tiles: Columns, out: &SharedOut<'_>) <F: Form = FourWithOffset>);
+            for i in 0..pairs {
+                let at = b * per_block + i * F::PER_PAIR;
+                let mut groups = [[S::zero_line(); 2]; T];
+                for t in 0..T {
+                    groups[t] = F::pair::<S>(&lines[t][at..at + F::PER_PAIR]);
+                }
+                for g in 0..2 {
+                    for r in 0..R {
+                        for t in 0..T {
+                            dots[r][t] = S::dot(dots[r][t], groups[t][g], x[r][i + g * PAIRS]);
+                        }
+                    }
+                }
             }
-        }
-    });
-}
-
-/// Lines of 64 bytes that are asked for ahead.
-const AHEAD: usize = 64;
-
-/// All rows of a range of tiles, panel by panel.
-#[inline(always)]
-fn tiles_of<S: Simd, F: Form>(w: &Quant, x: &Activations, tiles: Columns, out: &SharedOut<'_>) {
-    for tile in tiles.start..tiles.end {
-        for p in panels(out.rows, S::ROWS) {
-            of_size!(p.room, S::ROWS, |R| panel::<S, F, R>(w, x, tile, p, out));
-        }
-    }
-}
-
-#[inline(always)]
-fn panel<S: Simd, F: Form, const R: usize>(
-    w: &Quant,
-    x: &Activations,
-    tile: usize,
-    panel: Panel,
-    out: &SharedOut<'_>,
-) {
-    let blocks = w.k / BLOCK;
-    let lines = &w.lines[tile * blocks * F::LINES..(tile + 1) * blocks * F::LINES];
-    let scales = &w.scales[tile * blocks..(tile + 1) * blocks];
-    let offsets = match F::OFFSET {
-        true => &w.offsets[tile * blocks..(tile + 1) * blocks],
-        false => &[],
-    };
-    let packed = panel.at * blocks..(panel.at + R) * blocks;
-    let q = x.q[packed.clone()].chunks_exact(R);
-    let x_scale = x.scale[packed.clone()].chunks_exact(R);
-    let x_sum = x.sum[packed].chunks_exact(R);
-    let mut acc = [S::zero(); R];
-    let weights = lines.chunks_exact(F::LINES).zip(scales).enumerate();
-    for ((((b, (lines, scale)), q), x_scale), x_sum) in weights.zip(q).zip(x_scale).zip(x_sum) {
-        // The products of many rows take longer than the lines need to come, if they were asked for.
-        for line in lines {
-            S::prefetch(line, AHEAD);
-        }
-        let groups = F::groups::<S>(lines);
-        let scale = S::widen(scale);
-        for r in 0..R {
-            let four = |i: usize| {
-                [
-                    q[r][i * 4],
-                    q[r][i * 4 + 1],
-                    q[r][i * 4 + 2],
-                    q[r][i * 4 + 3],
-                ]
-            };
-            // Two chains of four: half the latency of one of eight.
-            let mut even = S::splat_i((-F::BIAS).wrapping_mul(x_sum[r])); // no number where the scale is none
-            let mut odd = S::splat_i(0);
-            for i in 0..4 {
-                even = S::dot(even, groups[2 * i], four(2 * i));
-                odd = S::dot(odd, groups[2 * i + 1], four(2 * i + 1));
-            }
-            let dot = S::to_f32(S::add_i(even, odd));
-            acc[r] = S::fma(S::mul(dot, S::splat(x_scale[r])), scale, acc[r]);
-            if F::OFFSET {
-                let sum = x_scale[r] * x_sum[r] as f32;
-                acc[r] = S::fma(S::splat(sum), S::widen(&offsets[b]), acc[r]);
+            for t in 0..T {
+                let scale = S::widen(&scales[t][b]);
+                for r in 0..R {
+                    let scaled = S::mul(S::to_f32(dots[r][t]), S::splat(x_scale[b][r]));
+                    acc[r][t] = S::fma(scaled, scale, acc[r][t]);
+                    if F::OFFSET {
+                        let offset = S::widen(&offsets[t][b]);
+                        acc[r][t] = S::fma(S::splat(x_total[b][r]), offset, acc[r][t]);
+                    }
+                }
             }
         }
-    }
-    for (r, acc) in acc.into_iter().take(panel.rows).enumerate() {
-        let mut lanes = [0.0; TILE];
-        S::store(acc, &mut lanes);
-        out.store(panel.row + r, tile * TILE, &lanes);
+        for (r, acc) in acc.into_iter().enumerate() {
+            for (t, acc) in acc.into_iter().enumerate() {
+                S::store(acc, &mut sums[t * R + r]);
+            }
+        }
     }
 }

@@ -6,6 +6,7 @@
 use half::f16;
 
 use super::elementwise::nearest;
+use super::tiles::Product;
 
 /// Sixteen f32 lanes of one instruction set.
 pub(super) trait Simd: Copy {
@@ -16,8 +17,12 @@ pub(super) trait Simd: Copy {
     fn zero() -> Self::V;
     /// Loads the first 16 values of `x`.
     fn load(x: &[f32]) -> Self::V;
-    /// Loads 16 bf16 values, widened.
-    fn load_bf16(x: &[u16]) -> Self::V;
+    /// Sixteen pairs of bf16.
+    type P: Copy;
+    /// Loads the first 32 bf16 values of `x`.
+    fn load_pairs(x: &[u16]) -> Self::P;
+    /// Adds to each lane the products of its pair with the pair `x`.
+    fn dot_pairs(acc: Self::V, w: Self::P, x: [u16; 2]) -> Self::V;
     /// `a * b + c`
     fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The sum of the lanes, always in the same order.
@@ -34,20 +39,25 @@ pub(super) trait Simd: Copy {
     fn prefetch<T>(from: &T, at: usize);
     /// Rows that a panel of products keeps in registers, at most.
     const ROWS: usize;
+    /// Tiles of quantised weights that some rows pass together.
+    const WIDE: usize;
     /// Quantises 32 values to `round(x / d)` with `d = max |x| / 127`; returns `d` and the sum of the whole numbers.
     /// NaN and infinity leave NaN in `d`.
     #[inline(always)]
-    fn quantize(x: &[f32; 32], q: &mut [i8; 32]) -> (f32, i32) {
+    fn quantize(x: &[f32; 32], q: &mut [[i8; 4]; 8]) -> (f32, i32) {
         quantize(x, q)
     }
     /// Sixteen i32 lanes.
     type I: Copy;
     fn splat_i(x: i32) -> Self::I;
-    fn add_i(a: Self::I, b: Self::I) -> Self::I;
     /// The lanes as f32.
     fn to_f32(i: Self::I) -> Self::V;
     /// 64 unsigned bytes, four for each lane.
     type B: Copy;
+    #[inline(always)]
+    fn zero_line() -> Self::B {
+        Self::load_line(&Line([0; 64]))
+    }
     fn load_line(x: &Line) -> Self::B;
     /// The lower four bits of each byte.
     fn low(b: Self::B) -> Self::B;
@@ -64,7 +74,7 @@ pub(super) struct Line(pub(super) [u8; 64]);
 
 /// See [`Simd::quantize`].
 #[inline(always)]
-pub(super) fn quantize(x: &[f32; 32], q: &mut [i8; 32]) -> (f32, i32) {
+pub(super) fn quantize(x: &[f32; 32], q: &mut [[i8; 4]; 8]) -> (f32, i32) {
     let mut largest = 0.0f32;
     let mut poison = 0.0f32;
     for &v in x {
@@ -74,7 +84,7 @@ pub(super) fn quantize(x: &[f32; 32], q: &mut [i8; 32]) -> (f32, i32) {
     let d = largest / 127.0 + poison;
     let inverse = if d > 0.0 { 1.0 / d } else { 0.0 };
     let mut sum = 0;
-    for (q, &v) in q.iter_mut().zip(x) {
+    for (q, &v) in q.as_flattened_mut().iter_mut().zip(x) {
         *q = nearest(v * inverse).1 as i8;
         sum += i32::from(*q);
     }
@@ -106,9 +116,19 @@ impl Simd for Portable {
         v.copy_from_slice(&x[..16]);
         v
     }
+    type P = ([f32; 16], [f32; 16]);
     #[inline(always)]
-    fn load_bf16(x: &[u16]) -> Self::V {
-        std::array::from_fn(|i| f32::from_bits(u32::from(x[i]) << 16))
+    fn load_pairs(x: &[u16]) -> Self::P {
+        let wide = |i: usize| f32::from_bits(u32::from(x[i]) << 16);
+        (
+            std::array::from_fn(|i| wide(2 * i)),
+            std::array::from_fn(|i| wide(2 * i + 1)),
+        )
+    }
+    #[inline(always)]
+    fn dot_pairs(acc: Self::V, w: Self::P, x: [u16; 2]) -> Self::V {
+        let x = x.map(|x| f32::from_bits(u32::from(x) << 16));
+        Self::fma(w.0, [x[0]; 16], Self::fma(w.1, [x[1]; 16], acc))
     }
     #[inline(always)]
     fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
@@ -137,14 +157,11 @@ impl Simd for Portable {
     #[inline(always)]
     fn prefetch<T>(_: &T, _: usize) {}
     const ROWS: usize = 4;
+    const WIDE: usize = 1;
     type I = [i32; 16];
     #[inline(always)]
     fn splat_i(x: i32) -> Self::I {
         [x; 16]
-    }
-    #[inline(always)]
-    fn add_i(a: Self::I, b: Self::I) -> Self::I {
-        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
     }
     #[inline(always)]
     fn to_f32(i: Self::I) -> Self::V {
@@ -185,9 +202,9 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub(in super::super) struct Avx2;
 
-    /// AVX-512 F, BW and VL with VNNI. Used only after all were detected.
+    /// AVX-512 F, BW and VL with VNNI, and where `BF16` with products of bf16 pairs. Used only after all were detected.
     #[derive(Clone, Copy)]
-    pub(in super::super) struct Avx512;
+    pub(in super::super) struct Avx512<const BF16: bool>;
 
     // SAFETY of every block below: `Level::detect` hands these types out only where the processor has the
     // features they name, and each load is bounds-checked on the line before it or of a type of its length.
@@ -209,15 +226,23 @@ mod x86 {
                 )
             }
         }
+        type P = (__m256i, __m256i);
         #[inline(always)]
-        fn load_bf16(x: &[u16]) -> Self::V {
-            let x = &x[..16];
+        fn load_pairs(x: &[u16]) -> Self::P {
+            let p = x[..32].as_ptr().cast::<__m256i>();
+            unsafe { (_mm256_loadu_si256(p), _mm256_loadu_si256(p.add(1))) }
+        }
+        #[inline(always)]
+        fn dot_pairs(acc: Self::V, w: Self::P, x: [u16; 2]) -> Self::V {
+            let [even, odd] = x.map(|x| Self::splat(f32::from_bits(u32::from(x) << 16)));
             unsafe {
-                let widen = |p: *const u16| {
-                    let half = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
-                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(half))
+                let evens = |w| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(w));
+                let odds = |w| {
+                    let upper = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+                    _mm256_castsi256_ps(_mm256_and_si256(w, upper))
                 };
-                (widen(x.as_ptr()), widen(x.as_ptr().add(8)))
+                let acc = Self::fma((odds(w.0), odds(w.1)), odd, acc);
+                Self::fma((evens(w.0), evens(w.1)), even, acc)
             }
         }
         #[inline(always)]
@@ -271,14 +296,11 @@ mod x86 {
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at) }
         }
         const ROWS: usize = 4;
+        const WIDE: usize = 1;
         type I = (__m256i, __m256i);
         #[inline(always)]
         fn splat_i(x: i32) -> Self::I {
             unsafe { (_mm256_set1_epi32(x), _mm256_set1_epi32(x)) }
-        }
-        #[inline(always)]
-        fn add_i(a: Self::I, b: Self::I) -> Self::I {
-            unsafe { (_mm256_add_epi32(a.0, b.0), _mm256_add_epi32(a.1, b.1)) }
         }
         #[inline(always)]
         fn to_f32(i: Self::I) -> Self::V {
@@ -319,7 +341,7 @@ mod x86 {
         }
     }
 
-    impl Simd for Avx512 {
+    impl<const BF16: bool> Simd for Avx512<BF16> {
         const FMA: bool = true;
         type V = __m512;
         #[inline(always)]
@@ -331,12 +353,27 @@ mod x86 {
             let x = &x[..16];
             unsafe { _mm512_loadu_ps(x.as_ptr()) }
         }
+        type P = __m512i;
         #[inline(always)]
-        fn load_bf16(x: &[u16]) -> Self::V {
-            let x = &x[..16];
+        fn load_pairs(x: &[u16]) -> Self::P {
+            let x = &x[..32];
+            unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
+        }
+        #[inline(always)]
+        fn dot_pairs(acc: Self::V, w: Self::P, x: [u16; 2]) -> Self::V {
             unsafe {
-                let half = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
-                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(half))
+                if BF16 {
+                    let both = i32::from(x[1]) << 16 | i32::from(x[0]);
+                    let x = _mm512_set1_epi32(both);
+                    // SAFETY: the same 64 bytes under another name.
+                    let pairs = |i| std::mem::transmute::<__m512i, __m512bh>(i);
+                    return _mm512_dpbf16_ps(acc, pairs(w), pairs(x));
+                }
+                let [even, odd] = x.map(|x| Self::splat(f32::from_bits(u32::from(x) << 16)));
+                let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+                let odds = _mm512_castsi512_ps(_mm512_and_si512(w, upper));
+                let evens = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(w));
+                _mm512_fmadd_ps(evens, even, _mm512_fmadd_ps(odds, odd, acc))
             }
         }
         #[inline(always)]
@@ -372,23 +409,29 @@ mod x86 {
             let at = std::ptr::from_ref(from).wrapping_add(at).cast();
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at) }
         }
-        const ROWS: usize = 16;
+        const ROWS: usize = 10;
+        const WIDE: usize = 2;
         #[inline(always)]
-        fn quantize(x: &[f32; 32], q: &mut [i8; 32]) -> (f32, i32) {
+        fn quantize(x: &[f32; 32], q: &mut [[i8; 4]; 8]) -> (f32, i32) {
+            let q = q.as_flattened_mut().as_mut_ptr();
             unsafe {
                 let (a, b) = (
                     _mm512_loadu_ps(x.as_ptr()),
                     _mm512_loadu_ps(x.as_ptr().add(16)),
                 );
-                let zero = _mm512_setzero_ps();
-                let poison = _mm512_fmadd_ps(a, zero, _mm512_mul_ps(b, zero));
-                let largest = _mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b));
-                let d = _mm512_reduce_max_ps(largest) / 127.0 + _mm512_reduce_add_ps(poison);
+                // As whole numbers: NaN and infinity are larger than all else.
+                let magnitude = |v| _mm512_castps_si512(_mm512_abs_ps(v));
+                let largest = _mm512_max_epu32(magnitude(a), magnitude(b));
+                let largest = f32::from_bits(_mm512_reduce_max_epu32(largest));
+                let d = match largest.is_finite() {
+                    true => largest / 127.0,
+                    false => f32::NAN,
+                };
                 let inverse = _mm512_set1_ps(if d > 0.0 { 1.0 / d } else { 0.0 });
                 let a = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
                 let b = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
-                _mm_storeu_si128(q.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(a));
-                _mm_storeu_si128(q.as_mut_ptr().add(16).cast(), _mm512_cvtepi32_epi8(b));
+                _mm_storeu_si128(q.cast(), _mm512_cvtepi32_epi8(a));
+                _mm_storeu_si128(q.add(16).cast(), _mm512_cvtepi32_epi8(b));
                 (d, _mm512_reduce_add_epi32(_mm512_add_epi32(a, b)))
             }
         }
@@ -396,10 +439,6 @@ mod x86 {
         #[inline(always)]
         fn splat_i(x: i32) -> Self::I {
             unsafe { _mm512_set1_epi32(x) }
-        }
-        #[inline(always)]
-        fn add_i(a: Self::I, b: Self::I) -> Self::I {
-            unsafe { _mm512_add_epi32(a, b) }
         }
         #[inline(always)]
         fn to_f32(i: Self::I) -> Self::V {
@@ -429,7 +468,7 @@ mod x86 {
 }
 
 /// The best instruction set of this processor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
     /// Plain Rust.
     Portable,
@@ -437,19 +476,22 @@ pub enum Level {
     Avx2,
     /// AVX-512 F, BW, VL and VNNI.
     Avx512,
+    /// The same with products of bf16.
+    Avx512Bf16,
 }
 
 impl Level {
-    /// What the processor offers; `SCYLLA_SIMD=portable|avx2` caps it (for tests and comparisons).
+    /// What the processor offers; `SCYLLA_SIMD=portable|avx2|avx512` caps it (for tests and comparisons).
     pub fn detect() -> Self {
         static LEVEL: std::sync::OnceLock<Level> = std::sync::OnceLock::new();
         *LEVEL.get_or_init(|| {
-            let best = Self::of_processor();
-            match std::env::var("SCYLLA_SIMD").as_deref() {
+            let cap = match std::env::var("SCYLLA_SIMD").as_deref() {
                 Ok("portable") => Level::Portable,
-                Ok("avx2") if best == Level::Avx512 => Level::Avx2,
-                _ => best,
-            }
+                Ok("avx2") => Level::Avx2,
+                Ok("avx512") => Level::Avx512,
+                _ => Level::Avx512Bf16,
+            };
+            Self::of_processor().min(cap)
         })
     }
 
@@ -457,10 +499,21 @@ impl Level {
     pub(super) fn rows(self) -> usize {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => Avx512::ROWS,
+            Self::Avx512 | Self::Avx512Bf16 => Avx512::<true>::ROWS,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => Avx2::ROWS,
             _ => Portable::ROWS,
+        }
+    }
+
+    /// Tiles that a panel of some rows takes together.
+    pub(super) fn wide<P: Product>(self, rows: usize) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 | Self::Avx512Bf16 => P::wide::<Avx512<true>>(rows),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => P::wide::<Avx2>(rows),
+            _ => P::wide::<Portable>(rows),
         }
     }
 
@@ -474,10 +527,12 @@ impl Level {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512vnni");
-        match (avx2, avx512) {
-            (_, true) => Level::Avx512,
-            (true, false) => Level::Avx2,
-            (false, false) => Level::Portable,
+        let bf16 = avx512 && is_x86_feature_detected!("avx512bf16");
+        match (avx2, avx512, bf16) {
+            (_, _, true) => Level::Avx512Bf16,
+            (_, true, _) => Level::Avx512,
+            (true, ..) => Level::Avx2,
+            _ => Level::Portable,
         }
     }
 
@@ -493,9 +548,13 @@ macro_rules! dispatch {
     ($level:expr, $kernel:ident($($arg:expr),*): ($($name:ident: $ty:ty),*) $([$out:ty])? <$($g:ident: $bound:path $(= $given:ty)?)?>) => {{
         #[cfg(target_arch = "x86_64")]
         {
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]
+            fn avx512_bf16<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
+                $kernel::<$crate::kernels::simd::Avx512<true> $(, $g)?>($($name),*)
+            }
             #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
             fn avx512<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
-                $kernel::<$crate::kernels::simd::Avx512 $(, $g)?>($($name),*)
+                $kernel::<$crate::kernels::simd::Avx512<false> $(, $g)?>($($name),*)
             }
             #[target_feature(enable = "avx2,fma,f16c")]
             fn avx2<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
@@ -506,6 +565,8 @@ macro_rules! dispatch {
             }
             match $level {
                 // SAFETY: the level was detected on this processor.
+                $crate::kernels::simd::Level::Avx512Bf16 => unsafe { avx512_bf16$($(::<$given>)?)?($($arg),*) },
+                // SAFETY: as above.
                 $crate::kernels::simd::Level::Avx512 => unsafe { avx512$($(::<$given>)?)?($($arg),*) },
                 // SAFETY: as above.
                 $crate::kernels::simd::Level::Avx2 => unsafe { avx2$($(::<$given>)?)?($($arg),*) },
