@@ -67,11 +67,10 @@ fn shards_and_element_types_give_the_same_model() {
         for dtype in [Dtype::BF16, Dtype::F16] {
             let as_is = hf(dtype, 1, WeightForm::AsIs);
             assert!(deviation(&as_is, &whole) < 0.3, "{dtype:?}");
-            // Widening is exact, so the form in memory does not matter.
-            assert!(
-                deviation(&as_is, &hf(dtype, 2, WeightForm::F32)) < 1e-3,
-                "{dtype:?}"
-            );
+            // Widening is exact, so the form in memory does not matter but for activations, which bf16 rounds too.
+            let bound = if dtype == Dtype::BF16 { 1e-2 } else { 1e-6 };
+            let off = distance(&as_is, &hf(dtype, 2, WeightForm::F32));
+            assert!(off < bound, "{dtype:?}: {off}");
         }
     }
 }

@@ -4,7 +4,10 @@
 //! no score needs a horizontal sum. Scores, their softmax and the values are summed by logical position, so a
 //! node in a tree gets bit for bit what plain decoding gets, wherever its ancestors lie in the cache.
 
-use super::elementwise::{exp, largest};
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::elementwise::largest;
 use super::simd::{Level, Simd, dispatch};
 use super::{Pool, Shared};
 
@@ -78,6 +81,7 @@ impl KvLayer {
 }
 
 /// What one row sees.
+#[derive(Clone, Copy)]
 pub struct AttentionRow<'a> {
     /// The slot's cache of this layer.
     pub cache: &'a KvLayer,
@@ -93,23 +97,27 @@ const MOST: usize = 6;
 /// Some queries of one kv head: pairs of rows and heads, numbered row by row within a slot.
 struct Item {
     /// Rows of one cache.
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
     kv_head: usize,
     /// First query and number of queries.
     first: usize,
     count: usize,
 }
 
+/// What row `i` sees, for each row.
+type RowOf<'a> = &'a (dyn Fn(usize) -> AttentionRow<'a> + Sync);
+
 /// The work of one call: the queries of each cache and kv head, in portions that keep all threads busy.
-fn items(rows: &[AttentionRow<'_>], heads: usize, threads: usize) -> Vec<Item> {
-    let most = (rows.len() * heads / (2 * threads)).clamp(1, MOST);
-    let mut items = Vec::new();
+fn split(m: usize, row: RowOf<'_>, heads: usize, threads: usize, items: &mut Vec<Item>) {
+    let most = (m * heads / (2 * threads)).clamp(1, MOST);
+    items.clear();
     let mut start = 0;
-    while let Some(first) = rows.get(start) {
-        let same = |r: &&AttentionRow<'_>| std::ptr::eq(r.cache, first.cache);
-        let end = start + rows[start..].iter().take_while(same).count();
-        let group = heads / first.cache.heads;
-        for kv_head in 0..first.cache.heads {
+    while start < m {
+        let cache = row(start).cache;
+        let same = |&i: &usize| std::ptr::eq(row(i).cache, cache);
+        let end = start + (start..m).take_while(same).count();
+        let group = heads / cache.heads;
+        for kv_head in 0..cache.heads {
             let queries = (end - start) * group;
             items.extend((0..queries).step_by(most).map(|first| Item {
                 rows: start..end,
@@ -120,47 +128,58 @@ fn items(rows: &[AttentionRow<'_>], heads: usize, threads: usize) -> Vec<Item> {
         }
         start = end;
     }
-    items
 }
 
-/// Softmax attention of `q` `[M, A, E]` (heads of one group side by side, unscaled) into `out` `[M, A, E]`. Rows of one
-/// cache lie one after the other.
+thread_local! {
+    static ITEMS: RefCell<Vec<Item>> = const { RefCell::new(Vec::new()) };
+    static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Softmax attention of `q` `[M, A, E]` (heads of one group side by side, unscaled) into `out` `[M, A, E]`; `row` says
+/// what a row sees. Rows of one cache lie one after the other.
 ///
 /// # Panics
 /// If a row sees nothing, places outside its cache, or scattered places that do not rise.
-pub fn attention(pool: &Pool, q: &[f32], rows: &[AttentionRow<'_>], heads: usize, out: &mut [f32]) {
-    let Some(first) = rows.first() else { return };
-    let e = first.cache.head_dim;
-    assert_eq!(q.len(), rows.len() * heads * e);
+pub fn attention<'a>(
+    pool: &Pool,
+    q: &[f32],
+    m: usize,
+    row: RowOf<'a>,
+    heads: usize,
+    out: &mut [f32],
+) {
+    if m == 0 {
+        return;
+    }
+    let e = row(0).cache.head_dim;
+    assert_eq!(q.len(), m * heads * e);
     assert_eq!(out.len(), q.len());
-    for row in rows {
-        let seen = row.contiguous + row.scattered.len();
-        assert!(seen > 0, "a row sees nothing");
-        let capacity = row.cache.capacity;
-        let behind = row
-            .scattered
-            .first()
-            .is_none_or(|&p| p as usize >= row.contiguous);
-        let rising = row.scattered.windows(2).all(|w| w[0] < w[1]);
-        let inside = row
-            .scattered
+    for row in (0..m).map(row) {
+        let AttentionRow {
+            cache,
+            contiguous,
+            scattered,
+        } = row;
+        assert!(contiguous + scattered.len() > 0, "a row sees nothing");
+        let behind = scattered.first().is_none_or(|&p| p as usize >= contiguous);
+        let rising = scattered.windows(2).all(|w| w[0] < w[1]);
+        let inside = scattered
             .last()
-            .is_none_or(|&p| (p as usize) < capacity);
-        assert!(row.contiguous <= capacity && row.cache.head_dim == e);
-        assert!(behind && rising && inside, "places {:?}", row.scattered);
+            .is_none_or(|&p| (p as usize) < cache.capacity);
+        assert!(contiguous <= cache.capacity && cache.head_dim == e);
+        assert!(behind && rising && inside, "places {scattered:?}");
     }
     let level = Level::detect();
     let target = &Shared::new(out);
-    let items = items(rows, heads, pool.threads());
-    let items = &items;
-    pool.ranges(items.len(), 1, |range| {
-        thread_local! {
-            static SCORES: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
-        }
-        SCORES.with_borrow_mut(|scores| {
-            for item in &items[range] {
-                dispatch!(level, some_queries(rows, item, heads, q, scores, target): (rows: &[AttentionRow<'_>], item: &Item, heads: usize, q: &[f32], scores: &mut Vec<f32>, target: &Shared<'_, f32>) <>);
-            }
+    ITEMS.with_borrow_mut(|items| {
+        split(m, row, heads, pool.threads(), items);
+        let items = &items[..];
+        pool.ranges(items.len(), 1, |range| {
+            SCORES.with_borrow_mut(|scores| {
+                for item in &items[range] {
+                    dispatch!(level, some_queries(row, item, heads, q, scores, target): (row: RowOf<'_>, item: &Item, heads: usize, q: &[f32], scores: &mut Vec<f32>, target: &Shared<'_, f32>) <>);
+                }
+            });
         });
     });
 }
@@ -168,29 +187,29 @@ pub fn attention(pool: &Pool, q: &[f32], rows: &[AttentionRow<'_>], heads: usize
 /// One query: its row, its vector, and where its result goes in `out`.
 #[derive(Clone, Copy)]
 struct Query<'a> {
-    row: &'a AttentionRow<'a>,
+    row: AttentionRow<'a>,
     vector: &'a [f32],
     at: usize,
 }
 
 #[inline(always)]
 fn some_queries<S: Simd>(
-    rows: &[AttentionRow<'_>],
+    row: RowOf<'_>,
     item: &Item,
     heads: usize,
     q: &[f32],
     scores: &mut Vec<f32>,
     target: &Shared<'_, f32>,
 ) {
-    let cache = rows[item.rows.start].cache;
+    let cache = row(item.rows.start).cache;
     let e = cache.head_dim;
     let group = heads / cache.heads;
     let query = |i: usize| {
         let i = item.first + i.min(item.count - 1); // places beyond the last repeat it
-        let row = item.rows.start + i / group;
-        let at = (row * heads + item.kv_head * group + i % group) * e;
+        let r = item.rows.start + i / group;
+        let at = (r * heads + item.kv_head * group + i % group) * e;
         Query {
-            row: &rows[row],
+            row: row(r),
             vector: &q[at..at + e],
             at,
         }
@@ -224,14 +243,22 @@ fn queries<S: Simd, const Q: usize>(
         .max()
         .unwrap_or(0)
         .next_multiple_of(TILE);
+    // The queries, element by element side by side, lie before the scores.
     scores.clear();
-    scores.resize(Q * places, 0.0);
-    let vectors = queries.map(|q| q.vector);
-    for start in (0..places).step_by(TILE) {
-        let at = cache.key_at(item.kv_head, start);
-        tile_scores::<S, Q>(&cache.keys[at..at + e * TILE], vectors, |i, lanes| {
-            S::store(lanes, &mut scores[i * places + start..][..TILE]);
-        });
+    scores.resize(Q * e + Q * places, 0.0);
+    let (vectors, scores) = scores.split_at_mut(Q * e);
+    let vectors = vectors.as_chunks_mut::<Q>().0;
+    for (q, query) in queries.iter().enumerate() {
+        for (to, &x) in vectors.iter_mut().zip(query.vector) {
+            to[q] = x;
+        }
+    }
+    let mut start = 0;
+    while start < places {
+        start += match (places - start) / TILE {
+            4.. => tile_scores::<S, Q, 4>(cache, item.kv_head, start, vectors, places, scores),
+            _ => tile_scores::<S, Q, 1>(cache, item.kv_head, start, vectors, places, scores),
+        };
     }
     let mut inverse = [0.0; Q];
     for (i, q) in queries.iter().enumerate() {
@@ -258,23 +285,46 @@ fn queries<S: Simd, const Q: usize>(
     }
 }
 
+/// Scores of `T` tiles of places from `start` on, so many that additions need not wait for one another; returns how
+/// many places those are.
 #[inline(always)]
-fn tile_scores<S: Simd, const Q: usize>(
-    tile: &[f32],
-    vectors: [&[f32]; Q],
-    mut store: impl FnMut(usize, S::V),
-) {
-    let mut acc = [S::zero(); Q];
-    for (i, line) in tile.chunks_exact(TILE).enumerate() {
-        let keys = S::load(line);
+fn tile_scores<S: Simd, const Q: usize, const T: usize>(
+    cache: &KvLayer,
+    head: usize,
+    start: usize,
+    vectors: &[[f32; Q]],
+    places: usize,
+    scores: &mut [f32],
+) -> usize {
+    let e = cache.head_dim;
+    let at = cache.key_at(head, start);
+    let keys = &cache.keys[at..at + T * e * TILE];
+    let keys: [&[f32]; T] = std::array::from_fn(|t| &keys[t * e * TILE..(t + 1) * e * TILE]);
+    let next = &keys[0][0]; // a group of tiles on, as many lines in turn
+    let mut acc = [[S::zero(); T]; Q];
+    for (i, vector) in vectors.iter().enumerate() {
+        let mut lines = [S::zero(); T];
+        for t in 0..T {
+            S::prefetch(next, (T * e + T * i + t) * TILE);
+            lines[t] = S::load(&keys[t][i * TILE..(i + 1) * TILE]);
+        }
         for q in 0..Q {
-            acc[q] = S::fma(S::splat(vectors[q][i]), keys, acc[q]);
+            let x = S::splat(vector[q]);
+            for t in 0..T {
+                acc[q][t] = S::fma(x, lines[t], acc[q][t]);
+            }
         }
     }
     for (q, acc) in acc.into_iter().enumerate() {
-        store(q, acc);
+        for (t, acc) in acc.into_iter().enumerate() {
+            S::store(acc, &mut scores[q * places + start + t * TILE..][..TILE]);
+        }
     }
+    T * TILE
 }
+
+/// Places whose values are asked for ahead.
+const AHEAD: usize = 16;
 
 /// The mix of `W` registers of values from `column` on, summed by logical position.
 #[inline(always)]
@@ -289,44 +339,55 @@ fn mix<S: Simd, const Q: usize, const W: usize>(
 ) {
     let cache = queries[0].row.cache;
     let e = cache.head_dim;
+    let padded = e.next_multiple_of(TILE);
     let weights: [&[f32]; Q] = std::array::from_fn(|q| &scores[q * places..(q + 1) * places]);
     let values = |place: usize| -> [S::V; W] {
         let at = cache.value_at(item.kv_head, place) + column;
         let line = &cache.values[at..at + W * TILE];
+        for w in 0..W {
+            S::prefetch(&line[w * TILE], AHEAD * padded);
+        }
         std::array::from_fn(|w| S::load(&line[w * TILE..]))
     };
     let mut acc = [[S::zero(); W]; Q];
     let common = queries.iter().map(|q| q.row.contiguous).min().unwrap_or(0);
-    let shared = weights.map(|w| &w[..common]);
-    #[allow(clippy::needless_range_loop)] // a place of the cache, and of every query's weights
+    let shared = weights.map(|w| w[..common].as_ptr());
     for place in 0..common {
         let values = values(place);
         for q in 0..Q {
-            let weight = S::splat(shared[q][place]);
+            // SAFETY: `shared` points at `common` values of each query. Checking six lengths at each place takes the
+            // registers that the pointers need.
+            let weight = S::splat(unsafe { *shared[q].add(place) });
             for w in 0..W {
                 acc[q][w] = S::fma(weight, values[w], acc[q][w]);
             }
         }
     }
+    // In memory, so that queries may be numbered from here on without keeping all sums there before.
+    let mut sums = [[[0.0; TILE]; W]; Q];
+    for q in 0..Q {
+        for w in 0..W {
+            S::store(acc[q][w], &mut sums[q][w]);
+        }
+    }
     for (q, query) in queries.iter().enumerate() {
+        let mut acc: [S::V; W] = std::array::from_fn(|w| S::load(&sums[q][w]));
         let contiguous = query.row.contiguous;
         let scattered = query.row.scattered.iter().map(|&p| p as usize);
         for (position, place) in (common..contiguous).chain(scattered).enumerate() {
             let (values, weight) = (values(place), S::splat(weights[q][common + position]));
             for w in 0..W {
-                acc[q][w] = S::fma(weight, values[w], acc[q][w]);
+                acc[w] = S::fma(weight, values[w], acc[w]);
             }
         }
-        for (w, acc) in acc[q].iter().enumerate() {
+        for (w, acc) in acc.into_iter().enumerate() {
             let mut lanes = [0.0; TILE];
-            S::store(*acc, &mut lanes);
+            S::store(S::mul(acc, S::splat(inverse[q])), &mut lanes);
             let from = column + w * TILE;
             let count = TILE.min(e.saturating_sub(from));
             // SAFETY: no other item holds this query, and its registers are written in turn.
             let out = unsafe { target.part(query.at + from..query.at + from + count) };
-            for (o, v) in out.iter_mut().zip(lanes) {
-                *o = v * inverse[q];
-            }
+            out.copy_from_slice(&lanes[..count]);
         }
     }
 }
@@ -334,18 +395,22 @@ fn mix<S: Simd, const Q: usize, const W: usize>(
 /// Replaces scores by `exp(scale * (s - max))` and returns one over their sum.
 #[inline(always)]
 fn softmax<S: Simd>(scores: &mut [f32], scale: f32) -> f32 {
-    let max = largest(scores);
-    for s in scores.iter_mut() {
-        *s = exp((*s - max) * scale);
-    }
+    let (largest, factor) = (S::splat(-scale * largest(scores)), S::splat(scale));
+    let exp = |scores: &[f32]| S::exp(S::fma(S::load(scores), factor, largest));
     // Sixteen partial sums by logical position, whatever the length.
-    let mut lanes = [0.0f32; TILE];
-    for chunk in scores.chunks(TILE) {
-        for (lane, s) in lanes.iter_mut().zip(chunk) {
-            *lane += s;
-        }
+    let mut sums = S::zero();
+    let (tiles, rest) = scores.as_chunks_mut::<TILE>();
+    for tile in tiles {
+        let weights = exp(tile);
+        S::store(weights, tile);
+        sums = S::add(sums, weights);
     }
-    1.0 / lanes.iter().sum::<f32>()
+    let mut last = [f32::NEG_INFINITY; TILE];
+    last[..rest.len()].copy_from_slice(rest);
+    let weights = exp(&last);
+    S::store(weights, &mut last);
+    rest.copy_from_slice(&last[..rest.len()]);
+    1.0 / S::sum(S::add(sums, weights))
 }
 
 #[cfg(test)]
@@ -383,8 +448,10 @@ mod tests {
             let plain = filled(kv, e, &plain_positions, 64);
             let pool = Pool::new(2);
             let (mut a, mut b) = (vec![0.0; heads * e], vec![0.0; heads * e]);
-            attention(&pool, &q, &[AttentionRow { cache: &tree, contiguous: committed, scattered: &scattered }], heads, &mut a);
-            attention(&pool, &q, &[AttentionRow { cache: &plain, contiguous: committed + path, scattered: &[] }], heads, &mut b);
+            let row = |_| AttentionRow { cache: &tree, contiguous: committed, scattered: &scattered };
+            attention(&pool, &q, 1, &row, heads, &mut a);
+            let row = |_| AttentionRow { cache: &plain, contiguous: committed + path, scattered: &[] };
+            attention(&pool, &q, 1, &row, heads, &mut b);
             prop_assert_eq!(&a, &b);
             // And it is softmax attention.
             for h in 0..heads {

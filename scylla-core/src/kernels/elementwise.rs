@@ -3,6 +3,7 @@
 use super::simd::{Level, Simd, dispatch};
 
 /// `x += y`
+#[inline]
 pub fn add(x: &mut [f32], y: &[f32]) {
     for (x, y) in x.iter_mut().zip(y) {
         *x += y;
@@ -14,24 +15,43 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     dispatch!(Level::detect(), norm_rows(x, weight, eps, out): (x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) <>);
 }
 
+/// `x += y`, then the same of the sums: a residual and the norm that follows it.
+pub fn add_rms_norm(x: &mut [f32], y: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    dispatch!(Level::detect(), add_norm_rows(x, y, weight, eps, out): (x: &mut [f32], y: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) <>);
+}
+
 #[inline(always)]
 fn norm_rows<S: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let h = weight.len();
     for (x, out) in x.chunks_exact(h).zip(out.chunks_exact_mut(h)) {
-        let mut acc = S::zero();
-        let chunks = x.chunks_exact(16);
-        let mut rest = 0.0;
-        for v in chunks.remainder() {
-            rest += v * v;
-        }
-        for chunk in chunks {
-            let v = S::load(chunk);
-            acc = S::fma(v, v, acc);
-        }
-        let scale = 1.0 / ((S::sum(acc) + rest) / h as f32 + eps).sqrt();
-        for ((o, x), w) in out.iter_mut().zip(x).zip(weight) {
-            *o = x * scale * w;
-        }
+        norm_row::<S>(x, weight, eps, out);
+    }
+}
+
+#[inline(always)]
+fn add_norm_rows<S: Simd>(x: &mut [f32], y: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let h = weight.len();
+    let rows = x.chunks_exact_mut(h).zip(y.chunks_exact(h));
+    for ((x, y), out) in rows.zip(out.chunks_exact_mut(h)) {
+        add(x, y);
+        norm_row::<S>(x, weight, eps, out);
+    }
+}
+
+#[inline(always)]
+fn norm_row<S: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    // Four sums, so that additions need not wait for one another.
+    let mut sums = [S::zero(); 4];
+    let (tiles, rest) = x.as_chunks::<16>();
+    for (i, tile) in tiles.iter().enumerate() {
+        let v = S::load(tile);
+        sums[i % 4] = S::fma(v, v, sums[i % 4]);
+    }
+    let sum = S::sum(S::add(S::add(sums[0], sums[1]), S::add(sums[2], sums[3])));
+    let rest: f32 = rest.iter().map(|v| v * v).sum();
+    let scale = 1.0 / ((sum + rest) / weight.len() as f32 + eps).sqrt();
+    for ((o, x), w) in out.iter_mut().zip(x).zip(weight) {
+        *o = x * scale * w;
     }
 }
 
@@ -57,30 +77,44 @@ pub fn swiglu(x: &[f32], inner: usize, out: &mut [f32]) {
 fn swiglu_rows<S: Simd>(x: &[f32], inner: usize, out: &mut [f32]) {
     for (x, out) in x.chunks_exact(2 * inner).zip(out.chunks_exact_mut(inner)) {
         let (gate, up) = x.split_at(inner);
-        for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+        let (out, last) = out.as_chunks_mut::<16>();
+        let (gates, gate) = gate.as_chunks::<16>();
+        let (ups, up) = up.as_chunks::<16>();
+        for ((o, g), u) in out.iter_mut().zip(gates).zip(ups) {
+            let (g, u) = (S::load(g), S::load(u));
+            let one = S::splat(1.0);
+            let below = S::add(one, S::exp(S::mul(g, S::splat(-1.0))));
+            S::store(S::mul(S::div(g, below), u), o);
+        }
+        for ((o, &g), &u) in last.iter_mut().zip(gate).zip(up) {
             *o = g / (1.0 + exp(-g)) * u;
         }
     }
 }
 
+/// The logarithm of 2 in two parts, the first with zeros enough for its products to be exact.
+pub(super) const LN2_HIGH: f32 = 0.693_359_4;
+pub(super) const LN2_LOW: f32 = -2.121_944_4e-4;
+/// `e^r = 1 + r + r^2 P(r)` for `|r| <= ln 2 / 2`: the coefficients of `P`, highest first.
+pub(super) const EXP: [f32; 6] = [
+    1.987_569_1e-4,
+    1.398_199_9e-3,
+    8.333_452e-3,
+    4.166_579_6e-2,
+    0.166_666_65,
+    0.5,
+];
+
 /// `e^x` within about two units in the last place, in a form that compilers vectorise.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
     // Outside these bounds the result is 0 or infinite in single precision anyway; NaN passes both comparisons.
     let clamped = if x < -104.0 { -104.0 } else { x };
     let clamped = if clamped > 88.8 { 88.8 } else { clamped };
     let (n, whole) = nearest(clamped * std::f32::consts::LOG2_E);
     let r = (clamped - n * LN2_HIGH) - n * LN2_LOW;
-    let mut p = 1.987_569_1e-4_f32;
-    for c in [
-        1.398_199_9e-3,
-        8.333_452e-3,
-        4.166_579_6e-2,
-        0.166_666_65,
-        0.5,
-    ] {
+    let mut p = EXP[0];
+    for c in &EXP[1..] {
         p = p * r + c;
     }
     let p = p * r * r + r + 1.0;
@@ -123,19 +157,47 @@ pub(super) fn largest(x: &[f32]) -> f32 {
 mod tests {
     use super::*;
 
+    #[inline(always)]
+    fn first_lane<S: Simd>(x: f32) -> f32 {
+        let mut lanes = [0.0; 16];
+        S::store(S::exp(S::splat(x)), &mut lanes);
+        lanes[0]
+    }
+
     #[test]
     fn exp_follows_the_library_function() {
-        let mut worst = 0.0f64;
-        for i in -87_000..88_000 {
-            let x = i as f32 * 1e-3;
-            let expected = f64::from(x).exp();
-            worst = worst.max((f64::from(exp(x)) / expected - 1.0).abs());
+        let vector =
+            |x: f32| -> f32 { dispatch!(Level::of_processor(), first_lane(x): (x: f32) [f32] <>) };
+        let exps: [&dyn Fn(f32) -> f32; 2] = [&exp, &vector];
+        for exp in exps {
+            let mut worst = 0.0f64;
+            for i in -87_000..88_000 {
+                let x = i as f32 * 1e-3;
+                let expected = f64::from(x).exp();
+                worst = worst.max((f64::from(exp(x)) / expected - 1.0).abs());
+            }
+            assert!(worst < 3e-7, "relative error {worst}");
+            assert_eq!(exp(-1e9), 0.0);
+            assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+            assert_eq!(exp(0.0), 1.0);
+            assert!(exp(f32::NAN).is_nan());
+            assert!(exp(1e9).is_infinite());
         }
-        assert!(worst < 3e-7, "relative error {worst}");
-        assert_eq!(exp(-1e9), 0.0);
-        assert_eq!(exp(0.0), 1.0);
-        assert!(exp(f32::NAN).is_nan());
-        assert!(exp(1e9).is_infinite());
+    }
+
+    #[test]
+    fn a_residual_is_added_before_the_norm() {
+        let values = |salt: f32| -> Vec<f32> {
+            (0..2 * 37)
+                .map(|i| (i as f32 * 0.37 + salt).sin())
+                .collect()
+        };
+        let (mut x, y, w) = (values(0.0), values(1.0), vec![0.5; 37]);
+        let sums: Vec<f32> = x.iter().zip(&y).map(|(x, y)| x + y).collect();
+        let (mut fused, mut apart) = (vec![0.0; 74], vec![0.0; 74]);
+        add_rms_norm(&mut x, &y, &w, 1e-5, &mut fused);
+        rms_norm(&sums, &w, 1e-5, &mut apart);
+        assert_eq!((x, fused), (sums, apart));
     }
 
     #[test]

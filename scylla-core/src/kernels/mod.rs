@@ -19,7 +19,7 @@ mod simd;
 mod tiles;
 
 pub use attention::{AttentionRow, KvLayer, attention};
-pub use elementwise::{add, rms_norm, rope, swiglu};
+pub use elementwise::{add, add_rms_norm, rms_norm, rope, swiglu};
 pub use linear::{Linear, Scratch, Weight};
 pub use peak::{Operand, multiply_adds};
 pub use pool::Pool;

@@ -5,7 +5,7 @@
 
 use half::f16;
 
-use super::elementwise::nearest;
+use super::elementwise::{exp, nearest};
 use super::tiles::Product;
 
 /// Sixteen f32 lanes of one instruction set.
@@ -31,8 +31,19 @@ pub(super) trait Simd: Copy {
     fn splat(x: f32) -> Self::V;
     /// Stores the lanes into the first 16 values of `out`.
     fn store(v: Self::V, out: &mut [f32]);
+    /// `a + b`
+    fn add(a: Self::V, b: Self::V) -> Self::V;
     /// `a * b`
     fn mul(a: Self::V, b: Self::V) -> Self::V;
+    /// `a / b`
+    fn div(a: Self::V, b: Self::V) -> Self::V;
+    /// `e^x` of each lane, within about two units in the last place.
+    #[inline(always)]
+    fn exp(v: Self::V) -> Self::V {
+        let mut lanes = [0.0; 16];
+        Self::store(v, &mut lanes);
+        Self::load(&lanes.map(exp))
+    }
     /// Sixteen half-precision numbers, widened.
     fn widen(x: &[f16; 16]) -> Self::V;
     /// Asks for the cache line that holds `from + at`; it need not lie within the allocation.
@@ -147,8 +158,16 @@ impl Simd for Portable {
         out[..16].copy_from_slice(&v);
     }
     #[inline(always)]
+    fn add(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+    #[inline(always)]
     fn mul(a: Self::V, b: Self::V) -> Self::V {
         std::array::from_fn(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    fn div(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] / b[i])
     }
     #[inline(always)]
     fn widen(x: &[f16; 16]) -> Self::V {
@@ -276,8 +295,16 @@ mod x86 {
             }
         }
         #[inline(always)]
+        fn add(a: Self::V, b: Self::V) -> Self::V {
+            unsafe { (_mm256_add_ps(a.0, b.0), _mm256_add_ps(a.1, b.1)) }
+        }
+        #[inline(always)]
         fn mul(a: Self::V, b: Self::V) -> Self::V {
             unsafe { (_mm256_mul_ps(a.0, b.0), _mm256_mul_ps(a.1, b.1)) }
+        }
+        #[inline(always)]
+        fn div(a: Self::V, b: Self::V) -> Self::V {
+            unsafe { (_mm256_div_ps(a.0, b.0), _mm256_div_ps(a.1, b.1)) }
         }
         #[inline(always)]
         fn widen(x: &[f16; 16]) -> Self::V {
@@ -396,8 +423,16 @@ mod x86 {
             unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) }
         }
         #[inline(always)]
+        fn add(a: Self::V, b: Self::V) -> Self::V {
+            unsafe { _mm512_add_ps(a, b) }
+        }
+        #[inline(always)]
         fn mul(a: Self::V, b: Self::V) -> Self::V {
             unsafe { _mm512_mul_ps(a, b) }
+        }
+        #[inline(always)]
+        fn div(a: Self::V, b: Self::V) -> Self::V {
+            unsafe { _mm512_div_ps(a, b) }
         }
         #[inline(always)]
         fn widen(x: &[f16; 16]) -> Self::V {
@@ -408,6 +443,25 @@ mod x86 {
             // No more than a hint: an address outside the allocation is not read.
             let at = std::ptr::from_ref(from).wrapping_add(at).cast();
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at) }
+        }
+        #[inline(always)]
+        fn exp(v: Self::V) -> Self::V {
+            use super::super::elementwise::{EXP, LN2_HIGH, LN2_LOW};
+            unsafe {
+                // Beyond these bounds the result is 0 or infinite anyway; NaN is the second operand, which both pass on.
+                let v = _mm512_max_ps(Self::splat(-104.0), v);
+                let v = _mm512_min_ps(Self::splat(89.0), v);
+                let n =
+                    _mm512_roundscale_ps::<0>(Self::mul(v, Self::splat(std::f32::consts::LOG2_E)));
+                let r = _mm512_fnmadd_ps(n, Self::splat(LN2_HIGH), v);
+                let r = _mm512_fnmadd_ps(n, Self::splat(LN2_LOW), r);
+                let mut p = Self::splat(EXP[0]);
+                for c in &EXP[1..] {
+                    p = _mm512_fmadd_ps(p, r, Self::splat(*c));
+                }
+                let p = _mm512_fmadd_ps(p, Self::mul(r, r), Self::add(r, Self::splat(1.0)));
+                _mm512_scalef_ps(p, n)
+            }
         }
         const ROWS: usize = 10;
         const WIDE: usize = 2;

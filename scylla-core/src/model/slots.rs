@@ -86,6 +86,11 @@ impl<C> Slots<C> {
         }
     }
 
+    /// The cache of a slot that is open.
+    pub(super) fn cache(&self, slot: usize) -> Option<&C> {
+        self.slots.get(slot)?.as_ref().map(|s| &s.cache)
+    }
+
     /// Checks rows and notes them as waiting, after those that wait already; returns what each of them sees, slot
     /// by slot.
     pub(super) fn begin(&mut self, rows: &[Rows<'_>]) -> Result<Vec<Vec<RowView>>> {

@@ -6,7 +6,8 @@ use super::slots::{RowView, Slots};
 use super::{ModelConfig, Rows};
 use crate::Result;
 use crate::kernels::{
-    AttentionRow, KvLayer, Linear, Pool, Scratch, Weight, add, attention, rms_norm, rope, swiglu,
+    AttentionRow, KvLayer, Linear, Pool, Scratch, Weight, add, add_rms_norm, attention, rms_norm,
+    rope, swiglu,
 };
 use crate::plugin::Slot;
 
@@ -216,9 +217,8 @@ impl CpuStack {
             let delta = sized(&mut b.delta, m * h);
             l.output
                 .forward(&self.pool, &b.mixed, &mut b.scratch, delta)?;
-            add(x, &b.delta);
             let normed = sized(&mut b.normed, m * h);
-            rms_norm(x, &l.ffn_norm, eps, normed);
+            add_rms_norm(x, &b.delta, &l.ffn_norm, eps, normed);
             let gate_up = sized(&mut b.gate_up, m * 2 * ffn);
             l.gate_up
                 .forward(&self.pool, normed, &mut b.scratch, gate_up)?;
@@ -255,28 +255,24 @@ impl CpuStack {
                 state.cache[layer].write(view.at, key, value);
             }
         }
-        let mut seen = Vec::with_capacity(m);
-        let mut caches = Vec::with_capacity(rows.len());
-        for slot in rows {
-            // Taken for the duration of the call: several slots are read at once.
-            caches.push(std::mem::replace(
-                &mut self.slots.get(slot.slot)?.cache[layer],
-                KvLayer::new(0, 0, 0),
-            ));
-        }
-        for (cache, views) in caches.iter().zip(views) {
-            seen.extend(views.iter().map(|view| AttentionRow {
-                cache,
-                contiguous: view.contiguous,
-                scattered: &view.scattered,
-            }));
-        }
+        let slots = &self.slots;
+        let row = |mut i: usize| {
+            for (slot, views) in rows.iter().zip(views) {
+                match (views.get(i), slots.cache(slot.slot)) {
+                    (Some(view), Some(cache)) => {
+                        return AttentionRow {
+                            cache: &cache[layer],
+                            contiguous: view.contiguous,
+                            scattered: &view.scattered,
+                        };
+                    }
+                    _ => i -= views.len(),
+                }
+            }
+            unreachable!("no row {i}: `begin` checked that its slot is open")
+        };
         let mixed = sized(&mut b.mixed, m * q_len);
-        attention(&self.pool, &b.q, &seen, c.heads, mixed);
-        drop(seen);
-        for (slot, cache) in rows.iter().zip(caches) {
-            self.slots.get(slot.slot)?.cache[layer] = cache;
-        }
+        attention(&self.pool, &b.q, m, &row, c.heads, mixed);
         Ok(())
     }
 }
