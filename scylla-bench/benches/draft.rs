@@ -3,10 +3,11 @@
 //!
 //! `cargo bench --bench draft`; `SCYLLA_THREADS` sets the threads.
 
-use std::hint::black_box;
-use std::sync::Arc;
-use std::time::Instant;
+mod common;
 
+use std::sync::Arc;
+
+use common::{best, memory, read_rate};
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use scylla_core::assets::{DEFAULT_MODEL, cache_dir};
 use scylla_core::chance::Seeded;
@@ -48,17 +49,10 @@ fn shared(target: &Loaded, weights: WeightForm, head: Option<Vec<u32>>) -> Share
     }
 }
 
-/// Bytes per second that all threads read together, the best of a few passes over 256 MiB.
+/// Bytes per second that all threads read together, the best of a few passes.
 fn bandwidth(pool: &Pool) -> f64 {
-    let data = vec![1u64; 32 << 20];
-    let pass = || {
-        let begun = Instant::now();
-        pool.ranges(data.len(), 1 << 16, |range| {
-            black_box(data[range].iter().fold(0u64, |a, &b| a ^ b));
-        });
-        size_of_val(&data[..]) as f64 / begun.elapsed().as_secs_f64()
-    };
-    (0..8).map(|_| pass()).fold(0.0, f64::max)
+    let data = memory();
+    best(&std::array::from_fn::<_, 8, _>(|_| read_rate(pool, &data)))
 }
 
 /// A network with a sequence of `CONTEXT` positions behind it in slot 0.

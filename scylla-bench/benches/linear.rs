@@ -5,53 +5,22 @@
 //! `cargo bench --bench linear [-- WORDS]` runs the lines that hold all the words; `SCYLLA_THREADS` sets the threads. Medians, not criterion's estimates: a layer takes
 //! tens of microseconds, and what counts is its ratio to a limit that drifts with the machine.
 
-use std::hint::black_box;
-use std::time::Instant;
+mod common;
 
-use scylla_core::kernels::{Linear, Operand, Pool, Scratch, Weight, multiply_adds};
-
-fn seconds(body: impl FnOnce()) -> f64 {
-    let begun = Instant::now();
-    body();
-    begun.elapsed().as_secs_f64()
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-/// Bytes a second that all threads read together.
-fn read_rate(pool: &Pool, data: &[u64]) -> f64 {
-    let time = seconds(|| {
-        pool.ranges(data.len(), 1 << 16, |range| {
-            black_box(data[range].iter().fold(0u64, |a, &b| a ^ b));
-        });
-    });
-    size_of_val(data) as f64 / time
-}
-
-fn best(values: &[f64]) -> f64 {
-    values.iter().copied().fold(0.0, f64::max)
-}
+use common::{asked_for, best, median, memory, pool, read_rate, seconds};
+use scylla_core::kernels::{Linear, Operand, Scratch, Weight, multiply_adds};
 
 type Reform = fn(Weight) -> Weight;
 
 fn main() {
-    let threads = std::env::var("SCYLLA_THREADS").ok();
-    let threads = threads.and_then(|t| t.parse().ok());
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let pool = Pool::new(threads.unwrap_or(cores));
-    let data = vec![1u64; 16 << 20];
+    let pool = pool();
+    let data = memory();
     let forms: [(&str, Operand, Reform); 4] = [
         ("q8_0", Operand::Byte, |w| w.to_q8_0()),
         ("q4", Operand::Byte, |w| w.to_q4()),
         ("bf16", Operand::Bf16, |w| w.to_bf16()),
         ("f32", Operand::F32, |w| w),
     ];
-    let words: Vec<String> = std::env::args().skip(1).collect();
-    let mut words: Vec<&str> = words.iter().flat_map(|w| w.split_whitespace()).collect();
-    words.retain(|word| !word.starts_with("--")); // cargo's own
     println!("{} threads; time in ms (times the limit)", pool.threads());
     for (model, n, k) in [
         ("1.1B qkv", 2560, 2048),
@@ -66,7 +35,7 @@ fn main() {
         let all: Vec<u32> = (0..n as u32).collect();
         for (form, operand, reform) in forms {
             let title = format!("{model:<25}{n:>6} x {k:<5}{form:<5}");
-            if !words.iter().all(|word| title.contains(word)) {
+            if !asked_for(&title) {
                 continue;
             }
             let weight = reform(Weight::f32(&values, k));

@@ -4,11 +4,12 @@
 //!
 //! `cargo bench --bench shapes [-- WORDS]` runs the lines that hold all the words; `SCYLLA_THREADS` sets the threads.
 
-use std::cell::Cell;
-use std::hint::black_box;
-use std::sync::Arc;
-use std::time::Instant;
+mod common;
 
+use std::cell::Cell;
+use std::sync::Arc;
+
+use common::{asked_for, median, memory, read_rate, seconds};
 use scylla_core::Result;
 use scylla_core::kernels::{Linear, Pool, Scratch, Weight, rms_norm};
 use scylla_core::model::{
@@ -71,27 +72,6 @@ fn shape(
     }
 }
 
-fn seconds(body: impl FnOnce()) -> f64 {
-    let begun = Instant::now();
-    body();
-    begun.elapsed().as_secs_f64()
-}
-
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-/// Bytes a second that all threads read together.
-fn read_rate(pool: &Pool, data: &[u64]) -> f64 {
-    let time = seconds(|| {
-        pool.ranges(data.len(), 1 << 16, |range| {
-            black_box(data[range].iter().fold(0u64, |a, &b| a ^ b));
-        });
-    });
-    size_of_val(data) as f64 / time
-}
-
 /// A model with its final norm left out of the weights: ones.
 struct Model {
     stack: CpuStack,
@@ -141,13 +121,7 @@ impl Model {
 }
 
 fn main() {
-    let threads = std::env::var("SCYLLA_THREADS").ok();
-    let threads = threads.and_then(|t| t.parse().ok());
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let pool = Arc::new(Pool::new(threads.unwrap_or(cores)));
-    let words: Vec<String> = std::env::args().skip(1).collect();
-    let mut words: Vec<&str> = words.iter().flat_map(|w| w.split_whitespace()).collect();
-    words.retain(|word| !word.starts_with("--")); // cargo's own
+    let pool = Arc::new(common::pool());
     println!(
         "{} threads, {CONTEXT} tokens in the cache; ms (c(m); share that is not linear layers)",
         pool.threads()
@@ -164,7 +138,7 @@ fn main() {
             WeightForm::F32,
         ] {
             let title = format!("{name:<14}{form:<6}");
-            if words.iter().all(|word| title.contains(word)) {
+            if asked_for(&title) {
                 println!("{title}{}", line(&config, form, &pool));
             }
         }
@@ -203,7 +177,7 @@ fn line(config: &ModelConfig, form: WeightForm, pool: &Arc<Pool>) -> String {
             at += 128;
         }
     });
-    let data = vec![1u64; 16 << 20];
+    let data = memory();
     let sizes = [1usize, 2, 4, 8, 16, 32];
     let mut whole = vec![Vec::new(); sizes.len()];
     let mut alone = vec![Vec::new(); sizes.len()];
@@ -220,8 +194,8 @@ fn line(config: &ModelConfig, form: WeightForm, pool: &Arc<Pool>) -> String {
             alone[i].push(seconds(|| model.linears(&input, m, &mut out)));
         }
     }
-    let whole: Vec<f64> = whole.iter_mut().map(|v| median(v)).collect();
-    let alone: Vec<f64> = alone.iter_mut().map(|v| median(v)).collect();
+    let whole: Vec<f64> = whole.into_iter().map(median).collect();
+    let alone: Vec<f64> = alone.into_iter().map(median).collect();
     let mut line = String::new();
     for (i, &m) in sizes.iter().enumerate() {
         let (time, linear) = (whole[i], alone[i]);

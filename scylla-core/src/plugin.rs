@@ -194,6 +194,8 @@ pub trait TargetModel {
     fn commit(&mut self, slot: Slot, path: &[usize]) -> Result<()>;
     /// Sizes that drafts and the loop need.
     fn shape(&self) -> TargetShape;
+    /// Takes back what a forward handed out, when nobody needs it any more: its memory may serve the next one.
+    fn recycle(&mut self, _: Forward) {}
 }
 
 /// Sizes of a target.

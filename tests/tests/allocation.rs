@@ -4,7 +4,7 @@ use allocation_counter::{AllocationInfo, measure};
 use safetensors::Dtype;
 use scylla_core::chance::Seeded;
 use scylla_core::model::{LoadOptions, ModelFiles, WeightForm, load};
-use scylla_core::plugin::{Committed, DraftModel, Matrix, Request};
+use scylla_core::plugin::{Committed, DraftModel, Matrix, Request, SlotRows, Step, Want};
 use scylla_core::sampling::Sampling;
 use scylla_core::tree::Budget;
 use scylla_draft::network::{self, DraftLm, Shared};
@@ -146,4 +146,49 @@ fn a_drafting_cycle_allocates_as_much_after_ten_tokens_as_after_two_hundred() {
             );
         }
     }
+}
+
+/// Logits that were handed back serve the next forward, and a forward allocates the same at any context.
+#[test]
+fn a_forward_of_the_target_allocates_neither_logits_nor_more_with_the_text() {
+    let dir = tempfile::tempdir().expect("dir");
+    let tiny = Tiny {
+        vocab: 20_000,
+        ..TINY
+    };
+    write_hf(&tiny, dir.path(), Dtype::F32, 1);
+    let files = ModelFiles::open(dir.path()).expect("opens");
+    let options = LoadOptions {
+        threads: 1,
+        ..LoadOptions::default()
+    };
+    let mut model = load(&files, &options).expect("loads").model;
+    model.open(0).expect("open");
+    let mut forward = || {
+        let step = Step {
+            slots: vec![SlotRows {
+                slot: 0,
+                tokens: &[5, 6, 7, 8],
+                parents: &[None, Some(0), Some(0), Some(2)],
+                want: Want::All,
+            }],
+            taps: &[],
+        };
+        measure(|| {
+            let found = model.forward(&step).expect("forward");
+            model.commit(0, &[0, 2, 3]).expect("commit");
+            model.recycle(found);
+        })
+    };
+    forward(); // brings the buffers in place
+    let early = forward();
+    assert!(early.bytes_total < 4 * 20_000 * 4, "{early:?}");
+    (0..60).for_each(|_| {
+        forward();
+    });
+    let late = forward();
+    assert_eq!(
+        (late.count_total, late.bytes_total),
+        (early.count_total, early.bytes_total)
+    );
 }

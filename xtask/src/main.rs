@@ -13,6 +13,8 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   bench [ARGS]    build in release mode, fetch the default model if it is missing, and run `scylla bench ARGS`
   test            everything that must hold: format, clippy, docs, tests, and the licence check where installed
   prove [CYCLES]  chi-square of every rule on the default model, CYCLES (default 10000) on each of two prefixes
+  sound           the tests of the kernels under Miri (portable path) and AddressSanitizer (the best path here);
+                  needs a nightly toolchain with the component miri
   compare [N]     plain decoding beside candle-transformers on the default model, interleaved, N rounds (default 5)
 ";
 
@@ -22,6 +24,7 @@ fn main() -> ExitCode {
     let done = match args.first().map(String::as_str) {
         Some("bench") => bench(rest),
         Some("test") => test(),
+        Some("sound") => sound(),
         Some("prove") => prove::run(rest),
         Some("compare") => compare::run(rest),
         _ => {
@@ -59,6 +62,35 @@ fn run(command: &mut Command) -> Result<()> {
         bail!("{shown}: {status}");
     }
     Ok(())
+}
+
+/// Runs the tests of the kernels, where unsafe code is, with every access checked: by Miri on the portable path, which
+/// shares slices, pools and pointers with the others, and by AddressSanitizer on the instructions of this processor.
+fn sound() -> Result<()> {
+    let tests = ["--package", "scylla-core", "--lib"];
+    // Cargo hands its own path on; the one that chooses a toolchain is in PATH.
+    let nightly = |words: &[&str]| {
+        let mut command = Command::new("cargo");
+        command.current_dir(root()).arg("+nightly").args(words);
+        command.env_remove("RUSTUP_TOOLCHAIN");
+        command.args(tests);
+        command
+    };
+    run(nightly(&["miri", "test"])
+        .args(["kernels::"])
+        .env("SCYLLA_SIMD", "portable")
+        .env("MIRIFLAGS", "-Zmiri-disable-isolation"))?;
+    let host = Command::new("rustc").arg("-vV").output()?;
+    let host = String::from_utf8_lossy(&host.stdout);
+    let Some(host) = host.lines().find_map(|l| l.strip_prefix("host: ")) else {
+        bail!("rustc -vV names no host");
+    };
+    // For one target, so that build scripts and macros go without.
+    run(
+        nightly(&["test", "--target", host, "--target-dir", "target/sanitizer"])
+            .args(["kernels::"])
+            .env("RUSTFLAGS", "-Zsanitizer=address"),
+    )
 }
 
 /// Builds the release binary and returns its path.

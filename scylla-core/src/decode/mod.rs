@@ -416,6 +416,7 @@ impl Loop<'_, '_> {
             self.parts.policy.observe(tree.len(), verdict.path.len());
             finished.extend(finish.map(|finish| (i, finish)));
         }
+        self.parts.target.recycle(forward);
         ms.commit += lap();
         ms.propose += observe_ms;
         for live in &mut self.live {

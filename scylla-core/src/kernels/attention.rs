@@ -418,29 +418,39 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// Numbers from -1 to 1. No function whose last place may differ from call to call, as Miri's sine does.
+    fn number(i: usize) -> f32 {
+        (i * 7919 % 1009) as f32 / 504.0 - 1.0
+    }
+
+    /// The number that element `i` of all heads' key at a position is made of; values lie one further.
+    fn place(position: usize, i: usize) -> usize {
+        position * 331 + i
+    }
+
     fn filled(heads: usize, e: usize, positions: &[usize], capacity: usize) -> KvLayer {
         let mut cache = KvLayer::new(heads, e, capacity);
         for (logical, &at) in positions.iter().enumerate() {
-            let row = |salt: f32| -> Vec<f32> {
+            let row = |salt: usize| -> Vec<f32> {
                 (0..heads * e)
-                    .map(|i| ((logical * 31 + i) as f32 * 0.7 + salt).sin())
+                    .map(|i| number(place(logical, i) + salt))
                     .collect()
             };
-            cache.write(at, &row(0.0), &row(1.0));
+            cache.write(at, &row(0), &row(1));
         }
         cache
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(40))]
+        #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 1 } else { 40 }))]
         #[test]
         fn scattered_ancestors_give_bit_for_bit_the_contiguous_result(
-            committed in 0usize..40, path in 1usize..6, e in prop::sample::select(vec![8usize, 16, 64, 80, 128]),
+            committed in 0usize..if cfg!(miri) { 20 } else { 40 }, path in 1usize..6, e in prop::sample::select(vec![8usize, 16, 64, 80, 128]),
         ) {
             let (kv, group) = (2, 3);
             let heads = kv * group;
             let spread: Vec<usize> = (0..path).map(|i| committed + 2 * i + 1).collect();
-            let q: Vec<f32> = (0..heads * e).map(|i| (i as f32 * 0.3).cos()).collect();
+            let q: Vec<f32> = (0..heads * e).map(|i| number(3 * i + 5)).collect();
             let scattered: Vec<u32> = spread.iter().map(|&p| p as u32).collect();
             let tree_positions: Vec<usize> = (0..committed).chain(spread).collect();
             let plain_positions: Vec<usize> = (0..committed + path).collect();
@@ -455,14 +465,14 @@ mod tests {
             prop_assert_eq!(&a, &b);
             // And it is softmax attention.
             for h in 0..heads {
-                let key = |p: usize, i: usize, salt: f64| (((p * 31 + (h / group) * e + i) as f32 * 0.7 + salt as f32) as f64).sin();
+                let key = |p: usize, i: usize, salt: usize| f64::from(number(place(p, (h / group) * e + i) + salt));
                 let s: Vec<f64> = (0..committed + path)
-                    .map(|p| (0..e).map(|i| f64::from(q[h * e + i]) * key(p, i, 0.0)).sum::<f64>() / (e as f64).sqrt())
+                    .map(|p| (0..e).map(|i| f64::from(q[h * e + i]) * key(p, i, 0)).sum::<f64>() / (e as f64).sqrt())
                     .collect();
                 let max = s.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let total: f64 = s.iter().map(|s| (s - max).exp()).sum();
                 for i in 0..e {
-                    let expected: f64 = s.iter().enumerate().map(|(p, s)| (s - max).exp() / total * key(p, i, 1.0)).sum();
+                    let expected: f64 = s.iter().enumerate().map(|(p, s)| (s - max).exp() / total * key(p, i, 1)).sum();
                     prop_assert!((f64::from(a[h * e + i]) - expected).abs() < 1e-5);
                 }
             }

@@ -167,11 +167,11 @@ mod tests {
     #[test]
     fn exp_follows_the_library_function() {
         let vector =
-            |x: f32| -> f32 { dispatch!(Level::of_processor(), first_lane(x): (x: f32) [f32] <>) };
+            |x: f32| -> f32 { dispatch!(Level::detect(), first_lane(x): (x: f32) [f32] <>) };
         let exps: [&dyn Fn(f32) -> f32; 2] = [&exp, &vector];
         for exp in exps {
             let mut worst = 0.0f64;
-            for i in -87_000..88_000 {
+            for i in (-87_000..88_000).step_by(if cfg!(miri) { 997 } else { 1 }) {
                 let x = i as f32 * 1e-3;
                 let expected = f64::from(x).exp();
                 worst = worst.max((f64::from(exp(x)) / expected - 1.0).abs());

@@ -230,7 +230,7 @@ mod tests {
     fn every_item_is_visited_once_for_any_thread_count() {
         for threads in [0, 1, 2, 3, 5] {
             let pool = Pool::new(threads);
-            for items in [0, 1, 7, 64, 1000] {
+            for items in [0, 1, 7, 64, if cfg!(miri) { 100 } else { 1000 }] {
                 let seen: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
                 pool.ranges(items, 3, |range| {
                     for i in range {

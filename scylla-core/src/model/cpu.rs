@@ -21,6 +21,8 @@ pub struct CpuModel {
     normed: Vec<f32>,
     /// The rows whose logits are wanted, `[., H]`
     wanted: Vec<f32>,
+    /// Memory of logits that were handed back.
+    spare: Option<Vec<f32>>,
 }
 
 /// A model's weights in the form the options ask for.
@@ -63,6 +65,7 @@ impl CpuModel {
             x: Vec::new(),
             normed: Vec::new(),
             wanted: Vec::new(),
+            spare: None,
         })
     }
 
@@ -109,7 +112,8 @@ impl CpuModel {
             }
             first += slot.tokens.len();
         }
-        let mut logits = vec![0.0; counts.iter().sum::<usize>() * vocab];
+        let mut logits = self.spare.take().unwrap_or_default();
+        logits.resize(counts.iter().sum::<usize>() * vocab, 0.0);
         if !logits.is_empty() {
             self.ends.head().forward(
                 self.stack.pool(),
@@ -190,6 +194,12 @@ impl TargetModel for CpuModel {
 
     fn commit(&mut self, slot: Slot, path: &[usize]) -> Result<()> {
         self.stack.commit(slot, path)
+    }
+
+    /// Logits only: they are the large ones.
+    fn recycle(&mut self, forward: Forward) {
+        let host = forward.logits.into_iter().map(Matrix::into_host);
+        self.spare = host.flatten().max_by_key(Vec::capacity);
     }
 
     fn shape(&self) -> TargetShape {
