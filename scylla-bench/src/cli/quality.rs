@@ -78,7 +78,6 @@ fn read(files: &ModelFiles, form: WeightForm, threads: usize, ids: &[u32]) -> Re
         logs: Vec::new(),
         best: Vec::new(),
     };
-    let mut scratch = Vec::new();
     let mut next = ids[1..].iter();
     for chunk in ids[..ids.len() - 1].chunks(CHUNK) {
         let found = model.forward(&Step {
@@ -94,7 +93,7 @@ fn read(files: &ModelFiles, form: WeightForm, threads: usize, ids: &[u32]) -> Re
         for row in 0..chunk.len() {
             let logits = found.logits[0].row(row)?;
             let token = *next.next().unwrap_or(&0) as usize;
-            let (best, log) = top_log_probabilities(&logits, vocab, 1, &mut scratch)?[0];
+            let (best, log) = top_log_probabilities(&logits, vocab, 1)?[0];
             // Its log-probability follows from the best one's.
             let below = f64::from(logits[token]) - f64::from(logits[best]);
             reading.logs.push(log + below);

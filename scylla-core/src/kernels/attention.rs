@@ -174,7 +174,7 @@ pub fn attention<'a>(
     ITEMS.with_borrow_mut(|items| {
         split(m, row, heads, pool.threads(), items);
         let items = &items[..];
-        pool.ranges(items.len(), 1, |range| {
+        pool.shares(items.len(), 1, |range| {
             SCORES.with_borrow_mut(|scores| {
                 for item in &items[range] {
                     dispatch!(level, some_queries(row, item, heads, q, scores, target): (row: RowOf<'_>, item: &Item, heads: usize, q: &[f32], scores: &mut Vec<f32>, target: &Shared<'_, f32>) <>);

@@ -3,6 +3,7 @@
 //! Sixteen columns lie side by side in a tile, so that a register holds one weight of each (f32) or two (bf16), and a
 //! product needs no sum across lanes.
 
+use super::memory::Buffer;
 use super::pool::Pool;
 use super::simd::{Level, Simd, dispatch};
 use super::tiles::{Part, Product, multiply, panels};
@@ -90,7 +91,7 @@ pub(super) struct Dense<W> {
     pub(super) n: usize,
     pub(super) k: usize,
     /// `[N / 16, K / PER, 16, PER]`
-    tiles: Vec<W>,
+    tiles: Buffer<W>,
 }
 
 impl<W: Element> Dense<W> {
@@ -99,7 +100,10 @@ impl<W: Element> Dense<W> {
         Self {
             n,
             k,
-            tiles: vec![W::default(); n.div_ceil(TILE) * k.div_ceil(W::PER) * Self::LINE],
+            tiles: Buffer::new(vec![
+                W::default();
+                n.div_ceil(TILE) * k.div_ceil(W::PER) * Self::LINE
+            ]),
         }
     }
 
@@ -119,7 +123,7 @@ impl<W: Element> Dense<W> {
     /// Stores row `row` `[K]`.
     pub(super) fn set_row(&mut self, row: usize, values: impl Iterator<Item = W>) {
         let at = self.tile(row) + row % TILE * W::PER;
-        let tile = &mut self.tiles[at..];
+        let tile = &mut self.tiles.own()[at..];
         for (i, value) in values.take(self.k).enumerate() {
             tile[i / W::PER * Self::LINE + i % W::PER] = value;
         }
@@ -135,7 +139,12 @@ impl<W: Element> Dense<W> {
     pub(super) fn append(&mut self, other: Self) {
         debug_assert!(self.n.is_multiple_of(TILE) && self.k == other.k);
         self.n += other.n;
-        self.tiles.extend(other.tiles);
+        self.tiles.own().extend_from_slice(&other.tiles);
+    }
+
+    /// Moves the weights to where they stay.
+    pub(super) fn settle(&mut self) {
+        self.tiles.settle();
     }
 
     /// Bytes of weights, the padding of the last tile not counted.

@@ -322,6 +322,19 @@ impl Linear {
         }
     }
 
+    /// The same with its weights where they shall stay, in large pages where the system has them: to be called once,
+    /// when no layer will be joined to it any more.
+    pub fn settled(mut self) -> Self {
+        for part in &mut self.parts {
+            match &mut part.form {
+                Form::F32(w) => w.settle(),
+                Form::Bf16(w) => w.settle(),
+                Form::Quant(w) => w.settle(),
+            }
+        }
+        self
+    }
+
     /// Bytes of weights and biases held.
     pub fn bytes(&self) -> usize {
         self.parts.iter().map(Weight::bytes).sum::<usize>()

@@ -11,6 +11,7 @@ mod attention;
 mod dense;
 mod elementwise;
 mod linear;
+mod memory;
 mod peak;
 mod pool;
 pub mod probability;

@@ -244,6 +244,30 @@ pub fn place(weights: &[f64], mut at: f64) -> Option<usize> {
     weights.iter().rposition(|&w| w > 0.0)
 }
 
+/// `ln sum exp(x - max)` of a row in single precision, to about 1e-6. `max` is finite and no logit above it.
+pub fn log_sum(logits: &[f32], max: f32) -> f64 {
+    let sum = dispatch!(Level::detect(), sum_of_exponentials(logits, max): (logits: &[f32], max: f32) [f64] <>);
+    sum.ln()
+}
+
+#[inline(always)]
+fn sum_of_exponentials<S: Simd>(logits: &[f32], max: f32) -> f64 {
+    let below = S::splat(-max);
+    let exp = |x: &[f32]| S::exp(S::add(S::load(x), below));
+    let (tiles, rest) = logits.as_chunks::<LANES>();
+    let mut sum = 0.0;
+    for block in tiles.chunks(64) {
+        let mut lanes = S::zero();
+        for tile in block {
+            lanes = S::add(lanes, exp(tile));
+        }
+        sum += f64::from(S::sum(lanes));
+    }
+    let mut last = [f32::NEG_INFINITY; LANES];
+    last[..rest.len()].copy_from_slice(rest);
+    sum + f64::from(S::sum(exp(&last)))
+}
+
 /// The largest value of a row, NaN where one is NaN; minus infinity for an empty one.
 pub fn largest(values: &[f32]) -> f32 {
     dispatch!(Level::detect(), largest_of(values): (values: &[f32]) [f32] <>)
@@ -309,6 +333,17 @@ mod tests {
         let mut out = [0.0; 3];
         exponentials(&[1.0, f32::NEG_INFINITY, 0.0], 1.0, 1.0, &mut out);
         assert_eq!((out[0], out[1]), (1.0, 0.0));
+    }
+
+    #[test]
+    fn log_sums_follow_the_library_function() {
+        for n in [1, 15, 16, 17, 3000] {
+            let logits: Vec<f32> = (0..n).map(|i| ((i * 37) % 101) as f32 * 0.3).collect();
+            let max = largest(&logits);
+            let sum: f64 = logits.iter().map(|&x| f64::from(x - max).exp()).sum();
+            assert!((log_sum(&logits, max) - sum.ln()).abs() < 1e-6, "{n}");
+        }
+        assert_eq!(log_sum(&[f32::NEG_INFINITY, 5.0], 5.0), 0.0);
     }
 
     #[test]

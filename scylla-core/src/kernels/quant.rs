@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use half::f16;
 
+use super::memory::Buffer;
 use super::pool::Pool;
 use super::simd::{Level, Line, Simd, dispatch, quantize};
 use super::tiles::{Part, Product, multiply, panels};
@@ -61,11 +62,11 @@ pub(super) struct Quant {
     pub(super) k: usize,
     pub(super) bits: Bits,
     /// `[N / 16, K / 32, lines]`
-    lines: Vec<Line>,
+    lines: Buffer<Line>,
     /// `[N / 16, K / 32][16]`
-    scales: Vec<[f16; TILE]>,
+    scales: Buffer<[f16; TILE]>,
     /// The same for offsets, where there are some.
-    offsets: Vec<[f16; TILE]>,
+    offsets: Buffer<[f16; TILE]>,
 }
 
 /// One block of one column: scale, offset, and the quants as they are stored.
@@ -171,9 +172,9 @@ impl Quant {
             n,
             k,
             bits,
-            lines: vec![Line([0; 64]); blocks * bits.lines()],
-            scales: vec![[f16::ZERO; TILE]; blocks],
-            offsets: vec![[f16::ZERO; TILE]; offsets],
+            lines: Buffer::new(vec![Line([0; 64]); blocks * bits.lines()]),
+            scales: Buffer::new(vec![[f16::ZERO; TILE]; blocks]),
+            offsets: Buffer::new(vec![[f16::ZERO; TILE]; offsets]),
         }
     }
 
@@ -181,9 +182,16 @@ impl Quant {
     pub(super) fn append(&mut self, other: Self) {
         debug_assert!(self.n.is_multiple_of(TILE) && self.k == other.k && self.bits == other.bits);
         self.n += other.n;
-        self.lines.extend(other.lines);
-        self.scales.extend(other.scales);
-        self.offsets.extend(other.offsets);
+        self.lines.own().extend_from_slice(&other.lines);
+        self.scales.own().extend_from_slice(&other.scales);
+        self.offsets.own().extend_from_slice(&other.offsets);
+    }
+
+    /// Moves the weights to where they stay.
+    pub(super) fn settle(&mut self) {
+        self.lines.settle();
+        self.scales.settle();
+        self.offsets.settle();
     }
 
     /// Where block `block` of row `row` lies: its tile's block, and its lane.
@@ -195,13 +203,13 @@ impl Quant {
     pub(super) fn set(&mut self, row: usize, block: usize, from: &BlockOf) {
         let (at, lane) = self.at(row, block);
         let lines = self.bits.lines();
-        let block = &mut self.lines[at * lines..(at + 1) * lines];
+        let block = &mut self.lines.own()[at * lines..(at + 1) * lines];
         for (group, four) in from.quants.chunks_exact(4).take(lines).enumerate() {
             let line = &mut block[self.bits.line(group)];
             line.0[lane * 4..lane * 4 + 4].copy_from_slice(four);
         }
-        self.scales[at][lane] = from.scale;
-        if let Some(offsets) = self.offsets.get_mut(at) {
+        self.scales.own()[at][lane] = from.scale;
+        if let Some(offsets) = self.offsets.own().get_mut(at) {
             offsets[lane] = from.offset;
         }
     }

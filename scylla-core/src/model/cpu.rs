@@ -54,10 +54,12 @@ impl CpuModel {
     pub fn load_on(files: &ModelFiles, options: &LoadOptions, pool: Arc<Pool>) -> Result<Self> {
         let c = &files.config;
         let held = Held { files, options };
+        // First the largest: while a weight settles there are two of it.
+        let ends = Ends::read(&held, c)?;
         let layer = |i| Layer::read(&held, &format!("model.layers.{i}"), c, c.hidden, true);
         let layers = (0..c.layers).map(layer).collect::<Result<_>>()?;
         Ok(Self {
-            ends: Ends::read(&held, c)?,
+            ends,
             norm: held.vector("model.norm.weight", c.hidden)?,
             stack: CpuStack::new(c.clone(), layers, options.positions(c)?, pool),
             config: c.clone(),

@@ -41,7 +41,7 @@ impl Ends {
             vocab,
             hidden,
             table,
-            head: Arc::new(head),
+            head: Arc::new(head.settled()),
         })
     }
 
@@ -81,7 +81,7 @@ impl Ends {
                 self.vocab
             )));
         }
-        Ok(Linear::new(self.head.weights()[0].rows(ids), None))
+        Ok(Linear::new(self.head.weights()[0].rows(ids), None).settled())
     }
 
     /// Bytes of weights held.

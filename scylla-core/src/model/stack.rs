@@ -67,14 +67,16 @@ impl Layer {
                 linear("self_attn.q_proj", q, input, c.qkv_bias)?,
                 linear("self_attn.k_proj", kv, input, c.qkv_bias)?,
                 linear("self_attn.v_proj", kv, input, c.qkv_bias)?,
-            ]),
-            output: linear("self_attn.o_proj", h, q, false)?,
+            ])
+            .settled(),
+            output: linear("self_attn.o_proj", h, q, false)?.settled(),
             ffn_norm: from.vector(&at("post_attention_layernorm.weight"), h)?,
             gate_up: Linear::join(vec![
                 linear("mlp.gate_proj", c.ffn, h, false)?,
                 linear("mlp.up_proj", c.ffn, h, false)?,
-            ]),
-            down: linear("mlp.down_proj", h, c.ffn, false)?,
+            ])
+            .settled(),
+            down: linear("mlp.down_proj", h, c.ffn, false)?.settled(),
         })
     }
 

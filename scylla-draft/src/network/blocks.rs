@@ -68,7 +68,10 @@ impl Head {
     /// A head of the draft's own `[V_d, H]`, cut to the ids that the draft may propose.
     pub(super) fn own(weight: Weight, ids: Ids, shared: &Shared) -> Result<Self> {
         let Some(chosen) = &shared.head else {
-            return Ok(Self::new(Arc::new(Linear::new(weight, None)), ids));
+            return Ok(Self::new(
+                Arc::new(Linear::new(weight, None).settled()),
+                ids,
+            ));
         };
         let (targets, rows): (Vec<u32>, Vec<u32>) = chosen
             .iter()
@@ -83,7 +86,10 @@ impl Head {
         }
         let weight = weight.rows(&rows);
         let ids = Ids::mapped(targets, shared.target.vocab)?;
-        Ok(Self::new(Arc::new(Linear::new(weight, None)), ids))
+        Ok(Self::new(
+            Arc::new(Linear::new(weight, None).settled()),
+            ids,
+        ))
     }
 
     fn new(linear: Arc<Linear>, ids: Ids) -> Self {
@@ -144,7 +150,7 @@ impl Reduced {
             hidden: h,
             eps: c.norm_eps,
             embedding: Embedding::read(from, shared)?,
-            fc: from.linear("fc", h, 2 * h, from.has("fc.bias"))?,
+            fc: from.linear("fc", h, 2 * h, from.has("fc.bias"))?.settled(),
             stack: CpuStack::new(c.clone(), layers, capacity(positions), pool),
             norm,
             head: Head::of_target(shared)?,

@@ -78,7 +78,7 @@ pub fn load(
         embedding: Embedding::read(&from, shared)?,
         whole_norm,
         tap_norms,
-        fc: from.linear("fc", h, width, false)?,
+        fc: from.linear("fc", h, width, false)?.settled(),
         input_norm: from.vector(&format!("{prefix}.input_layernorm.weight"), h)?,
         hidden_norm: from.vector(&format!("{prefix}.hidden_norm.weight"), h)?,
         norm_before_residual: from.flag("norm_before_residual"),

@@ -116,14 +116,10 @@ impl Level<'_, '_> {
     }
 
     /// The `k` most probable children of the `i`-th node of the frontier: target id and log-probability.
-    pub fn top(&mut self, i: usize, tree: &Tree, node: usize, k: usize) -> Result<Vec<(u32, f64)>> {
-        let mut scratch = std::mem::take(self.scratch);
-        let row = self.row(i, tree, node);
-        let top = top_log_probabilities(&row, self.ids.limit, k, &mut scratch);
-        drop(row);
-        *self.scratch = scratch;
+    pub fn top(&self, i: usize, tree: &Tree, node: usize, k: usize) -> Result<Vec<(u32, f64)>> {
+        let top = top_log_probabilities(&self.row(i, tree, node), self.ids.limit, k)?;
         let target = |(id, log): (usize, f64)| (self.ids.target(id), log);
-        Ok(top?.into_iter().map(target).collect())
+        Ok(top.into_iter().map(target).collect())
     }
 
     /// The distribution after the `i`-th node of the frontier, through the same transform as the target's.
