@@ -42,7 +42,7 @@ fn main() {
             let bytes = weight.bytes();
             let copies = (192usize << 20).div_ceil(bytes).clamp(3, 64);
             let layers: Vec<Linear> = (0..copies)
-                .map(|_| Linear::new(weight.rows(&all), None))
+                .map(|_| Linear::new(weight.rows(&all), None).settled())
                 .collect();
             let mut scratch = Scratch::default();
             let x: Vec<f32> = (0..32 * k).map(|i| (i as f32 * 0.37).cos()).collect();

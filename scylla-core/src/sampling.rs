@@ -233,8 +233,19 @@ fn at_least<T: Copy + PartialOrd>(p: &[T], threshold: T) -> Vec<Placed<T>> {
 fn largest<T: Copy + PartialOrd>(p: &[T], k: usize) -> Vec<Placed<T>> {
     // The k-th largest of the maxima of disjoint pieces is at most the k-th largest of all.
     let piece = (p.len() / (4 * k)).max(1);
-    let larger = |a: T, &b: &T| if b > a { b } else { a };
-    let maximum = |c: &[T]| (c.iter().fold(c[0], larger), 0);
+    let larger = |a: T, b: T| if b > a { b } else { a };
+    let maximum = |piece: &[T]| {
+        // Sixteen at a time: one chain of comparisons waits for each.
+        let mut lanes = [piece[0]; 16];
+        let (tiles, rest) = piece.as_chunks::<16>();
+        for tile in tiles {
+            for (lane, &v) in lanes.iter_mut().zip(tile) {
+                *lane = larger(*lane, v);
+            }
+        }
+        let all = lanes.iter().chain(rest).copied();
+        (all.fold(piece[0], larger), 0)
+    };
     let mut maxima: Vec<Placed<T>> = p.chunks(piece).map(maximum).collect();
     let (_, &mut (bound, _), _) = maxima.select_nth_unstable_by(k - 1, falling);
     let mut found = at_least(p, bound);
