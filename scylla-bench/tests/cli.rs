@@ -58,7 +58,7 @@ fn every_instruction_set_gives_the_same_model_in_every_weight_form() {
     for (weights, bound) in [("f32", 1e-4), ("bf16", 1e-4), ("q8_0", 2e-2), ("q4", 2e-2)] {
         let portable = logits_under(&place, "portable", weights);
         let size = portable.iter().fold(0.0f32, |a, v| a.max(v.abs()));
-        for cap in ["avx2", "avx512", "best"] {
+        for cap in ["avx2", "avx512", "vnni", "best"] {
             let off = scylla_tests::deviation(&logits_under(&place, cap, weights), &portable);
             assert!(
                 off <= bound * size,

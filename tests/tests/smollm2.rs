@@ -292,7 +292,13 @@ fn greedy_speculation_equals_plain_decoding_on_real_text() {
         return;
     };
     let tokenizer = tokenizer(&path);
-    for form in [WeightForm::F32, WeightForm::AsIs, WeightForm::Q8_0] {
+    for form in [
+        WeightForm::F32,
+        WeightForm::Bf16,
+        WeightForm::AsIs,
+        WeightForm::Q8_0,
+        WeightForm::Q4,
+    ] {
         let mut model = target(&path, form);
         let mut accepted = 0;
         for text in PROMPTS {

@@ -225,8 +225,14 @@ impl<W: Element> Product for Rows<'_, W> {
         });
         let first = part.at * lines.next_multiple_of(RUN) + part.start * R;
         let x = &self.x[first..first + count.next_multiple_of(RUN) * R];
-        let mut acc: [[S::V; T]; R] =
-            std::array::from_fn(|r| std::array::from_fn(|t| S::load(&sums[t * R + r])));
+        let mut acc = [[S::zero(); T]; R];
+        if part.start > 0 {
+            for r in 0..R {
+                for t in 0..T {
+                    acc[r][t] = S::load(&sums[t * R + r]);
+                }
+            }
+        }
         // Each pass asks for its share of the lines that come next.
         let share = (1 << 16) / part.passes;
         let ahead = part.ahead + part.pass * count / part.passes;

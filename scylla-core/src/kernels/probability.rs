@@ -253,19 +253,19 @@ pub fn log_sum(logits: &[f32], max: f32) -> f64 {
 #[inline(always)]
 fn sum_of_exponentials<S: Simd>(logits: &[f32], max: f32) -> f64 {
     let below = S::splat(-max);
-    let exp = |x: &[f32]| S::exp(S::add(S::load(x), below));
+    // Added up in double precision, so that rows of the same logits in another order have as good as the same sum.
+    let mut sums = [0.0f64; LANES];
     let (tiles, rest) = logits.as_chunks::<LANES>();
-    let mut sum = 0.0;
-    for block in tiles.chunks(64) {
-        let mut lanes = S::zero();
-        for tile in block {
-            lanes = S::add(lanes, exp(tile));
-        }
-        sum += f64::from(S::sum(lanes));
-    }
     let mut last = [f32::NEG_INFINITY; LANES];
     last[..rest.len()].copy_from_slice(rest);
-    sum + f64::from(S::sum(exp(&last)))
+    for tile in tiles.iter().chain([&last]) {
+        let mut lanes = [0.0; LANES];
+        S::store(S::exp(S::add(S::load(tile), below)), &mut lanes);
+        for i in 0..LANES {
+            sums[i] += f64::from(lanes[i]);
+        }
+    }
+    lanes_sum(&sums)
 }
 
 /// The largest value of a row, NaN where one is NaN; minus infinity for an empty one.

@@ -453,8 +453,14 @@ impl<F: Form> Product for Rows<'_, F> {
         // The products of many rows take longer than the lines need to come, if they were asked for: each pass asks for
         // its share of those that come next.
         let share = per_block.div_ceil(part.passes);
-        let mut acc: [[S::V; T]; R] =
-            std::array::from_fn(|r| std::array::from_fn(|t| S::load(&sums[t * R + r])));
+        let mut acc = [[S::zero(); T]; R];
+        if part.start > 0 {
+            for r in 0..R {
+                for t in 0..T {
+                    acc[r][t] = S::load(&sums[t * R + r]);
+                }
+            }
+        }
         for (b, x) in q.iter().enumerate() {
             let next = part.ahead + b;
             for t in 0..T {

@@ -221,9 +221,10 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub(in super::super) struct Avx2;
 
-    /// AVX-512 F, BW and VL with VNNI, and where `BF16` with products of bf16 pairs. Used only after all were detected.
+    /// AVX-512 F, BW and VL; where `VNNI`, with products of bytes, and where `BF16`, with products of bf16 pairs. Used
+    /// only after all were detected.
     #[derive(Clone, Copy)]
-    pub(in super::super) struct Avx512<const BF16: bool>;
+    pub(in super::super) struct Avx512<const VNNI: bool, const BF16: bool>;
 
     // SAFETY of every block below: `Level::detect` hands these types out only where the processor has the
     // features they name, and each load is bounds-checked on the line before it or of a type of its length.
@@ -368,7 +369,7 @@ mod x86 {
         }
     }
 
-    impl<const BF16: bool> Simd for Avx512<BF16> {
+    impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
         const FMA: bool = true;
         type V = __m512;
         #[inline(always)]
@@ -515,7 +516,15 @@ mod x86 {
         fn dot(acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I {
             unsafe {
                 let x = _mm512_set1_epi32(i32::from_le_bytes(x.map(|x| x as u8)));
-                _mm512_dpbusd_epi32(acc, w, x)
+                if VNNI {
+                    return _mm512_dpbusd_epi32(acc, w, x);
+                }
+                // As for AVX2.
+                let low = _mm512_and_si512(w, _mm512_set1_epi8(127));
+                let top = _mm512_and_si512(_mm512_srli_epi16::<7>(w), _mm512_set1_epi8(1));
+                let low = _mm512_madd_epi16(_mm512_maddubs_epi16(low, x), _mm512_set1_epi16(1));
+                let top = _mm512_madd_epi16(_mm512_maddubs_epi16(top, x), _mm512_set1_epi16(128));
+                _mm512_add_epi32(acc, _mm512_add_epi32(low, top))
             }
         }
     }
@@ -528,14 +537,16 @@ pub enum Level {
     Portable,
     /// AVX2 and FMA.
     Avx2,
-    /// AVX-512 F, BW, VL and VNNI.
+    /// AVX-512 F, BW and VL.
     Avx512,
-    /// The same with products of bf16.
+    /// The same with VNNI: products of bytes.
+    Avx512Vnni,
+    /// The same with products of bf16 too.
     Avx512Bf16,
 }
 
 impl Level {
-    /// What the processor offers; `SCYLLA_SIMD=portable|avx2|avx512` caps it (for tests and comparisons).
+    /// What the processor offers; `SCYLLA_SIMD=portable|avx2|avx512|vnni` caps it (for tests and comparisons).
     pub fn detect() -> Self {
         static LEVEL: std::sync::OnceLock<Level> = std::sync::OnceLock::new();
         *LEVEL.get_or_init(|| {
@@ -543,6 +554,7 @@ impl Level {
                 Ok("portable") => Level::Portable,
                 Ok("avx2") => Level::Avx2,
                 Ok("avx512") => Level::Avx512,
+                Ok("vnni") => Level::Avx512Vnni,
                 _ => Level::Avx512Bf16,
             };
             Self::of_processor().min(cap)
@@ -553,7 +565,7 @@ impl Level {
     pub(super) fn rows(self) -> usize {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 | Self::Avx512Bf16 => Avx512::<true>::ROWS,
+            Self::Avx512 | Self::Avx512Vnni | Self::Avx512Bf16 => Avx512::<true, true>::ROWS,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => Avx2::ROWS,
             _ => Portable::ROWS,
@@ -564,7 +576,9 @@ impl Level {
     pub(super) fn wide<P: Product>(self, rows: usize) -> usize {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 | Self::Avx512Bf16 => P::wide::<Avx512<true>>(rows),
+            Self::Avx512 | Self::Avx512Vnni | Self::Avx512Bf16 => {
+                P::wide::<Avx512<true, true>>(rows)
+            }
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => P::wide::<Avx2>(rows),
             _ => P::wide::<Portable>(rows),
@@ -579,12 +593,13 @@ impl Level {
         let avx512 = avx2
             && is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512vnni");
-        let bf16 = avx512 && is_x86_feature_detected!("avx512bf16");
-        match (avx2, avx512, bf16) {
-            (_, _, true) => Level::Avx512Bf16,
-            (_, true, _) => Level::Avx512,
+            && is_x86_feature_detected!("avx512vl");
+        let vnni = avx512 && is_x86_feature_detected!("avx512vnni");
+        let bf16 = vnni && is_x86_feature_detected!("avx512bf16");
+        match (avx2, avx512, vnni, bf16) {
+            (.., true) => Level::Avx512Bf16,
+            (_, _, true, _) => Level::Avx512Vnni,
+            (_, true, ..) => Level::Avx512,
             (true, ..) => Level::Avx2,
             _ => Level::Portable,
         }
@@ -604,11 +619,15 @@ macro_rules! dispatch {
         {
             #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]
             fn avx512_bf16<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
-                $kernel::<$crate::kernels::simd::Avx512<true> $(, $g)?>($($name),*)
+                $kernel::<$crate::kernels::simd::Avx512<true, true> $(, $g)?>($($name),*)
             }
             #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+            fn avx512_vnni<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
+                $kernel::<$crate::kernels::simd::Avx512<true, false> $(, $g)?>($($name),*)
+            }
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
             fn avx512<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
-                $kernel::<$crate::kernels::simd::Avx512<false> $(, $g)?>($($name),*)
+                $kernel::<$crate::kernels::simd::Avx512<false, false> $(, $g)?>($($name),*)
             }
             #[target_feature(enable = "avx2,fma,f16c")]
             fn avx2<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
@@ -620,6 +639,8 @@ macro_rules! dispatch {
             match $level {
                 // SAFETY: the level was detected on this processor.
                 $crate::kernels::simd::Level::Avx512Bf16 => unsafe { avx512_bf16$($(::<$given>)?)?($($arg),*) },
+                // SAFETY: as above.
+                $crate::kernels::simd::Level::Avx512Vnni => unsafe { avx512_vnni$($(::<$given>)?)?($($arg),*) },
                 // SAFETY: as above.
                 $crate::kernels::simd::Level::Avx512 => unsafe { avx512$($(::<$given>)?)?($($arg),*) },
                 // SAFETY: as above.

@@ -26,7 +26,8 @@ pub(super) trait Product: Sync {
     fn ahead(rows: usize) -> usize;
     /// Units of a tile.
     fn units(&self) -> usize;
-    /// Adds the products of `R` rows with `T` tiles, over some units, to `sums`: tile by tile, row by row.
+    /// Adds the products of `R` rows with `T` tiles, over some units, to `sums`: tile by tile, row by row. The first
+    /// units begin the sums, whatever they hold.
     fn panel<S: Simd, const R: usize, const T: usize>(&self, part: Part, sums: &mut [[f32; TILE]]);
 }
 
@@ -128,7 +129,6 @@ fn some_tiles<S: Simd, P: Product>(
     let mut tile = tiles.start;
     while tile < tiles.end {
         let together = wide.min(tiles.end - tile);
-        sums.clear();
         sums.resize(room * together, [0.0; TILE]);
         let mut start = 0;
         while start < units {

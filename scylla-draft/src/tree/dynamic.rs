@@ -12,10 +12,18 @@ use super::{Growth, Level, Shape};
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Dynamic;
 
+/// What scores are compared by: those that differ by the rounding of their sums are equal.
+fn key(score: f64) -> f64 {
+    (score * 1e9).round()
+}
+
 /// Indices of the `n` best scores among nodes `from..`, best first; ties go to the earlier node.
 fn best(scores: &[f64], from: usize, n: usize) -> Vec<usize> {
     let mut nodes: Vec<usize> = (from..scores.len()).collect();
-    let order = |a: &usize, b: &usize| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b));
+    let order = |a: &usize, b: &usize| {
+        let keys = key(scores[*b]).total_cmp(&key(scores[*a]));
+        keys.then(a.cmp(b))
+    };
     if n < nodes.len() {
         nodes.select_nth_unstable_by(n, order);
         nodes.truncate(n);
@@ -44,8 +52,8 @@ impl Shape for Dynamic {
             // Children score no higher than their parent: below the least score that is kept already, none of
             // them will be proposed.
             if let Some(&least) = best(&growth.scores, 1, budget.total - 1).get(budget.total - 2) {
-                let least = growth.scores[least];
-                growth.frontier.retain(|&node| growth.scores[node] >= least);
+                let (scores, least) = (&growth.scores, key(growth.scores[least]));
+                growth.frontier.retain(|&node| key(scores[node]) >= least);
             }
         }
         Ok(())
@@ -152,8 +160,7 @@ mod tests {
         };
         let best = |nodes: &[(Vec<u32>, f64)], n: usize| -> Vec<usize> {
             let mut order: Vec<usize> = (0..nodes.len()).collect();
-            // Rounding apart, equal scores are equal.
-            let key = |i: &usize| (nodes[*i].1 * 1e9).round();
+            let key = |i: &usize| key(nodes[*i].1);
             order.sort_by(|a, b| key(b).total_cmp(&key(a)).then(a.cmp(b)));
             order.truncate(n);
             order
