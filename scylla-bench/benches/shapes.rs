@@ -72,10 +72,11 @@ fn shape(
     }
 }
 
-/// A model with its final norm left out of the weights: ones.
+/// A model.
 struct Model {
     stack: CpuStack,
     ends: Ends,
+    norm: Vec<f32>,
     scratch: Scratch,
     logits: Vec<f32>,
     normed: Vec<f32>,
@@ -93,11 +94,10 @@ impl Model {
     /// Layers, final norm and head; the rows are dropped again.
     fn forward(&mut self, x: &mut [f32]) {
         let m = x.len() / self.ends.hidden;
-        let ones = vec![1.0; self.ends.hidden];
         let run = self.stack.forward(&[Self::rows(m)], x, None, |_, _| {});
         run.expect("forward");
         self.normed.resize(x.len(), 0.0);
-        rms_norm(x, &ones, 1e-5, &mut self.normed);
+        rms_norm(x, &self.norm, 1e-5, &mut self.normed);
         self.logits.resize(m * self.ends.vocab, 0.0);
         let (pool, head) = (self.stack.pool(), self.ends.head());
         head.forward(pool, &self.normed, &mut self.scratch, &mut self.logits)
@@ -157,6 +157,7 @@ fn line(config: &ModelConfig, form: WeightForm, pool: &Arc<Pool>) -> String {
     let mut model = Model {
         stack: CpuStack::new(config.clone(), layers, CONTEXT + 64, Arc::clone(pool)),
         ends,
+        norm: vec![1.0; config.hidden],
         scratch: Scratch::default(),
         logits: Vec::new(),
         normed: Vec::new(),

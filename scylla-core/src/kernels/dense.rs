@@ -6,7 +6,7 @@
 use super::memory::Buffer;
 use super::pool::Pool;
 use super::simd::{Level, Simd, dispatch};
-use super::tiles::{Part, Product, multiply, panels};
+use super::tiles::{self, Part, Product};
 use super::{Shared, SharedOut, TILE};
 
 /// The element type of a dense weight.
@@ -158,20 +158,15 @@ const RUN: usize = 16;
 
 /// Packs `[M, K]` activations: panel by panel; within one, sixteen lines of each row in turn, the rows side by side.
 pub(super) fn pack<W: Element>(pool: &Pool, x: &[f32], k: usize, to: &mut Vec<W::X>) {
-    let rows = x.len().checked_div(k).unwrap_or(0);
-    let panels = panels::<Rows<'_, W>>(rows);
-    let room: usize = panels.clone().map(|p| p.room).sum();
     let lines = k.div_ceil(W::PER).next_multiple_of(RUN);
+    let room = tiles::room::<Rows<'_, W>>(x, k);
     to.resize(room * lines, W::X::default());
     let to = Shared::new(to);
-    pool.ranges(panels.clone().count(), 1, |range| {
-        for p in panels.clone().skip(range.start).take(range.len()) {
-            let x = &x[p.row * k..(p.row + p.rows) * k];
-            // SAFETY: each panel has its own range, and is packed once.
-            let to = unsafe { to.part(p.at * lines..(p.at + p.room) * lines) };
-            let room = p.room;
-            dispatch!(Level::detect(), pack_panel(x, k, room, to): (x: &[f32], k: usize, room: usize, to: &mut [W::X]) <W: Element = W>);
-        }
+    tiles::pack::<Rows<'_, W>>(pool, x, k, |x, place| {
+        let room = place.len();
+        // SAFETY: each panel has its own place, and is packed once.
+        let to = unsafe { to.part(place.start * lines..place.end * lines) };
+        dispatch!(Level::detect(), pack_panel(x, k, room, to): (x: &[f32], k: usize, room: usize, to: &mut [W::X]) <W: Element = W>);
     });
 }
 
@@ -193,7 +188,7 @@ struct Rows<'a, W: Element> {
 
 /// `out[r, c] = sum_k w[c, k] x[r, k]` for all rows of packed `x`.
 pub(super) fn matmul<W: Element>(pool: &Pool, w: &Dense<W>, x: &[W::X], out: &SharedOut<'_>) {
-    multiply(pool, &Rows { w, x }, w.n.div_ceil(TILE), out);
+    tiles::multiply(pool, &Rows { w, x }, w.n.div_ceil(TILE), out);
 }
 
 impl<W: Element> Product for Rows<'_, W> {
@@ -203,7 +198,7 @@ impl<W: Element> Product for Rows<'_, W> {
 
     /// With few rows enough sums to hide the latency of the additions, with more as many as the registers hold.
     #[inline(always)]
-    fn wide<S: Simd>(rows: usize) -> usize {
+    fn wide(rows: usize, _: usize) -> usize {
         if rows <= 6 { 4 } else { 3 }
     }
 
@@ -225,14 +220,7 @@ impl<W: Element> Product for Rows<'_, W> {
         });
         let first = part.at * lines.next_multiple_of(RUN) + part.start * R;
         let x = &self.x[first..first + count.next_multiple_of(RUN) * R];
-        let mut acc = [[S::zero(); T]; R];
-        if part.start > 0 {
-            for r in 0..R {
-                for t in 0..T {
-                    acc[r][t] = S::load(&sums[t * R + r]);
-                }
-            }
-        }
+        let mut acc: [[S::V; T]; R] = tiles::begin::<S, R, T>(part.start, sums);
         // Each pass asks for its share of the lines that come next.
         let share = (1 << 16) / part.passes;
         let ahead = part.ahead + part.pass * count / part.passes;
@@ -249,11 +237,7 @@ impl<W: Element> Product for Rows<'_, W> {
                 }
             }
         }
-        for (r, acc) in acc.into_iter().enumerate() {
-            for (t, acc) in acc.into_iter().enumerate() {
-                S::store(acc, &mut sums[t * R + r]);
-            }
-        }
+        tiles::end::<S, R, T>(acc, sums);
     }
 }
 

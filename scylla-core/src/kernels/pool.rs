@@ -88,40 +88,37 @@ impl Pool {
     /// The ranges are handed out in turn, so the split never decides a result, only who computes it.
     pub fn ranges(&self, items: usize, grain: usize, body: impl Fn(Range<usize>) + Sync) {
         let grain = grain.max(1);
-        if self.workers.is_empty() || items <= grain {
-            if items > 0 {
-                body(0..items);
-            }
-            return;
-        }
-        let next = AtomicUsize::new(0);
-        self.run(&|_| {
-            loop {
-                let start = next.fetch_add(grain, Ordering::Relaxed);
-                if start >= items {
-                    break;
-                }
-                body(start..items.min(start + grain));
-            }
-        });
+        self.hand_out(items, grain, |start| items.min(start + grain), body);
     }
 
     /// The same in shares that shrink as the end comes nearer, each but the last a multiple of `step`: few of them,
     /// and the threads end together.
     pub fn shares(&self, items: usize, step: usize, body: impl Fn(Range<usize>) + Sync) {
         let step = step.max(1);
-        if self.workers.is_empty() || items <= step {
+        let portions = 2 * self.threads();
+        let end_of = |start: usize| {
+            let share = (items - start).div_ceil(portions).next_multiple_of(step);
+            items.min(start + share)
+        };
+        self.hand_out(items, step, end_of, body);
+    }
+
+    /// Calls `body` with ranges that each end where `end_of` says of their start; alone where there are no more than
+    /// `least` items.
+    fn hand_out(
+        &self,
+        items: usize,
+        least: usize,
+        end_of: impl Fn(usize) -> usize + Sync,
+        body: impl Fn(Range<usize>) + Sync,
+    ) {
+        if self.workers.is_empty() || items <= least {
             if items > 0 {
                 body(0..items);
             }
             return;
         }
-        let portions = 2 * self.threads();
         let next = AtomicUsize::new(0);
-        let end_of = |start: usize| {
-            let share = (items - start).div_ceil(portions).next_multiple_of(step);
-            items.min(start + share)
-        };
         self.run(&|_| {
             let advance = |start: usize| (start < items).then(|| end_of(start));
             while let Ok(start) = next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, advance) {

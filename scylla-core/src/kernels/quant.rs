@@ -12,7 +12,7 @@ use half::f16;
 use super::memory::Buffer;
 use super::pool::Pool;
 use super::simd::{Level, Line, Simd, dispatch, quantize};
-use super::tiles::{Part, Product, multiply, panels};
+use super::tiles::{self, Part, Product};
 use super::{Shared, SharedOut, TILE};
 
 /// Values a block.
@@ -279,30 +279,26 @@ impl Activations {
     /// Quantises `[M, K]` values.
     pub(super) fn fill(&mut self, pool: &Pool, x: &[f32], k: usize) {
         let blocks = k / BLOCK;
-        let panels = panels::<Rows<'_, Eight>>(x.len() / k);
-        let room: usize = panels.clone().map(|p| p.room).sum();
+        // The panels of one form are those of all.
+        let room = tiles::room::<Rows<'_, Eight>>(x, k);
         self.q.resize(room * blocks, [[0; 4]; 2 * PAIRS]);
         self.scale.resize(room * blocks, 0.0);
         self.start.resize(room * blocks, 0);
         self.total.resize(room * blocks, 0.0);
         let (q, scale) = (Shared::new(&mut self.q), Shared::new(&mut self.scale));
         let (start, total) = (Shared::new(&mut self.start), Shared::new(&mut self.total));
-        pool.ranges(panels.clone().count(), 1, |range| {
-            for p in panels.clone().skip(range.start).take(range.len()) {
-                let x = &x[p.row * k..(p.row + p.rows) * k];
-                let at = p.at * blocks..(p.at + p.room) * blocks;
-                // SAFETY: each panel has its own ranges, and is filled once.
-                let to = unsafe {
-                    Quantized {
-                        q: q.part(at.clone()),
-                        scale: scale.part(at.clone()),
-                        start: start.part(at.clone()),
-                        total: total.part(at),
-                    }
-                };
-                let room = p.room;
-                dispatch!(Level::detect(), quantize_panel(x, k, room, to): (x: &[f32], k: usize, room: usize, to: Quantized<'_>) <>);
-            }
+        tiles::pack::<Rows<'_, Eight>>(pool, x, k, |x, place| {
+            let (room, at) = (place.len(), place.start * blocks..place.end * blocks);
+            // SAFETY: each panel has its own place, and is filled once.
+            let to = unsafe {
+                Quantized {
+                    q: q.part(at.clone()),
+                    scale: scale.part(at.clone()),
+                    start: start.part(at.clone()),
+                    total: total.part(at),
+                }
+            };
+            dispatch!(Level::detect(), quantize_panel(x, k, room, to): (x: &[f32], k: usize, room: usize, to: Quantized<'_>) <>);
         });
     }
 }
@@ -390,7 +386,7 @@ struct Rows<'a, F> {
 pub(super) fn matmul(pool: &Pool, w: &Quant, x: &Activations, out: &SharedOut<'_>) {
     fn of<F: Form>(pool: &Pool, w: &Quant, x: &Activations, out: &SharedOut<'_>) {
         let form = PhantomData::<F>;
-        multiply(pool, &Rows { w, x, form }, w.n.div_ceil(TILE), out);
+        tiles::multiply(pool, &Rows { w, x, form }, w.n.div_ceil(TILE), out);
     }
     match w.bits {
         Bits::Eight => of::<Eight>(pool, w, x, out),
@@ -406,11 +402,11 @@ impl<F: Form> Product for Rows<'_, F> {
 
     /// With more than two rows an activation is loaded for two tiles, where registers allow.
     #[inline(always)]
-    fn wide<S: Simd>(rows: usize) -> usize {
+    fn wide(rows: usize, most: usize) -> usize {
         match rows {
             0..=2 => 1,
             9.. if F::OFFSET => 1,
-            _ => S::WIDE,
+            _ => most,
         }
     }
 
@@ -453,14 +449,7 @@ impl<F: Form> Product for Rows<'_, F> {
         // The products of many rows take longer than the lines need to come, if they were asked for: each pass asks for
         // its share of those that come next.
         let share = per_block.div_ceil(part.passes);
-        let mut acc = [[S::zero(); T]; R];
-        if part.start > 0 {
-            for r in 0..R {
-                for t in 0..T {
-                    acc[r][t] = S::load(&sums[t * R + r]);
-                }
-            }
-        }
+        let mut acc: [[S::V; T]; R] = tiles::begin::<S, R, T>(part.start, sums);
         for (b, x) in q.iter().enumerate() {
             let next = part.ahead + b;
             for t in 0..T {
@@ -504,10 +493,6 @@ impl<F: Form> Product for Rows<'_, F> {
                 }
             }
         }
-        for (r, acc) in acc.into_iter().enumerate() {
-            for (t, acc) in acc.into_iter().enumerate() {
-                S::store(acc, &mut sums[t * R + r]);
-            }
-        }
+        tiles::end::<S, R, T>(acc, sums);
     }
 }

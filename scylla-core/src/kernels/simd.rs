@@ -6,7 +6,6 @@
 use half::f16;
 
 use super::elementwise::{exp, nearest};
-use super::tiles::Product;
 
 /// Sixteen f32 lanes of one instruction set.
 pub(super) trait Simd: Copy {
@@ -561,27 +560,17 @@ impl Level {
         })
     }
 
-    /// Rows that a panel of products keeps in registers, at most.
-    pub(super) fn rows(self) -> usize {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 | Self::Avx512Vnni | Self::Avx512Bf16 => Avx512::<true, true>::ROWS,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => Avx2::ROWS,
-            _ => Portable::ROWS,
+    /// [`Simd::ROWS`] and [`Simd::WIDE`] of its instruction set.
+    pub(super) fn limits(self) -> (usize, usize) {
+        fn of<S: Simd>() -> (usize, usize) {
+            (S::ROWS, S::WIDE)
         }
-    }
-
-    /// Tiles that a panel of some rows takes together.
-    pub(super) fn wide<P: Product>(self, rows: usize) -> usize {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 | Self::Avx512Vnni | Self::Avx512Bf16 => {
-                P::wide::<Avx512<true, true>>(rows)
-            }
+            Self::Avx512 | Self::Avx512Vnni | Self::Avx512Bf16 => of::<Avx512<true, true>>(),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => P::wide::<Avx2>(rows),
-            _ => P::wide::<Portable>(rows),
+            Self::Avx2 => of::<Avx2>(),
+            _ => of::<Portable>(),
         }
     }
 

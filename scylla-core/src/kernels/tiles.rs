@@ -20,8 +20,8 @@ pub(super) trait Product: Sync {
     const CHUNK: usize;
     /// Chunks begin at a multiple of this.
     const ALIGN: usize;
-    /// Tiles that a panel of some rows takes together: 1, 2, 3 or 4.
-    fn wide<S: Simd>(rows: usize) -> usize;
+    /// Tiles that a panel of some rows takes together: 1, 2, 3 or 4. `most` is [`Simd::WIDE`].
+    fn wide(rows: usize, most: usize) -> usize;
     /// Units that a single pass of some rows asks for ahead.
     fn ahead(rows: usize) -> usize;
     /// Units of a tile.
@@ -50,14 +50,14 @@ pub(super) struct Part {
 
 /// Rows that pass a weight together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Panel {
+struct Panel {
     /// First row, and how many there are.
-    pub(super) row: usize,
-    pub(super) rows: usize,
+    row: usize,
+    rows: usize,
     /// Rows it has room for, one of the sizes kernels are compiled for; those beyond `rows` are never stored.
-    pub(super) room: usize,
+    room: usize,
     /// Rows that earlier panels have room for.
-    pub(super) at: usize,
+    at: usize,
 }
 
 /// Sizes of panels.
@@ -83,8 +83,64 @@ fn cut(rows: usize, most: usize) -> impl Iterator<Item = Panel> + Clone {
 }
 
 /// The panels of some rows: as large as the registers allow, of what the product is made for.
-pub(super) fn panels<P: Product>(rows: usize) -> impl Iterator<Item = Panel> + Clone {
-    cut(rows, P::ROWS.min(Level::detect().rows()))
+fn panels<P: Product>(rows: usize) -> impl Iterator<Item = Panel> + Clone {
+    cut(rows, P::ROWS.min(Level::detect().limits().0))
+}
+
+/// Packs rows `[M, K]` on all threads: `pack(x, place)` gets the rows of one panel, and their place among the room of
+/// all.
+pub(super) fn pack<P: Product>(
+    pool: &Pool,
+    x: &[f32],
+    k: usize,
+    pack: impl Fn(&[f32], Range<usize>) + Sync,
+) {
+    let panels = panels::<P>(rows_of(x, k));
+    pool.ranges(panels.clone().count(), 1, |range| {
+        for p in panels.clone().skip(range.start).take(range.len()) {
+            let x = &x[p.row * k..(p.row + p.rows) * k];
+            pack(x, p.at..p.at + p.room);
+        }
+    });
+}
+
+/// Rows that all panels of rows `[M, K]` have room for.
+pub(super) fn room<P: Product>(x: &[f32], k: usize) -> usize {
+    panels::<P>(rows_of(x, k)).map(|p| p.room).sum()
+}
+
+fn rows_of(x: &[f32], k: usize) -> usize {
+    x.len().checked_div(k).unwrap_or(0)
+}
+
+/// The sums of a panel's rows and tiles, as the units before `start` left them.
+#[inline(always)]
+pub(super) fn begin<S: Simd, const R: usize, const T: usize>(
+    start: usize,
+    sums: &[[f32; TILE]],
+) -> [[S::V; T]; R] {
+    let mut acc = [[S::zero(); T]; R];
+    if start > 0 {
+        for r in 0..R {
+            for t in 0..T {
+                acc[r][t] = S::load(&sums[t * R + r]);
+            }
+        }
+    }
+    acc
+}
+
+/// Leaves the sums for the next units.
+#[inline(always)]
+pub(super) fn end<S: Simd, const R: usize, const T: usize>(
+    acc: [[S::V; T]; R],
+    sums: &mut [[f32; TILE]],
+) {
+    for (r, acc) in acc.into_iter().enumerate() {
+        for (t, acc) in acc.into_iter().enumerate() {
+            S::store(acc, &mut sums[t * R + r]);
+        }
+    }
 }
 
 /// `out[r, c] = sum_k w[c, k] x[r, k]` for all rows and the `tiles` tiles of a product.
@@ -93,7 +149,7 @@ pub(super) fn multiply<P: Product>(pool: &Pool, product: &P, tiles: usize, out: 
         static SUMS: RefCell<Vec<[f32; TILE]>> = const { RefCell::new(Vec::new()) };
     }
     let level = Level::detect();
-    let step = panels::<P>(out.rows).map(|p| level.wide::<P>(p.room));
+    let step = panels::<P>(out.rows).map(|p| P::wide(p.room, level.limits().1));
     pool.shares(tiles, step.max().unwrap_or(1), |tiles| {
         SUMS.with_borrow_mut(|sums| {
             dispatch!(level, some_tiles(product, tiles, sums, out): (product: &P, tiles: Range<usize>, sums: &mut Vec<[f32; TILE]>, out: &SharedOut<'_>) <P: Product>);
@@ -111,7 +167,7 @@ fn some_tiles<S: Simd, P: Product>(
     let panels = cut(out.rows, P::ROWS.min(S::ROWS));
     let (mut wide, mut room, mut passes) = (1, 0, 0);
     for p in panels.clone() {
-        wide = wide.max(P::wide::<S>(p.room));
+        wide = wide.max(P::wide(p.room, S::WIDE));
         room += p.room;
         passes += 1;
     }
@@ -197,7 +253,7 @@ fn of_width<S: Simd, P: Product, const R: usize>(
     part: Part,
     sums: &mut [[f32; TILE]],
 ) -> usize {
-    let wide = P::wide::<S>(R);
+    let wide = P::wide(R, S::WIDE);
     match wide {
         4 if left >= 4 => product.panel::<S, R, 4>(part, sums),
         3 if left >= 3 => product.panel::<S, R, 3>(part, sums),

@@ -260,16 +260,18 @@ impl CpuStack {
         let slots = &self.slots;
         let row = |mut i: usize| {
             for (slot, views) in rows.iter().zip(views) {
-                match (views.get(i), slots.cache(slot.slot)) {
-                    (Some(view), Some(cache)) => {
-                        return AttentionRow {
-                            cache: &cache[layer],
-                            contiguous: view.contiguous,
-                            scattered: &view.scattered,
-                        };
-                    }
-                    _ => i -= views.len(),
-                }
+                let Some(view) = views.get(i) else {
+                    i -= views.len();
+                    continue;
+                };
+                let Some(cache) = slots.cache(slot.slot) else {
+                    break;
+                };
+                return AttentionRow {
+                    cache: &cache[layer],
+                    contiguous: view.contiguous,
+                    scattered: &view.scattered,
+                };
             }
             unreachable!("no row {i}: `begin` checked that its slot is open")
         };
