@@ -13,8 +13,8 @@ use std::hint::black_box;
 use candle_core::{Device, Tensor};
 use common::{asked_for, best, median, memory, pool, read_rate, seconds};
 use scylla_core::kernels::{
-    AttentionRow, KvLayer, Linear, Operand, Pool, Scratch, Weight, add_rms_norm, attention,
-    multiply_adds, rope, swiglu,
+    AttentionRow, CacheForm, KvLayer, Linear, Operand, Pool, Scratch, Weight, add_rms_norm,
+    attention, multiply_adds, rope, swiglu,
 };
 use scylla_core::sampling::{argmax, top_log_probabilities};
 
@@ -29,21 +29,24 @@ fn values(n: usize) -> Vec<f32> {
 
 /// Attention of m rows behind 512 tokens, on enough layers that none is in the caches when its turn comes.
 fn of_attention(pool: &Pool) {
-    for (model, heads, kv_heads, e) in [
+    let models = [
         ("1.1B", 32, 4, 64),
         ("SmolLM2", 9, 3, 64),
         ("Qwen2.5-0.5B", 14, 2, 64),
         ("Llama 8B", 32, 8, 128),
-    ] {
-        let title = format!("attention, {model}");
+    ];
+    let forms = [CacheForm::F16, CacheForm::F32];
+    let all = models.iter().flat_map(|m| forms.map(|form| (*m, form)));
+    for ((model, heads, kv_heads, e), form) in all {
+        let title = format!("attention, {model}, {form:?}");
         if !asked_for(&title) {
             continue;
         }
-        let bytes = 2 * kv_heads * CONTEXT * e * 4;
+        let bytes = 2 * kv_heads * CONTEXT * e * form.bytes();
         let layers = (64usize << 20).div_ceil(bytes);
         let caches: Vec<KvLayer> = (0..layers)
             .map(|_| {
-                let mut cache = KvLayer::new(kv_heads, e, CONTEXT + 64);
+                let mut cache = KvLayer::new(form, kv_heads, e, CONTEXT + 64);
                 let row = values(kv_heads * e);
                 (0..CONTEXT + 64).for_each(|p| cache.write(p, &row, &row));
                 cache

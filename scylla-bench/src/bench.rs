@@ -270,7 +270,7 @@ fn memory(session: &Session, specs: &[Experiment], done: &[Done]) -> Memory {
     let positions = longest.unwrap_or(0) * batch;
     let drafts_weigh = specs.iter().any(|s| s.draft.dir.is_some());
     let weights = session.target.weight_bytes as u64;
-    let cache = session.target.config.cache_bytes(positions) as u64;
+    let cache = (session.target.cache_bytes * positions) as u64;
     let peak = peak_resident();
     Memory {
         peak_bytes: peak,

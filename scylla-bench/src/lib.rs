@@ -26,4 +26,4 @@ mod table;
 pub use environment::Environment;
 pub use error::{Error, Result};
 pub use registry::{AUTO, DraftContext, PLAIN, Registry, parse as parse_settings};
-pub use session::Session;
+pub use session::{Decoder, Session};

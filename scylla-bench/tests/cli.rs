@@ -55,7 +55,8 @@ fn every_instruction_set_gives_the_same_model_in_every_weight_form() {
     let view = TensorView::new(Dtype::I64, vec![40], &tokens).expect("view");
     let bytes = safetensors::serialize([("tokens", view)], None).expect("serialize");
     std::fs::write(place.path("in"), bytes).expect("input");
-    for (weights, bound) in [("f32", 1e-4), ("bf16", 1e-4), ("q8_0", 2e-2), ("q4", 2e-2)] {
+    // Where activations, keys and values are rounded, a difference in the last place of a sum may round one the other way.
+    for (weights, bound) in [("f32", 1e-4), ("bf16", 1e-2), ("q8_0", 2e-2), ("q4", 2e-2)] {
         let portable = logits_under(&place, "portable", weights);
         let size = portable.iter().fold(0.0f32, |a, v| a.max(v.abs()));
         for cap in ["avx2", "avx512", "vnni", "best"] {

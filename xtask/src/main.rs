@@ -15,7 +15,8 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   prove [CYCLES]  chi-square of every rule on the default model, CYCLES (default 10000) on each of two prefixes
   sound           the tests of the kernels under Miri (portable path) and AddressSanitizer (the best path here);
                   needs a nightly toolchain with the component miri
-  compare [N]     plain decoding beside candle-transformers on the default model, interleaved, N rounds (default 5)
+  compare [...]   beside llama.cpp, candle-transformers and, where installed, PyTorch, on the same files, prompts and threads;
+                  `compare --help` lists its options
 ";
 
 fn main() -> ExitCode {
@@ -26,6 +27,10 @@ fn main() -> ExitCode {
         Some("test") => test(),
         Some("sound") => sound(),
         Some("prove") => prove::run(rest),
+        Some("compare") if rest.iter().any(|a| a == "--help") => {
+            print!("{}", compare::USAGE);
+            Ok(())
+        }
         Some("compare") => compare::run(rest),
         _ => {
             eprint!("{USAGE}");

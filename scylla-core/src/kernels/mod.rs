@@ -19,7 +19,7 @@ mod quant;
 mod simd;
 mod tiles;
 
-pub use attention::{AttentionRow, KvLayer, attention};
+pub use attention::{AttentionRow, CacheForm, KvLayer, attention};
 pub use elementwise::{add, add_rms_norm, rms_norm, rope, swiglu};
 pub use linear::{Linear, Scratch, Weight};
 pub use peak::{Operand, multiply_adds};

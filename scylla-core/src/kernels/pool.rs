@@ -6,32 +6,71 @@
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{JoinHandle, Thread};
 
 const SPINS: u32 = 4_000;
 const YIELDS: u32 = 64;
 
-/// The work of one call: a type-erased closure over a worker index.
+/// The work of one call: a type-erased closure.
 #[derive(Clone, Copy)]
 struct Work {
-    call: unsafe fn(*const (), usize),
+    call: unsafe fn(*const ()),
     data: *const (),
 }
 
+/// Who may work: the number of the call (from `CALL` on), whether it still takes workers, and how many are at work.
+///
+/// A worker that comes too late, because it slept or its core was taken, finds the call closed, and nobody waits for it.
+struct Gate(AtomicU64);
+
+const CALL: u64 = 1 << 32;
+const CLOSED: u64 = 1 << 31;
+
+impl Gate {
+    /// Number of the latest call.
+    fn call(&self) -> u64 {
+        self.0.load(Ordering::Acquire) / CALL
+    }
+
+    /// Opens the next call to workers, who see what was written before.
+    fn open(&self) {
+        let next = (self.0.load(Ordering::Relaxed) / CALL).wrapping_add(1) % CALL;
+        self.0.store(next * CALL, Ordering::Release);
+    }
+
+    /// Lets no more workers in.
+    fn close(&self) {
+        self.0.fetch_or(CLOSED, Ordering::Relaxed);
+    }
+
+    /// Whether all who came in have left; what they wrote is seen then.
+    fn is_empty(&self) -> bool {
+        self.0.load(Ordering::Acquire).is_multiple_of(CLOSED)
+    }
+
+    /// Comes in to a call, if it still takes workers.
+    fn enter(&self, call: u64) -> bool {
+        let more = |gate: u64| (gate / CALL == call && gate & CLOSED == 0).then_some(gate + 1);
+        let order = (Ordering::Acquire, Ordering::Relaxed);
+        self.0.fetch_update(order.0, order.1, more).is_ok()
+    }
+
+    fn leave(&self) {
+        self.0.fetch_sub(1, Ordering::Release);
+    }
+}
+
 struct Shared {
-    /// Incremented, with release ordering, after `work` was written.
-    generation: AtomicUsize,
-    /// Workers that have not yet finished the current generation.
-    running: AtomicUsize,
+    gate: Gate,
     stop: AtomicBool,
     panicked: AtomicBool,
     work: std::cell::UnsafeCell<Work>,
 }
 
-// SAFETY: `work` is written only by the caller that holds `Pool::turn`, while no worker runs (`running` is 0),
-// and is read by workers only after they have seen the new generation with acquire ordering.
+// SAFETY: `work` is written only by the caller that holds `Pool::turn`, while the gate is closed and empty, and is read by
+// workers only between coming in, with acquire ordering, and leaving.
 unsafe impl Sync for Shared {}
 // SAFETY: the raw pointer in `work` is only followed while `Pool::run` keeps the closure alive on its stack.
 unsafe impl Send for Shared {}
@@ -47,10 +86,9 @@ pub struct Pool {
 impl Pool {
     /// A pool of `threads` threads in all; 0 and 1 both mean that the caller works alone.
     pub fn new(threads: usize) -> Self {
-        unsafe fn nothing(_: *const (), _: usize) {}
+        unsafe fn nothing(_: *const ()) {}
         let shared = Arc::new(Shared {
-            generation: AtomicUsize::new(0),
-            running: AtomicUsize::new(0),
+            gate: Gate(AtomicU64::new(CLOSED)),
             stop: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
             work: std::cell::UnsafeCell::new(Work {
@@ -63,7 +101,7 @@ impl Pool {
             let shared = Arc::clone(&shared);
             let spawned = std::thread::Builder::new()
                 .name(format!("scylla-{index}"))
-                .spawn(move || worker(&shared, index));
+                .spawn(move || worker(&shared));
             // Fewer threads than asked for is slower, never wrong.
             match spawned {
                 Ok(handle) => workers.push(handle),
@@ -119,7 +157,7 @@ impl Pool {
             return;
         }
         let next = AtomicUsize::new(0);
-        self.run(&|_| {
+        self.run(&|| {
             let advance = |start: usize| (start < items).then(|| end_of(start));
             while let Ok(start) = next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, advance) {
                 body(start..end_of(start));
@@ -127,31 +165,29 @@ impl Pool {
         });
     }
 
-    fn run<F: Fn(usize) + Sync>(&self, body: &F) {
-        unsafe fn call<F: Fn(usize)>(data: *const (), index: usize) {
-            // SAFETY: `data` points at the `F` that `run` holds on its stack until every worker has finished.
-            unsafe { (*data.cast::<F>())(index) }
+    fn run<F: Fn() + Sync>(&self, body: &F) {
+        unsafe fn call<F: Fn()>(data: *const ()) {
+            // SAFETY: `data` points at the `F` that `run` holds on its stack until every worker has left.
+            unsafe { (*data.cast::<F>())() }
         }
         // A poisoned lock only says that an earlier body panicked; the pool itself is at rest then.
         let turn = self.turn.lock().unwrap_or_else(|e| e.into_inner());
         let shared = &*self.shared;
-        // SAFETY: `running` is 0 here (the previous `run` waited for it), so no worker reads `work`.
+        // SAFETY: the gate is closed and empty (the previous `run` waited for it), so no worker reads `work`.
         unsafe {
             *shared.work.get() = Work {
                 call: call::<F>,
                 data: std::ptr::from_ref(body).cast(),
             };
         }
-        shared.running.store(self.workers.len(), Ordering::Relaxed);
-        shared.generation.fetch_add(1, Ordering::Release);
+        shared.gate.open();
         for thread in &self.wake {
             thread.unpark();
         }
-        let own = catch_unwind(AssertUnwindSafe(|| body(0)));
-        wait_until(
-            || shared.running.load(Ordering::Acquire) == 0,
-            std::thread::yield_now,
-        );
+        let own = catch_unwind(AssertUnwindSafe(body));
+        // All ranges are handed out.
+        shared.gate.close();
+        wait_until(|| shared.gate.is_empty(), std::thread::yield_now);
         let worker_panicked = shared.panicked.swap(false, Ordering::Relaxed);
         drop(turn);
         if let Err(payload) = own {
@@ -192,30 +228,29 @@ fn wait_until(ready: impl Fn() -> bool, idle: impl Fn()) {
     }
 }
 
-fn worker(shared: &Shared, index: usize) {
+fn worker(shared: &Shared) {
     let mut seen = 0;
     loop {
         wait_until(
-            || {
-                shared.generation.load(Ordering::Acquire) != seen
-                    || shared.stop.load(Ordering::Acquire)
-            },
+            || shared.gate.call() != seen || shared.stop.load(Ordering::Acquire),
             std::thread::park,
         );
-        if shared.generation.load(Ordering::Acquire) == seen {
+        let call = shared.gate.call();
+        if call == seen {
             return; // only `stop` can have ended the wait
         }
-        seen = seen.wrapping_add(1);
-        // SAFETY: written before the generation that was just acquired, and left alone until `running` is 0.
+        seen = call;
+        if !shared.gate.enter(call) {
+            continue;
+        }
+        // SAFETY: written before the gate was opened, and left alone until it is empty again.
         let work = unsafe { *shared.work.get() };
-        // SAFETY: `Pool::run` keeps the closure behind `data` alive until `running` is 0.
-        let done = catch_unwind(AssertUnwindSafe(|| unsafe {
-            (work.call)(work.data, index)
-        }));
+        // SAFETY: `Pool::run` keeps the closure behind `data` alive until the gate is empty.
+        let done = catch_unwind(AssertUnwindSafe(|| unsafe { (work.call)(work.data) }));
         if done.is_err() {
             shared.panicked.store(true, Ordering::Relaxed);
         }
-        shared.running.fetch_sub(1, Ordering::Release);
+        shared.gate.leave();
     }
 }
 

@@ -226,9 +226,9 @@ impl ModelConfig {
         }
     }
 
-    /// Bytes of an f32 cache of `positions` positions.
-    pub fn cache_bytes(&self, positions: usize) -> usize {
-        2 * 4 * self.layers * self.kv_heads * self.head_dim * positions
+    /// Values of a cache of `positions` positions.
+    pub fn cache_values(&self, positions: usize) -> usize {
+        2 * self.layers * self.kv_heads * self.head_dim * positions
     }
 }
 

@@ -6,7 +6,7 @@ use super::slots::rows_of;
 use super::stack::{CpuStack, Layer, Weights, sized};
 use super::{Ends, LoadOptions, ModelConfig, ModelFiles};
 use crate::Result;
-use crate::kernels::{Pool, Scratch, Weight, rms_norm};
+use crate::kernels::{CacheForm, Pool, Scratch, Weight, rms_norm};
 use crate::plugin::{Forward, Matrix, Slot, Step, Tap, TargetModel, TargetShape};
 
 /// A Llama- or Qwen2-style transformer on the CPU.
@@ -79,6 +79,11 @@ impl CpuModel {
     /// The threads that work on it.
     pub fn pool(&self) -> &Arc<Pool> {
         self.stack.pool()
+    }
+
+    /// How its caches hold keys and values.
+    pub fn cache_form(&self) -> CacheForm {
+        self.stack.cache_form()
     }
 
     /// Bytes of weights held.

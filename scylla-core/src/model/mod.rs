@@ -22,7 +22,7 @@ pub(crate) use source::shard_names;
 pub use source::{Gguf, Raw, Shards, Source};
 pub use stack::{CpuStack, Layer, Weights};
 
-use crate::kernels::{Pool, Weight};
+use crate::kernels::{CacheForm, Pool, Weight};
 use crate::plugin::TargetModel;
 use crate::{Error, Result};
 
@@ -203,6 +203,8 @@ pub struct Loaded {
     pub weight_bytes: usize,
     /// The forms of the weights, most bytes first.
     pub forms: Vec<&'static str>,
+    /// Bytes of one position of a cache.
+    pub cache_bytes: usize,
     /// Its ends and threads, where it runs on the CPU.
     shared: Option<(Ends, Arc<Pool>)>,
 }
@@ -222,6 +224,7 @@ pub fn load(files: &ModelFiles, options: &LoadOptions) -> Result<Loaded> {
         Ok(Loaded {
             weight_bytes: model.weight_bytes(),
             forms: model.forms(),
+            cache_bytes: config.cache_values(1) * model.cache_form().bytes(),
             shared: Some((model.ends().clone(), Arc::clone(model.pool()))),
             model: Box::new(model),
             config,
@@ -231,6 +234,7 @@ pub fn load(files: &ModelFiles, options: &LoadOptions) -> Result<Loaded> {
         Ok(Loaded {
             weight_bytes: model.weight_bytes(),
             forms: model.forms(),
+            cache_bytes: config.cache_values(1) * CacheForm::F32.bytes(),
             shared: None,
             model: Box::new(model),
             config,

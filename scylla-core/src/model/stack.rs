@@ -6,8 +6,8 @@ use super::slots::{RowView, Slots};
 use super::{ModelConfig, Rows};
 use crate::Result;
 use crate::kernels::{
-    AttentionRow, KvLayer, Linear, Pool, Scratch, Weight, add, add_rms_norm, attention, rms_norm,
-    rope, swiglu,
+    AttentionRow, CacheForm, KvLayer, Linear, Pool, Scratch, Weight, add, add_rms_norm, attention,
+    rms_norm, rope, swiglu,
 };
 use crate::plugin::Slot;
 
@@ -117,9 +117,13 @@ pub(crate) fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
 }
 
 /// Decoder layers on the CPU, with one cache per slot.
+///
+/// Beside weights in single precision a cache holds single precision; beside those that are rounded more, half
+/// precision, which costs attention half the reading.
 pub struct CpuStack {
     config: ModelConfig,
     layers: Vec<Layer>,
+    cache_form: CacheForm,
     cos: Vec<f32>,
     sin: Vec<f32>,
     pool: Arc<Pool>,
@@ -133,7 +137,15 @@ impl CpuStack {
     /// Layers of the shape `config` (its number of layers aside), whose slots hold `positions` rows.
     pub fn new(config: ModelConfig, layers: Vec<Layer>, positions: usize, pool: Arc<Pool>) -> Self {
         let (cos, sin) = config.rope_tables(positions);
+        let linears = layers.iter().flat_map(Layer::linears);
+        let wide = |w: &Weight| w.form() == "f32";
+        let all_wide = linears.flat_map(Linear::weights).all(wide);
+        let cache_form = match all_wide {
+            true => CacheForm::F32,
+            false => CacheForm::F16,
+        };
         Self {
+            cache_form,
             config,
             layers,
             cos,
@@ -150,6 +162,11 @@ impl CpuStack {
         &self.layers
     }
 
+    /// How its caches hold keys and values.
+    pub fn cache_form(&self) -> CacheForm {
+        self.cache_form
+    }
+
     /// Positions a slot can hold.
     pub fn capacity(&self) -> usize {
         self.slots.capacity
@@ -163,9 +180,9 @@ impl CpuStack {
     /// Starts an empty sequence in a slot.
     pub fn open(&mut self, slot: Slot) -> Result<()> {
         let c = &self.config;
-        let (capacity, layers) = (self.slots.capacity, self.layers.len());
+        let (capacity, layers, form) = (self.slots.capacity, self.layers.len(), self.cache_form);
         let cache = self.spare.pop().unwrap_or_else(|| {
-            let layer = || KvLayer::new(c.kv_heads, c.head_dim, capacity);
+            let layer = || KvLayer::new(form, c.kv_heads, c.head_dim, capacity);
             (0..layers).map(|_| layer()).collect()
         });
         self.slots.open(slot, cache)

@@ -56,6 +56,15 @@ impl Tokenizer {
     pub fn of_model(files: &ModelFiles) -> Result<Option<Self>> {
         let tokenizer = match &files.source {
             Source::Gguf(gguf) if gguf.value("tokenizer.ggml.model").is_none() => None,
+            // llama.cpp's names for a file without one.
+            Source::Gguf(gguf)
+                if matches!(
+                    gguf.string("tokenizer.ggml.model"),
+                    Some("no_vocab" | "none")
+                ) =>
+            {
+                None
+            }
             Source::Gguf(gguf) => Some(Self::from_gguf(gguf)?),
             Source::Safetensors(_) if files.path.join("tokenizer.json").is_file() => {
                 Some(Self::from_dir(&files.path)?)
