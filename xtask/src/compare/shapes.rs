@@ -275,13 +275,18 @@ pub(super) fn measure(run: &mut Run, model: &Model, threads: usize) -> Result<Va
         us,
         them,
         read,
-        others: others.into_iter().map(|(n, _, m)| (n, m)).collect(),
+        others: others
+            .into_iter()
+            .map(|(name, worker, found)| (name, worker.greeting["version"].to_string(), found))
+            .collect(),
         kept: [decode, filling, rows].map(|i| tried[i].name()),
     };
     found.claim(&mut run.claims);
     found.table(&mut run.text);
     let mut json = found.json();
     json["ours"]["environment"] = ours.greeting.clone();
+    let systems = llama.iter().map(|(_, worker)| worker.greeting.clone());
+    json["llama_cpp"]["systems"] = systems.collect();
     json["llama_cpp"]["tried"] = tried.iter().map(Tried::json).collect();
     Ok(json)
 }
@@ -292,7 +297,8 @@ struct Found<'a> {
     us: Measured,
     them: Measured,
     read: Sample,
-    others: Vec<(&'static str, Measured)>,
+    /// Name, version and numbers.
+    others: Vec<(&'static str, String, Measured)>,
     /// Options kept for decoding, prefill and forwards of several rows.
     kept: [String; 3],
 }
@@ -340,10 +346,11 @@ impl Found<'_> {
         for (i, rows) in ROWS.iter().enumerate().skip(2).take(3) {
             line(&format!("c({rows})"), &c(&self.us, i), &c(&self.them, i));
         }
-        for (name, found) in &self.others {
+        for (name, version, found) in &self.others {
             let (plain, prefill) = (&found.decode, &found.prefill);
             *text += &format!(
-                "\n{name}: plain {plain} tokens/s, scylla {} times as fast; prefill {prefill} tokens/s, {} times.\n",
+                "\n{name} {}: plain {plain} tokens/s, scylla {} times as fast; prefill {prefill} tokens/s, {} times.\n",
+                version.trim_matches('"'),
                 self.us.decode.over(plain),
                 self.us.prefill.over(prefill),
             );
@@ -354,7 +361,12 @@ impl Found<'_> {
         let others: Map<String, Value> = self
             .others
             .iter()
-            .map(|(name, found)| (name.to_string(), found.json()))
+            .map(|(name, version, found)| {
+                (
+                    format!("{name} {}", version.trim_matches('"')),
+                    found.json(),
+                )
+            })
             .collect();
         json!({
             "model": self.model.name, "threads": self.threads, "read_gb_per_s": self.read.json(),
