@@ -2,10 +2,13 @@
 //!
 //! usage: worker MODEL OPTIONS
 //!
-//! OPTIONS is a JSON object: `threads`. Requests: `{"op": "prefill", "tokens": [..]}` empties the cache and runs the
-//! tokens, logits of the last; `{"op": "forward", "rows": m}` runs m rows behind them with the logits of each, three times, and tells the middle time; `{"op": "decode", "prompt": [..], "new": n, "eos": [..], "set": ["draft.name=ngram", ..]}` decodes with the
-//! overrides of an experiment; `{"op": "prompts", "part", "per_task"}` lists prompts of the project's set as token ids;
-//! `{"op": "read"}` measures how fast all threads read memory. Answers hold milliseconds.
+//! OPTIONS is a JSON object: `threads`. Requests, answered with milliseconds:
+//! - `{"op": "prefill", "tokens": [..]}` empties the cache and runs the tokens, logits of the last;
+//! - `{"op": "forward", "rows": m}` runs m rows behind them with the logits of each, three times, and tells the middle time;
+//! - `{"op": "decode", "prompt": [..], "new": n, "eos": [..], "set": ["draft.name=ngram", ..]}` decodes with the overrides
+//!   of an experiment;
+//! - `{"op": "prompts", "part": .., "per_task": n}` lists prompts of the project's set as token ids;
+//! - `{"op": "read"}` measures how fast all threads read memory.
 
 #[path = "../benches/common/mod.rs"]
 mod common;

@@ -2,7 +2,6 @@
 //! is stopped, so that threads that wait by spinning take nothing from the others.
 
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -36,12 +35,11 @@ impl Worker {
     /// Starts a worker and waits until its model is loaded.
     pub(super) fn start(command: &mut Command) -> Result<Self> {
         let shown = format!("{command:?}").replace('"', "");
-        let piped = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
         // A group of its own, as it may have children.
-        let mut child = piped
-            .process_group(0)
-            .spawn()
-            .with_context(|| shown.clone())?;
+        #[cfg(unix)]
+        std::os::unix::process::CommandExt::process_group(command, 0);
+        let mut child = command.spawn().with_context(|| shown.clone())?;
         let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
             bail!("{shown}: no pipes");
         };
@@ -57,8 +55,11 @@ impl Worker {
         Ok(worker)
     }
 
-    /// To the process and its children.
+    /// To the process and its children, where there are signals.
     fn signal(&self, name: &str) -> Result<()> {
+        if cfg!(not(unix)) {
+            return Ok(());
+        }
         let group = format!("-{}", self.child.id());
         let status = Command::new("kill")
             .args(["-s", name, "--", &group])
@@ -136,6 +137,7 @@ impl Drop for Worker {
     fn drop(&mut self) {
         // Nothing is left to do where it has ended by itself.
         let _ = self.signal("KILL");
+        let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
