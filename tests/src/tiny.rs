@@ -215,6 +215,10 @@ pub fn write_gguf(tiny: &Tiny, path: &Path, dtype: GgmlDType) {
             "general.architecture".to_string(),
             Value::String(arch.into()),
         ),
+        (
+            "tokenizer.ggml.model".to_string(),
+            Value::String("no_vocab".into()),
+        ),
         size("embedding_length", tiny.hidden),
         size("feed_forward_length", tiny.ffn),
         size("block_count", tiny.layers),

@@ -113,6 +113,15 @@ fn gguf_gives_the_model_of_the_directory() {
 }
 
 #[test]
+fn a_file_that_says_it_has_no_vocabulary_is_a_model_without_tokenizer() {
+    let dir = tempfile::tempdir().expect("dir");
+    let path = dir.path().join("model.gguf");
+    write_gguf(&Tiny::default(), &path, GgmlDType::F32);
+    let files = ModelFiles::open(&path).expect("opens");
+    assert!(Tokenizer::of_model(&files).expect("reads").is_none());
+}
+
+#[test]
 fn an_element_type_the_kernels_do_not_know_is_named() {
     let dir = tempfile::tempdir().expect("dir");
     let path = dir.path().join("model.gguf");

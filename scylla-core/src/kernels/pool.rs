@@ -282,6 +282,23 @@ mod tests {
     }
 
     #[test]
+    fn a_worker_that_comes_late_finds_the_call_closed_and_is_not_waited_for() {
+        let gate = Gate(AtomicU64::new(CLOSED));
+        assert!(!gate.enter(gate.call()), "no call yet");
+        gate.open();
+        let call = gate.call();
+        assert!(gate.enter(call) && gate.enter(call));
+        gate.close();
+        assert!(!gate.enter(call) && !gate.is_empty());
+        gate.leave();
+        gate.leave();
+        assert!(gate.is_empty() && gate.call() == call);
+        gate.open();
+        assert!(!gate.enter(call), "of the call before");
+        assert!(gate.enter(call + 1));
+    }
+
+    #[test]
     fn a_panic_in_the_body_reaches_the_caller_and_the_pool_lives_on() {
         let pool = Pool::new(3);
         let failed = catch_unwind(AssertUnwindSafe(|| {
