@@ -78,6 +78,13 @@ impl Tensors {
         (bytes.chunks_exact(4).map(value).collect(), shape)
     }
 
+    /// Values of an f64 tensor.
+    pub fn f64(&self, name: &str) -> Vec<f64> {
+        let value = |b: &[u8]| f64::from_le_bytes(std::array::from_fn(|i| b[i]));
+        let (bytes, _) = self.bytes(name, Dtype::F64);
+        bytes.chunks_exact(8).map(value).collect()
+    }
+
     /// Values of an i64 tensor.
     pub fn i64(&self, name: &str) -> Vec<i64> {
         let value = |b: &[u8]| i64::from_le_bytes(std::array::from_fn(|i| b[i]));
