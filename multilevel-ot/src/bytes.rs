@@ -47,25 +47,21 @@ pub fn groups(student: &[usize], teacher: &[usize]) -> Result<Vec<Group>> {
                 break;
             }
         }
-        // Tokens without bytes at the very end belong to the last group.
-        while student
-            .get(s..)
-            .is_some_and(|rest| !rest.is_empty() && rest.iter().all(|&n| n == 0))
-        {
-            s = student.len();
-        }
-        while teacher
-            .get(t..)
-            .is_some_and(|rest| !rest.is_empty() && rest.iter().all(|&n| n == 0))
-        {
-            t = teacher.len();
-        }
+        (s, t) = (past_empty_end(student, s), past_empty_end(teacher, t));
         groups.push(Group {
             student: first_s..s,
             teacher: first_t..t,
         });
     }
     Ok(groups)
+}
+
+/// Tokens without bytes at the very end belong to the last group.
+fn past_empty_end(tokens: &[usize], at: usize) -> usize {
+    match tokens[at..].iter().all(|&bytes| bytes == 0) {
+        true => tokens.len(),
+        false => at,
+    }
 }
 
 #[cfg(test)]

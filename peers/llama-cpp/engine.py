@@ -6,10 +6,7 @@ OPTIONS is a JSON object: library (the path of a shared library that exports lla
 the one in the installed package), threads, threads_batch, ubatch, flash (true, false), context, wait (OMP_WAIT_POLICY: active,
 passive).
 
-Requests: {"op": "prefill", "tokens": [..]} empties the cache and runs the tokens, logits of the last;
-{"op": "forward", "rows": m, "behind": n} runs m rows behind the first n of them with the logits of each, three
-times, and tells the middle one;
-{"op": "decode", "prompt": [..], "new": n, "eos": [..]} decodes greedily. Answers hold milliseconds.
+Requests are those of peers/worker.py.
 """
 
 import ctypes as c
@@ -19,6 +16,9 @@ import sys
 import time
 
 import numpy as np
+
+sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from worker import serve
 
 
 class Struct(c.Structure):
@@ -124,7 +124,7 @@ class Llama:
         self.vocab = lib.llama_vocab_n_tokens(c.c_void_p(lib.llama_model_get_vocab(self.model)))
         self.length = 0
 
-    def forward(self, tokens, all_logits):
+    def run(self, tokens, all_logits):
         n, b = len(tokens), self.batch
         if n > self.room:
             raise ValueError(f"{n} tokens do not fit a batch of {self.room}")
@@ -154,35 +154,18 @@ class Llama:
 
     def prefill(self, tokens):
         self.keep(0)
-        ms = self.forward(tokens, False)
+        ms = self.run(tokens, False)
         begun = time.perf_counter()
         token = self.best()
         return ms + (time.perf_counter() - begun) * 1e3, token
 
-    def decode(self, prompt, new, eos):
-        prefill_ms, token = self.prefill(prompt)
-        ids, eos = [token], set(eos)
-        begun = time.perf_counter()
-        while len(ids) < new and ids[-1] not in eos:
-            self.forward(ids[-1:], False)
-            ids.append(self.best())
-        ms = (time.perf_counter() - begun) * 1e3
-        return {"ids": ids, "ms": ms, "prefill_ms": prefill_ms}
+    def next(self, token):
+        self.run([token], False)
+        return self.best()
 
-    def answer(self, request):
-        match request["op"]:
-            case "prefill":
-                ms, token = self.prefill(request["tokens"])
-                return {"ms": ms, "token": token}
-            case "forward":
-                times = []
-                for _ in range(3):
-                    self.keep(request["behind"])
-                    times.append(self.forward([1000 + i for i in range(request["rows"])], True))
-                return {"ms": sorted(times)[1]}
-            case "decode":
-                return self.decode(request["prompt"], request["new"], request["eos"])
-        raise ValueError(f"unknown request {request['op']}")
+    def forward(self, rows, behind):
+        self.keep(behind)
+        return self.run([1000 + i for i in range(rows)], True)
 
 
 def main():
@@ -191,9 +174,7 @@ def main():
         os.environ["OMP_WAIT_POLICY"] = options["wait"]  # read when the library is loaded
     llama = Llama(model, options)
     llama.lib.llama_print_system_info.restype = c.c_char_p
-    print(json.dumps({"system": llama.lib.llama_print_system_info().decode()}), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(llama.answer(json.loads(line))), flush=True)
+    serve(llama, {"system": llama.lib.llama_print_system_info().decode()})
 
 
 if __name__ == "__main__":

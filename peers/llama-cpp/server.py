@@ -102,7 +102,6 @@ def decode(port, request):
         "prefill_ms": t["prompt_ms"],
         "drafted": t.get("draft_n", 0),
         "accepted": t.get("draft_n_accepted", 0),
-        "predicted": t["predicted_n"],
     }
 
 

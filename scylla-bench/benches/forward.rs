@@ -2,12 +2,15 @@
 //!
 //! `cargo bench -p scylla-bench`; the default model must be in the cache (`scylla assets fetch`).
 
+mod common;
+
 use std::hint::black_box;
 
+use common::rows;
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use scylla_core::assets::{DEFAULT_MODEL, cache_dir};
 use scylla_core::model::{LoadOptions, ModelFiles, WeightForm, load};
-use scylla_core::plugin::{SlotRows, Step, Want};
+use scylla_core::plugin::Want;
 use scylla_core::sampling::{Sampling, argmax};
 
 /// Tokens in the cache while forwards are timed.
@@ -33,15 +36,6 @@ fn forward(c: &mut Criterion) {
         let mut model = load(&files, &options).expect("loads").model;
         model.open(0).expect("open");
         let tokens: Vec<u32> = (0..CONTEXT as u32).map(|i| 1000 + i * 7).collect();
-        let rows = |tokens, want| Step {
-            slots: vec![SlotRows {
-                slot: 0,
-                tokens,
-                parents: &[],
-                want,
-            }],
-            taps: &[],
-        };
         let _ = model.forward(&rows(&tokens, Want::None)).expect("forward");
         model
             .commit(0, &(0..CONTEXT).collect::<Vec<_>>())

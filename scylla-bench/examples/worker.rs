@@ -22,7 +22,7 @@ use scylla_bench::experiment::{Experiment, Prompts};
 use scylla_bench::{Decoder, Error, Registry, Result, Session, prompts};
 use scylla_core::decode::{Job, Phases, Settings};
 use scylla_core::kernels::Pool;
-use scylla_core::plugin::{SlotRows, Step, Want};
+use scylla_core::plugin::Want;
 use scylla_core::text::Message;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -102,18 +102,6 @@ impl Worker {
         }
     }
 
-    fn step<'a>(tokens: &'a [u32], want: Want<'a>) -> Step<'a> {
-        Step {
-            slots: vec![SlotRows {
-                slot: 0,
-                tokens,
-                parents: &[],
-                want,
-            }],
-            taps: &[],
-        }
-    }
-
     /// In chunks, as the decode loop does it.
     fn prefill(&mut self, tokens: &[u32]) -> Result<Value> {
         let model = self.session.target.model.as_mut();
@@ -125,7 +113,7 @@ impl Worker {
         let last = tokens.len().div_ceil(chunk) - 1;
         for (i, chunk) in tokens.chunks(chunk).enumerate() {
             let want = if i == last { Want::Last } else { Want::None };
-            let found = model.forward(&Self::step(chunk, want))?;
+            let found = model.forward(&common::rows(chunk, want))?;
             model.commit(0, &(0..chunk.len()).collect::<Vec<_>>())?;
             if let Some(logits) = found.logits.first().filter(|_| i == last) {
                 token = logits.argmax(&[0], logits.columns)?.first().copied();
@@ -140,7 +128,7 @@ impl Worker {
         let mut times = Vec::new();
         for _ in 0..3 {
             let begun = Instant::now();
-            let found = model.forward(&Self::step(&tokens, Want::All))?;
+            let found = model.forward(&common::rows(&tokens, Want::All))?;
             times.push(ms(begun));
             model.recycle(found);
             model.commit(0, &[])?;

@@ -2,8 +2,7 @@
 //!
 //! usage: peer-candle-transformers MODEL.gguf OPTIONS
 //!
-//! Threads come from RAYON_NUM_THREADS. Requests: `{"op": "prefill", "tokens": [..]}` runs the tokens, logits of the last;
-//! `{"op": "decode", "prompt": [..], "new": n, "eos": [..]}` decodes greedily. Answers hold milliseconds.
+//! Threads come from RAYON_NUM_THREADS. Requests: `{"op": "decode", "prompt": [..], "new": n, "eos": [..]}` decodes greedily. Answers hold milliseconds.
 
 use std::io::{BufRead, Write};
 use std::time::Instant;
@@ -47,10 +46,6 @@ impl Model {
         let begun = Instant::now();
         let ms = |begun: Instant| begun.elapsed().as_secs_f64() * 1e3;
         match request["op"].as_str() {
-            Some("prefill") => {
-                let token = self.next(&ids("tokens")?, 0)?;
-                Ok(json!({ "ms": ms(begun), "token": token }))
-            }
             Some("decode") => {
                 let (prompt, eos) = (ids("prompt")?, ids("eos")?);
                 let new = request["new"].as_u64().context("new")? as usize;

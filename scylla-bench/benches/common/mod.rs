@@ -5,6 +5,20 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use scylla_core::kernels::Pool;
+use scylla_core::plugin::{SlotRows, Step, Want};
+
+/// A chain of rows in slot 0.
+pub(crate) fn rows<'a>(tokens: &'a [u32], want: Want<'a>) -> Step<'a> {
+    Step {
+        slots: vec![SlotRows {
+            slot: 0,
+            tokens,
+            parents: &[],
+            want,
+        }],
+        taps: &[],
+    }
+}
 
 /// `SCYLLA_THREADS` threads, by default as many as there are cores.
 pub(crate) fn pool() -> Pool {

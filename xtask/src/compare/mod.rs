@@ -174,9 +174,44 @@ struct Run {
     text: String,
     /// Options of llama.cpp that were tried, by model and threads.
     tried: BTreeMap<(&'static str, usize), Rc<[Tried]>>,
+    environment: Value,
+    /// What was found of each model, and on the prompts.
+    models: Vec<Value>,
+    on_prompts: Vec<Value>,
 }
 
 impl Run {
+    /// What was found so far, for people; written too where a name was given, so that what breaks off later loses nothing.
+    fn report(&self, args: &[String], begun: Instant) -> Result<String> {
+        let minutes = begun.elapsed().as_secs_f64() / 60.0;
+        let of_models = self.models.iter().map(|m| &m["ours"]["environment"]);
+        let of_prompts = self.on_prompts.iter().map(|p| &p["environment"]);
+        let ours = of_models.chain(of_prompts).next();
+        let tell = |key: &str| ours.and_then(|e| e[key].as_str()).unwrap_or_default();
+        let report = format!(
+            "# Side by side\n\n`cargo xtask compare {}`: {} interleaved rounds, medians (smallest-largest), {minutes:.0} minutes in all.\n{} ({}), commit {}. llama.cpp: {}.\n\n{}{}",
+            args.join(" "),
+            self.options.rounds,
+            tell("cpu"),
+            tell("simd"),
+            tell("commit"),
+            self.setup.versions(),
+            self.claims.table(),
+            self.text,
+        );
+        if let Some(name) = &self.options.output {
+            let claims: Vec<Value> = self.claims.0.iter().map(Claim::json).collect();
+            let all = json!({
+                "command": args, "minutes": minutes, "environment": self.environment, "ours": ours,
+                "models": self.models, "prompts": self.on_prompts, "claims": claims,
+            });
+            let folder = root().join("docs/results");
+            std::fs::write(folder.join(format!("{name}.md")), &report)?;
+            std::fs::write(folder.join(format!("{name}.json")), format!("{all}\n"))?;
+        }
+        Ok(report)
+    }
+
     /// llama.cpp's options on a model, tried once.
     fn tuned(&mut self, model: &'static str, threads: usize) -> Result<Rc<[Tried]>> {
         if let Some(tried) = self.tried.get(&(model, threads)) {
@@ -192,52 +227,33 @@ impl Run {
 pub(crate) fn run(args: &[String]) -> Result<()> {
     let begun = Instant::now();
     let options = Options::parse(args)?;
+    let setup = Setup::new()?;
     let mut run = Run {
-        setup: Setup::new()?,
+        environment: setup.environment(),
+        setup,
         options,
         claims: Claims::default(),
         text: String::new(),
         tried: BTreeMap::new(),
+        models: Vec::new(),
+        on_prompts: Vec::new(),
     };
-    let environment = run.setup.environment();
-    let (mut models, mut on_prompts) = (Vec::new(), Vec::new());
     let asked = |run: &Run, name: &str| run.options.models.iter().any(|m| m == name);
+    let mut report = String::new();
     for threads in run.options.threads.clone() {
         for model in &shapes::MODELS {
             if asked(&run, model.name) {
-                models.push(shapes::measure(&mut run, model, threads)?);
+                let found = shapes::measure(&mut run, model, threads)?;
+                run.models.push(found);
+                report = run.report(args, begun)?;
             }
         }
         if asked(&run, PROMPTS) {
-            on_prompts.push(prompts::measure(&mut run, threads)?);
+            let found = prompts::measure(&mut run, threads)?;
+            run.on_prompts.push(found);
+            report = run.report(args, begun)?;
         }
     }
-    let minutes = begun.elapsed().as_secs_f64() / 60.0;
-    let of_models = models.iter().map(|m| &m["ours"]["environment"]);
-    let of_prompts = on_prompts.iter().map(|p| &p["environment"]);
-    let ours = of_models.chain(of_prompts).next();
-    let tell = |key: &str| ours.and_then(|e| e[key].as_str()).unwrap_or_default();
-    let report = format!(
-        "# Side by side\n\n`cargo xtask compare {}`: {} interleaved rounds, medians (smallest-largest), {minutes:.0} minutes in all.\n{} ({}), commit {}. llama.cpp: {}.\n\n{}{}",
-        args.join(" "),
-        run.options.rounds,
-        tell("cpu"),
-        tell("simd"),
-        tell("commit"),
-        run.setup.versions(),
-        run.claims.table(),
-        run.text,
-    );
     println!("{report}");
-    if let Some(name) = &run.options.output {
-        let claims: Vec<Value> = run.claims.0.iter().map(Claim::json).collect();
-        let all = json!({
-            "command": args, "minutes": minutes, "environment": environment, "ours": ours, "models": models,
-            "prompts": on_prompts, "claims": claims,
-        });
-        let folder = root().join("docs/results");
-        std::fs::write(folder.join(format!("{name}.md")), report)?;
-        std::fs::write(folder.join(format!("{name}.json")), format!("{all}\n"))?;
-    }
     Ok(())
 }
