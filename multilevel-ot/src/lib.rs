@@ -1,11 +1,26 @@
-//! Cross-tokenizer distillation by optimal transport (MultiLevelOT, arXiv:2412.14528).
+//! Cross-tokenizer distillation by optimal transport (MultiLevelOT, arXiv:2412.14528), and what it is compared with.
 //!
-//! Aligners will implement [`scylla_core::plugin::Aligner`]: a differentiable loss between a teacher's and a student's
-//! answer logits over different vocabularies. This crate never decodes. It holds what aligners stand on: entropic optimal
-//! transport with its gradients, and groups of tokens that cover the same bytes. No aligner is implemented yet.
+//! Aligners implement [`scylla_core::plugin::Aligner`]: a differentiable loss between a teacher's and a student's answers
+//! over different vocabularies, one file each. Losses over logits are computed on plain numbers, in the student's precision,
+//! with gradients written out; the parts of a loss carry their names and weights. This crate never decodes.
 
+mod answer;
 pub mod bytes;
+mod loss;
+mod matching;
+mod multilevel_ot;
+mod reference_code;
+mod rows;
+mod scalar;
+mod sorted;
+mod top;
 pub mod transport;
+mod uld;
+
+pub use answer::IGNORED;
+pub use multilevel_ot::{Matching, Mode, MultiLevelOt, SinkhornForm};
+pub use scalar::Scalar;
+pub use uld::Uld;
 
 /// Result with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
@@ -26,7 +41,20 @@ pub enum Error {
     /// A value outside its range.
     #[error("{0}")]
     Invalid(String),
+    /// An error of candle.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
     /// An error of the core crate.
     #[error(transparent)]
     Core(#[from] scylla_core::Error),
+}
+
+impl From<Error> for scylla_core::Error {
+    fn from(e: Error) -> Self {
+        match e {
+            Error::Core(e) => e,
+            Error::Candle(e) => e.into(),
+            other => Self::Invalid(other.to_string()),
+        }
+    }
 }

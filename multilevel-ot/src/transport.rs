@@ -6,12 +6,19 @@
 //! Two ways lead there. [`sinkhorn`] works on the potentials `f` and `g` themselves: finite at any epsilon, at two
 //! exponentials an entry and iteration. [`Scaling`] is the paper's form, `K = exp(-C / epsilon)` and its rows and columns
 //! divided in turn a fixed number of times: one exponential an entry in all, until `K` underflows. Both are the same
-//! numbers, so gradients are those of [`Scaling`], unrolled; of a converged value the gradient is the plan itself
-//! ([`Solution::plan`]), by the envelope theorem.
+//! numbers, and both have their gradient through all iterations ([`value_and_gradient`]); of a converged value the gradient
+//! is the plan itself ([`Solution::plan`]), by the envelope theorem. [`exact`] solves small problems without entropy.
 
-use num_traits::Float;
+mod linear;
+mod scaling;
+mod unrolled;
 
-use crate::{Error, Result};
+pub use linear::{Exact, exact};
+pub use scaling::Scaling;
+pub use unrolled::unrolled;
+
+use crate::scalar::dot;
+use crate::{Error, Result, Scalar};
 
 /// What is moved, where, at what cost.
 #[derive(Debug, Clone, Copy)]
@@ -64,15 +71,7 @@ pub struct Solution<F> {
     pub iterations: usize,
 }
 
-fn real<F: Float>(x: f64) -> F {
-    F::from(x).unwrap_or_else(F::nan)
-}
-
-fn sum<F: Float>(values: impl Iterator<Item = F>) -> F {
-    values.fold(F::zero(), |a, b| a + b)
-}
-
-impl<F: Float> Problem<'_, F> {
+impl<F: Scalar> Problem<'_, F> {
     /// # Errors
     /// On sizes that do not fit, costs that are not finite, marginals that are not above 0 or differ in sum, and an
     /// `epsilon` that is not above 0.
@@ -102,13 +101,13 @@ impl<F: Float> Problem<'_, F> {
                 )));
             }
         }
-        let (a, b) = (sum(self.a.iter().copied()), sum(self.b.iter().copied()));
-        let close = real::<F>(1e3) * F::epsilon() * a.max(b);
+        let (a, b) = (self.a.iter().copied().sum::<F>(), self.b.iter().copied().sum::<F>());
+        let close = F::of(1e3) * F::epsilon() * a.max(b);
         if (a - b).abs() > close {
             return Err(Error::Invalid(format!(
                 "masses differ: {} at the sources, {} at the targets",
-                a.to_f64().unwrap_or(f64::NAN),
-                b.to_f64().unwrap_or(f64::NAN)
+                a.wide(),
+                b.wide()
             )));
         }
         match epsilon > 0.0 && epsilon.is_finite() {
@@ -134,10 +133,9 @@ impl<F: Float> Problem<'_, F> {
                     .zip(&g)
                     .map(|(&c, &g)| ((f + g - c) / epsilon).exp()),
             );
-            cost = cost + sum(plan[first..].iter().zip(row).map(|(&p, &c)| p * c));
-            error = error + (sum(plan[first..].iter().copied()) - a).abs();
+            cost = cost + dot(&plan[first..], row);
+            error = error + (plan[first..].iter().copied().sum::<F>() - a).abs();
         }
-        let dot = |x: &[F], y: &[F]| sum(x.iter().zip(y).map(|(&x, &y)| x * y));
         Solution {
             regularized: dot(self.a, &f) + dot(self.b, &g),
             f,
@@ -154,7 +152,7 @@ impl<F: Float> Problem<'_, F> {
 ///
 /// # Errors
 /// On a broken problem, an `epsilon` that is not above 0, and a `scaling` outside `(0, 1]`.
-pub fn sinkhorn<F: Float>(problem: &Problem<'_, F>, settings: &Settings) -> Result<Solution<F>> {
+pub fn sinkhorn<F: Scalar>(problem: &Problem<'_, F>, settings: &Settings) -> Result<Solution<F>> {
     problem.check(settings.epsilon)?;
     if !(settings.scaling > 0.0 && settings.scaling <= 1.0) {
         return Err(Error::Invalid(format!(
@@ -163,21 +161,16 @@ pub fn sinkhorn<F: Float>(problem: &Problem<'_, F>, settings: &Settings) -> Resu
         )));
     }
     let (n, m) = (problem.a.len(), problem.b.len());
-    let mut state = Potentials {
-        f: vec![F::zero(); n],
-        g: vec![F::zero(); m],
-        largest: vec![F::zero(); m],
-        total: vec![F::zero(); m],
-    };
+    let mut state = Potentials::new(n, m);
     if settings.scaling < 1.0 {
         let largest = problem.cost.iter().fold(F::zero(), |a, c| a.max(c.abs()));
-        let mut epsilon = largest.to_f64().unwrap_or(0.0);
+        let mut epsilon = largest.wide();
         while epsilon > settings.epsilon {
-            state.update(problem, real(epsilon));
+            state.update(problem, F::of(epsilon));
             epsilon *= settings.scaling;
         }
     }
-    let epsilon = real(settings.epsilon);
+    let epsilon = F::of(settings.epsilon);
     let (tolerance, most) = match settings.stop {
         Stop::After(n) => (f64::NEG_INFINITY, n),
         Stop::Error(tolerance, most) => (tolerance, most),
@@ -187,7 +180,7 @@ pub fn sinkhorn<F: Float>(problem: &Problem<'_, F>, settings: &Settings) -> Resu
         let off = state.update(problem, epsilon);
         iterations += 1;
         // Of the plan before this update; the next is never further off.
-        if iterations > 1 && off <= real(tolerance) {
+        if iterations > 1 && off <= F::of(tolerance) {
             break;
         }
     }
@@ -202,7 +195,16 @@ struct Potentials<F> {
     total: Vec<F>,
 }
 
-impl<F: Float> Potentials<F> {
+impl<F: Scalar> Potentials<F> {
+    fn new(n: usize, m: usize) -> Self {
+        Self {
+            f: vec![F::zero(); n],
+            g: vec![F::zero(); m],
+            largest: vec![F::zero(); m],
+            total: vec![F::zero(); m],
+        }
+    }
+
     /// Makes rows fit, then columns; returns by how much the row sums were off before.
     fn update(&mut self, problem: &Problem<'_, F>, epsilon: F) -> F {
         let mut off = F::zero();
@@ -213,10 +215,8 @@ impl<F: Float> Potentials<F> {
                 .zip(&self.g)
                 .map(exponent)
                 .fold(F::neg_infinity(), F::max);
-            let total = sum(row
-                .iter()
-                .zip(&self.g)
-                .map(|x| (exponent(x) - largest).exp()));
+            let terms = row.iter().zip(&self.g);
+            let total: F = terms.map(|x| (exponent(x) - largest).exp()).sum();
             let new = epsilon * (a.ln() - largest - total.ln());
             off = off + a * (((*f - new) / epsilon).exp() - F::one()).abs();
             *f = new;
@@ -241,169 +241,54 @@ impl<F: Float> Potentials<F> {
     }
 }
 
-/// The fixed number of divisions of the paper, with the gradient of `<P, C>` through all of them.
-#[derive(Debug, Clone)]
-pub struct Scaling<F> {
-    epsilon: F,
-    /// `exp(-C / epsilon)` `[N, M]`
-    kernel: Vec<F>,
-    /// Factors of rows and columns after each iteration, `[iterations + 1, N]` and `[iterations + 1, M]`; at first 1.
-    rows: Vec<Vec<F>>,
-    columns: Vec<Vec<F>>,
+/// Solves several problems, which share the cores.
+///
+/// # Errors
+/// Of the first problem that has one.
+pub fn sinkhorn_batch<F: Scalar>(
+    problems: &[Problem<'_, F>],
+    settings: &Settings,
+) -> Result<Vec<Solution<F>>> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let each = problems.len().div_ceil(threads).max(1);
+    std::thread::scope(|scope| {
+        let solve = |chunk: &[Problem<'_, F>]| -> Vec<Result<Solution<F>>> {
+            chunk.iter().map(|p| sinkhorn(p, settings)).collect()
+        };
+        let chunks = problems.chunks(each);
+        let running: Vec<_> = chunks.map(|c| scope.spawn(move || solve(c))).collect();
+        let mut found = Vec::with_capacity(problems.len());
+        for chunk in running {
+            match chunk.join() {
+                Ok(solutions) => found.extend(solutions),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        found.into_iter().collect()
+    })
 }
 
-impl<F: Float> Scaling<F> {
-    /// Divides rows, then columns, `iterations` times.
-    ///
-    /// # Errors
-    /// On a broken problem, an `epsilon` that is not above 0, and where `K` underflows: [`sinkhorn`] then still works.
-    pub fn run(problem: &Problem<'_, F>, epsilon: f64, iterations: usize) -> Result<Self> {
-        problem.check(epsilon)?;
-        let (n, m) = (problem.a.len(), problem.b.len());
-        let small = real::<F>(epsilon);
-        let kernel: Vec<F> = problem.cost.iter().map(|&c| (-c / small).exp()).collect();
-        let mut rows = vec![vec![F::one(); n]];
-        let mut columns = vec![vec![F::one(); m]];
-        for i in 0..iterations {
-            let mut u = Vec::with_capacity(n);
-            let mut sums = vec![F::zero(); m];
-            for (k, &a) in kernel.chunks_exact(m).zip(problem.a) {
-                let factor = a / sum(k.iter().zip(&columns[i]).map(|(&k, &v)| k * v));
-                for (sum, &k) in sums.iter_mut().zip(k) {
-                    *sum = *sum + k * factor;
-                }
-                u.push(factor);
-            }
-            let v: Vec<F> = problem.b.iter().zip(&sums).map(|(&b, &s)| b / s).collect();
-            if let Some(bad) = u
-                .iter()
-                .chain(&v)
-                .find(|x| !(x.is_finite() && **x > F::zero()))
-            {
-                return Err(Error::Invalid(format!(
-                    "transport in exponential form underflows at epsilon {epsilon} (a factor became {}); the log domain does not",
-                    bad.to_f64().unwrap_or(f64::NAN)
-                )));
-            }
-            rows.push(u);
-            columns.push(v);
-        }
-        Ok(Self {
-            epsilon: small,
-            kernel,
-            rows,
-            columns,
-        })
-    }
-
-    /// The plan `[N, M]`.
-    pub fn plan(&self) -> Vec<F> {
-        let (u, v) = self.last();
-        let rows = self.kernel.chunks_exact(v.len()).zip(u);
-        rows.flat_map(|(k, &u)| k.iter().zip(v).map(move |(&k, &v)| u * k * v))
-            .collect()
-    }
-
-    fn last(&self) -> (&[F], &[F]) {
-        let none: (&[F], &[F]) = (&[], &[]);
-        match (self.rows.last(), self.columns.last()) {
-            (Some(u), Some(v)) => (u, v),
-            _ => none, // never: the first are there from the beginning
-        }
-    }
-
-    /// `<P, C>` and its gradient with respect to the cost `[N, M]`.
-    pub fn value_and_gradient(&self, problem: &Problem<'_, F>) -> (F, Vec<F>) {
-        let (u, v) = self.last();
-        let (n, m) = (u.len(), v.len());
-        let (mut du, mut dv) = (vec![F::zero(); n], vec![F::zero(); m]);
-        let mut value = F::zero();
-        for (i, (k, c)) in self.kernel.chunks_exact(m).zip(problem.rows()).enumerate() {
-            for j in 0..m {
-                let kc = k[j] * c[j];
-                value = value + u[i] * kc * v[j];
-                du[i] = du[i] + kc * v[j];
-                dv[j] = dv[j] + u[i] * kc;
-            }
-        }
-        // Every division adds two outer products to the gradient of K; they are summed entry by entry at the end.
-        let mut left: Vec<Vec<F>> = Vec::new();
-        let mut right: Vec<Vec<F>> = Vec::new();
-        for i in (1..self.rows.len()).rev() {
-            let (u, v) = (&self.rows[i], &self.columns[i]);
-            // v = b / K^T u
-            let ds: Vec<F> = (0..m)
-                .map(|j| -dv[j] * v[j] * v[j] / problem.b[j])
-                .collect();
-            for (k, du) in self.kernel.chunks_exact(m).zip(&mut du) {
-                *du = *du + sum(k.iter().zip(&ds).map(|(&k, &d)| k * d));
-            }
-            left.push(u.clone());
-            right.push(ds);
-            // u = a / K v, with the columns of the iteration before.
-            let dr: Vec<F> = (0..n)
-                .map(|r| -du[r] * u[r] * u[r] / problem.a[r])
-                .collect();
-            dv.fill(F::zero());
-            for (k, &dr) in self.kernel.chunks_exact(m).zip(&dr) {
-                for (dv, &k) in dv.iter_mut().zip(k) {
-                    *dv = *dv + k * dr;
-                }
-            }
-            left.push(dr);
-            right.push(self.columns[i - 1].clone());
-            du.fill(F::zero());
-        }
-        let mut gradient = vec![F::zero(); n * m];
-        for (i, gradient) in gradient.chunks_exact_mut(m).enumerate() {
-            for (l, r) in left.iter().zip(&right) {
-                for (d, &r) in gradient.iter_mut().zip(r) {
-                    *d = *d + l[i] * r;
-                }
-            }
-            let (k, c) = (
-                &self.kernel[i * m..(i + 1) * m],
-                &problem.cost[i * m..(i + 1) * m],
-            );
-            for j in 0..m {
-                // Of K: through the last plan, and through the factors.
-                let of_kernel = gradient[j] + u[i] * v[j] * c[j];
-                gradient[j] = u[i] * k[j] * v[j] - of_kernel * k[j] / self.epsilon;
-            }
-        }
-        (value, gradient)
+/// `<P, C>` after a fixed number of iterations and its gradient with respect to the cost `[N, M]`, through all of them: in
+/// the paper's form, or, where that underflows, by the same iterations in the log domain.
+///
+/// # Errors
+/// On a broken problem, and an `epsilon` that is not above 0.
+pub fn value_and_gradient<F: Scalar>(
+    problem: &Problem<'_, F>,
+    epsilon: f64,
+    iterations: usize,
+) -> Result<(F, Vec<F>)> {
+    problem.check(epsilon)?;
+    match Scaling::run(problem, epsilon, iterations) {
+        Ok(run) => Ok(run.value_and_gradient(problem)),
+        Err(_) => unrolled(problem, epsilon, iterations),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use microlp::{ComparisonOp, OptimizationDirection, SolveOutcome};
     use proptest::prelude::*;
-
-    /// The least `<P, C>` of all plans, by linear programming.
-    fn exact(p: &Problem<'_, f64>) -> f64 {
-        let (n, m) = (p.a.len(), p.b.len());
-        let mut program = microlp::Problem::new(OptimizationDirection::Minimize);
-        let vars: Vec<_> = p
-            .cost
-            .iter()
-            .map(|&c| program.add_var(c, (0.0, f64::INFINITY)))
-            .collect();
-        for i in 0..n {
-            let row: Vec<_> = (0..m).map(|j| (vars[i * m + j], 1.0)).collect();
-            program.add_constraint(&row[..], ComparisonOp::Eq, p.a[i]);
-        }
-        // One of the columns follows from the others.
-        for j in 1..m {
-            let column: Vec<_> = (0..n).map(|i| (vars[i * m + j], 1.0)).collect();
-            program.add_constraint(&column[..], ComparisonOp::Eq, p.b[j]);
-        }
-        match program.solve().expect("feasible") {
-            SolveOutcome::Solution(solution) => solution.objective(),
-            SolveOutcome::Interrupted(_) => unreachable!("no limit was set"),
-        }
-    }
 
     fn normalized(weights: &[f64]) -> Vec<f64> {
         let total: f64 = weights.iter().sum();
@@ -437,7 +322,7 @@ mod tests {
         #[test]
         fn the_converged_cost_lies_above_the_exact_one_by_no_more_than_the_entropy((cost, a, b) in problems()) {
             let p = Problem { cost: &cost, a: &a, b: &b };
-            let (exact, room) = (exact(&p), ((a.len() * b.len()) as f64).ln());
+            let (exact, room) = (exact(&p).expect("solves").cost, ((a.len() * b.len()) as f64).ln());
             for epsilon in [0.5, 0.1, 0.02] {
                 let found = sinkhorn(&p, &converged(epsilon)).expect("solves");
                 // Some problems settle too slowly at the smallest epsilon. Rows that are off move the exact cost by no more
@@ -461,6 +346,17 @@ mod tests {
             let plan = Scaling::run(&p, 0.1, n).expect("runs").plan();
             for (x, y) in plan.iter().zip(&sinkhorn(&p, &settings).expect("solves").plan) {
                 prop_assert!((x - y).abs() < 1e-12, "{x} {y}");
+            }
+        }
+
+        #[test]
+        fn both_forms_have_the_same_value_and_gradient((cost, a, b) in problems(), n in 0usize..12) {
+            let p = Problem { cost: &cost, a: &a, b: &b };
+            let (value, gradient) = Scaling::run(&p, 0.2, n).expect("runs").value_and_gradient(&p);
+            let (other, others) = unrolled(&p, 0.2, n).expect("runs");
+            prop_assert!((value - other).abs() < 1e-12, "{value} {other}");
+            for (x, y) in gradient.iter().zip(&others) {
+                prop_assert!((x - y).abs() < 1e-10, "{x} {y}");
             }
         }
 
@@ -517,7 +413,7 @@ mod tests {
     #[test]
     fn one_point_free_transport_and_a_constant_cost_have_known_plans() {
         for (cost, a, b) in [
-            (vec![0.3, 0.9, 0.1], vec![1.0], vec![0.2, 0.3, 0.5]),
+            (vec![0.3f64, 0.9, 0.1], vec![1.0f64], vec![0.2f64, 0.3, 0.5]),
             (vec![0.0; 6], vec![0.4, 0.6], vec![0.2, 0.3, 0.5]),
             (vec![7.0; 6], vec![0.4, 0.6], vec![0.2, 0.3, 0.5]),
         ] {
@@ -562,6 +458,43 @@ mod tests {
         assert!(found.error < 1e-3, "{}", found.error);
         let refused = Scaling::run(&p, 1e-3, 20).expect_err("underflows");
         assert!(refused.to_string().contains("underflows"), "{refused}");
+    }
+
+    #[test]
+    fn where_divisions_underflow_the_value_and_gradient_come_from_the_log_domain() {
+        let cost = [0.0f32, 1.5, 1.0, 0.2];
+        let p = Problem {
+            cost: &cost,
+            a: &[1.0, 1.0],
+            b: &[1.0, 1.0],
+        };
+        assert!(Scaling::run(&p, 1e-3, 20).is_err());
+        let (value, gradient) = value_and_gradient(&p, 1e-3, 20).expect("solves");
+        assert!((value - 0.2).abs() < 1e-5, "{value}");
+        for (g, expected) in gradient.iter().zip([1.0, 0.0, 0.0, 1.0]) {
+            assert!((g - expected).abs() < 1e-4, "{gradient:?}");
+        }
+    }
+
+    #[test]
+    fn a_batch_is_solved_as_its_problems_are() {
+        let costs: Vec<Vec<f64>> = (0..7)
+            .map(|i| (0..12).map(|j| ((i * 5 + j * 7) % 11) as f64 / 7.0).collect())
+            .collect();
+        let problem = |cost| Problem {
+            cost,
+            a: &[0.25, 0.25, 0.5],
+            b: &[0.1, 0.2, 0.3, 0.4],
+        };
+        let problems: Vec<_> = costs.iter().map(|c| problem(c)).collect();
+        let alone: Vec<_> = problems
+            .iter()
+            .map(|p| sinkhorn(p, &converged(0.1)).expect("solves"))
+            .collect();
+        assert_eq!(sinkhorn_batch(&problems, &converged(0.1)).expect("solves"), alone);
+        let broken = [problems[0], problem(&costs[0][..3])];
+        assert!(sinkhorn_batch(&broken, &converged(0.1)).is_err());
+        assert!(sinkhorn_batch::<f64>(&[], &converged(0.1)).expect("solves").is_empty());
     }
 
     #[test]

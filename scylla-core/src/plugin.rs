@@ -314,14 +314,18 @@ pub trait Verifier {
     ) -> Result<Verdict>;
 }
 
-/// Logits over the answer tokens of a batch, for distillation.
+/// Logits over a batch of texts whose answers are distilled, of a teacher or a student.
 #[derive(Debug, Clone)]
 pub struct AnswerLogits {
-    /// `[B, S, V]`
+    /// `[B, S, W]`; row `s` predicts the token at `s + 1`.
     pub logits: Tensor,
-    /// `[B, S]` i64, -100 where a position is not part of the answer.
+    /// `[B, S]` i64: the token at each position, -100 where it is not part of the answer.
     pub labels: Tensor,
-    /// Byte offsets of each token in its text `[B][S]`, where the aligner asked for them.
+    /// How many of the `W` columns belong to tokens; those of a padded vocabulary follow and take no part.
+    pub vocab: usize,
+    /// Ids of all tokens `[B, S]` i64, where the aligner asked for them.
+    pub tokens: Option<Tensor>,
+    /// Where each answer token lies in the bytes of its answer, `[B]` by answer tokens, where the aligner asked for it.
     pub offsets: Option<Vec<Vec<(usize, usize)>>>,
     /// Hidden states `[B, S, H]`, where the aligner asked for them.
     pub hidden: Option<Tensor>,
@@ -330,7 +334,9 @@ pub struct AnswerLogits {
 /// What an aligner needs beside logits and labels.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct AlignNeeds {
-    /// Byte offsets of the tokens.
+    /// Ids of all tokens.
+    pub tokens: bool,
+    /// Byte offsets of the answers' tokens.
     pub offsets: bool,
     /// Hidden states.
     pub hidden: bool,
@@ -343,20 +349,33 @@ pub struct AlignContext {
     pub step: usize,
 }
 
+/// One term of a loss.
+#[derive(Debug, Clone)]
+pub struct Part {
+    /// ce, had, sl, sd, ...
+    pub name: &'static str,
+    /// What the total multiplies it by.
+    pub weight: f64,
+    /// Scalar without its weight, differentiable as the total is.
+    pub value: Tensor,
+}
+
 /// A loss and its parts.
 #[derive(Debug, Clone)]
 pub struct AlignLoss {
-    /// Scalar, differentiable with respect to the student's logits.
+    /// Scalar, the weighted sum of the parts, differentiable with respect to what the student gave.
     pub total: Tensor,
-    /// Unweighted parts by name (ce, had, sl, sd, ...), scalars.
-    pub parts: Vec<(&'static str, Tensor)>,
+    /// Its terms.
+    pub parts: Vec<Part>,
+    /// What else there is to know, by name: how far a matching may be from the best one, or how many tokens took part.
+    pub notes: Vec<(&'static str, f64)>,
 }
 
 /// A loss that carries a teacher's knowledge to a student with another tokenizer.
 pub trait Aligner {
     /// What it needs beside logits and labels.
     fn needs(&self) -> AlignNeeds;
-    /// The loss of the student's answer against the teacher's.
+    /// The loss of the student's answers against the teacher's. Nothing flows into the teacher.
     fn loss(
         &self,
         teacher: &AnswerLogits,

@@ -17,6 +17,7 @@ mod pool;
 pub mod probability;
 mod quant;
 mod simd;
+pub mod softmax;
 mod tiles;
 
 pub use attention::{AttentionRow, CacheForm, KvLayer, attention};

@@ -18,22 +18,18 @@ fn lanes_sum(lanes: &[f64; LANES]) -> f64 {
     (sum[0] + sum[2]) + (sum[1] + sum[3])
 }
 
+/// `e^x` for `x <= 0` within a few units in the last place; `fma` says whether the processor has fused multiply-adds.
 #[inline(always)]
-fn fused<S: Simd>(a: f64, b: f64, c: f64) -> f64 {
-    if S::FMA { a.mul_add(b, c) } else { a * b + c }
-}
-
-/// `e^x` for `x <= 0` within a few units in the last place.
-#[inline(always)]
-fn exp<S: Simd>(x: f64) -> f64 {
+pub(super) fn exp(x: f64, fma: bool) -> f64 {
     const LN2_HIGH: f64 = 0.693_147_180_369_123_8;
     const LN2_LOW: f64 = 1.908_214_929_270_587_7e-10;
     // Adding this rounds to an integer, which then stands in the low bits of the sum.
     const SHIFT: f64 = 6_755_399_441_055_744.0; // 1.5 * 2^52
+    let fused = |a: f64, b: f64, c: f64| if fma { a.mul_add(b, c) } else { a * b + c };
     let clamped = if x > LOWEST { x } else { LOWEST };
-    let shifted = fused::<S>(clamped, std::f64::consts::LOG2_E, SHIFT);
+    let shifted = fused(clamped, std::f64::consts::LOG2_E, SHIFT);
     let n = shifted - SHIFT;
-    let r = fused::<S>(-n, LN2_LOW, fused::<S>(-n, LN2_HIGH, clamped));
+    let r = fused(-n, LN2_LOW, fused(-n, LN2_HIGH, clamped));
     // Taylor's series: |r| <= ln 2 / 2, so the first term left out is below 2e-16.
     let mut p = 1.0 / 479_001_600.0;
     for c in [
@@ -50,7 +46,7 @@ fn exp<S: Simd>(x: f64) -> f64 {
         1.0,
         1.0,
     ] {
-        p = fused::<S>(p, r, c);
+        p = fused(p, r, c);
     }
     let power = f64::from_bits((shifted.to_bits() << 52).wrapping_add(1023 << 52));
     if x > LOWEST { p * power } else { 0.0 }
@@ -68,13 +64,13 @@ fn exponentials_of<S: Simd>(logits: &[f32], max: f64, scale: f64, out: &mut [f64
     let (mut ins, mut outs) = (logits.chunks_exact(LANES), out.chunks_exact_mut(LANES));
     for (x, o) in (&mut ins).zip(&mut outs) {
         for i in 0..LANES {
-            o[i] = exp::<S>((f64::from(x[i]) - max) * scale);
+            o[i] = exp((f64::from(x[i]) - max) * scale, S::FMA);
             lanes[i] += o[i];
         }
     }
     let mut rest = 0.0;
     for (x, o) in ins.remainder().iter().zip(outs.into_remainder()) {
-        *o = exp::<S>((f64::from(*x) - max) * scale);
+        *o = exp((f64::from(*x) - max) * scale, S::FMA);
         rest += *o;
     }
     lanes_sum(&lanes) + rest

@@ -1,0 +1,267 @@
+//! MultiLevelOT as the authors' released code computes it, which differs from the paper in every term: logits are divided by
+//! their deviation, tokens are ranked over the whole batch, `sl` takes a second softmax with the roles swapped, `sd` one over
+//! probabilities, and rows of zeros pad every answer to the longest.
+
+use std::ops::Range;
+
+use scylla_core::kernels::softmax::{accumulate, distances, distances_gradient, sums};
+
+use crate::answer::{Pair, Side};
+use crate::loss::Evaluation;
+use crate::multilevel_ot::MultiLevelOt;
+use crate::rows::Rows;
+use crate::scalar::dot;
+use crate::top::heaviest;
+use crate::transport::{Problem, value_and_gradient};
+use crate::{Error, Result, Scalar};
+
+/// What the released code adds to a row's deviation.
+const DEVIATION: f64 = 1e-4;
+
+/// The mean cross entropy over all labels of a batch, and its gradient where `weight` is not 0.
+pub(crate) fn mean_cross_entropy<F: Scalar>(
+    side: &Side<'_, F>,
+    weight: f64,
+    mut gradient: Option<&mut [F]>,
+) -> Result<f64> {
+    let answers: Vec<_> = (0..side.batch).map(|b| side.answer(b)).collect();
+    let tokens: usize = answers.iter().map(|a| a.tokens.len()).sum();
+    if tokens == 0 {
+        return Err(Error::Invalid(format!("no row predicts a {} label", side.name)));
+    }
+    let share = F::of(weight / tokens as f64);
+    let mut sum = 0.0;
+    for (b, answer) in answers.iter().enumerate() {
+        let rows = Rows::read(side, b, &answer.rows, &[1.0], None)?;
+        for (row, (&at, &token)) in answer.rows.iter().zip(&answer.tokens).enumerate() {
+            sum -= rows.log_probability(row, 1.0, token).wide();
+            if let Some(gradient) = &mut gradient {
+                let first = (b * side.seq + at) * side.width;
+                let out = &mut gradient[first..][..side.vocab];
+                rows.add_probabilities(row, 1.0, share, out);
+                out[token] = out[token] - share;
+            }
+        }
+    }
+    Ok(sum / tokens as f64)
+}
+
+/// A row of logits with what its probabilities and their gradient need.
+struct Row<'a, F> {
+    z: &'a [F],
+    mean: F,
+    deviation: F,
+    max: F,
+    /// What the logits are divided by, temperature and deviation together.
+    heat: F,
+    total: F,
+}
+
+impl<'a, F: Scalar> Row<'a, F> {
+    fn new(side: &Side<'a, F>, b: usize, s: usize, temperature: f64) -> Result<Self> {
+        let z = side.row(b, s);
+        let n = F::of(z.len() as f64);
+        let mean = z.iter().copied().sum::<F>() / n;
+        let squares: F = z.iter().map(|&z| (z - mean) * (z - mean)).sum();
+        let deviation = (squares / (n - F::one()).max(F::one())).sqrt();
+        let heat = (deviation + F::of(DEVIATION)) * F::of(temperature);
+        let sums = sums(z, F::one() / heat);
+        match sums.sum.is_finite() {
+            true => Ok(Self {
+                z,
+                mean,
+                deviation,
+                max: sums.max,
+                heat,
+                total: sums.sum,
+            }),
+            false => Err(Error::Invalid(format!(
+                "{} logits of row [{b}, {s}] hold NaN or infinity",
+                side.name
+            ))),
+        }
+    }
+
+    fn probability(&self, j: usize) -> F {
+        ((self.z[j] - self.max) / self.heat).exp() / self.total
+    }
+
+    fn add_probabilities(&self, factor: F, out: &mut [F]) {
+        accumulate(self.z, self.max, F::one() / self.heat, factor / self.total, out);
+    }
+
+    /// Adds the gradient of what has `upstream` with respect to the probabilities of `tokens`. `scratch` is `[V]`.
+    fn through(&self, tokens: &[usize], upstream: &[F], temperature: f64, scratch: &mut [F], out: &mut [F]) {
+        scratch.fill(F::zero());
+        self.add_probabilities(F::one(), scratch);
+        let expected = dot(scratch, self.z);
+        let weighted = |j: usize, g: F| g * scratch[j];
+        let pairs = || tokens.iter().zip(upstream);
+        let sum: F = pairs().map(|(&j, &g)| weighted(j, g)).sum();
+        let slope = F::one() / F::of(temperature);
+        let along: F = pairs().map(|(&j, &g)| weighted(j, g) * self.z[j]).sum();
+        // Of the divisor: how the divided logits' gradient projects on the logits.
+        let along = slope * (along - sum * expected);
+        let divisor = self.heat * slope;
+        let n = F::of(self.z.len() as f64) - F::one();
+        let outwards = match self.deviation > F::zero() {
+            true => along / (divisor * divisor * n * self.deviation),
+            false => F::zero(),
+        };
+        let dense = -sum / self.heat;
+        for ((out, &p), &z) in out.iter_mut().zip(&*scratch).zip(self.z) {
+            *out = *out + dense * p - outwards * (z - self.mean);
+        }
+        for (&j, &g) in pairs() {
+            out[j] = out[j] + g * scratch[j] / self.heat;
+        }
+    }
+}
+
+/// One side's rows of all answers and its probabilities of the tokens compared.
+struct Answers<'a, F> {
+    spans: Vec<Range<usize>>,
+    rows: Vec<Vec<Row<'a, F>>>,
+    /// The heaviest tokens over the batch, at most `k`.
+    tokens: Vec<usize>,
+}
+
+impl<'a, F: Scalar> Answers<'a, F> {
+    fn new(side: &Side<'a, F>, skip_last: bool, temperature: f64, k: usize) -> Result<Self> {
+        let spans: Result<Vec<_>> = (0..side.batch).map(|b| side.span(b, skip_last)).collect();
+        let spans = spans?;
+        let mut mass = vec![F::zero(); side.vocab];
+        let mut rows = Vec::new();
+        for (b, span) in spans.iter().enumerate() {
+            let read = |s| Row::new(side, b, s, temperature);
+            let of_answer: Result<Vec<_>> = span.clone().map(read).collect();
+            let of_answer = of_answer?;
+            for row in &of_answer {
+                row.add_probabilities(F::one(), &mut mass);
+            }
+            rows.push(of_answer);
+        }
+        Ok(Self {
+            tokens: heaviest(&mass, k.min(side.vocab)),
+            spans,
+            rows,
+        })
+    }
+
+    /// Probabilities `[longest, k]`, zeros beyond the answer and beyond the vocabulary.
+    fn padded(&self, b: usize, longest: usize, k: usize) -> Vec<F> {
+        let mut p = vec![F::zero(); longest * k];
+        for (row, p) in self.rows[b].iter().zip(p.chunks_exact_mut(k)) {
+            for (p, &j) in p.iter_mut().zip(&self.tokens) {
+                *p = row.probability(j);
+            }
+        }
+        p
+    }
+}
+
+/// `softmax(x / temperature)` of each row of `x` `[N, k]`, and its logarithm.
+fn softmax_rows<F: Scalar>(x: &[F], k: usize, temperature: f64) -> (Vec<F>, Vec<F>) {
+    let mut p = Vec::with_capacity(x.len());
+    let mut logs = Vec::with_capacity(x.len());
+    for row in x.chunks_exact(k) {
+        let at = |&x: &F| x / F::of(temperature);
+        let max = row.iter().map(at).fold(F::neg_infinity(), F::max);
+        let total: F = row.iter().map(|x| (at(x) - max).exp()).sum();
+        logs.extend(row.iter().map(|x| at(x) - max - total.ln()));
+        p.extend(row.iter().map(|x| (at(x) - max).exp() / total));
+    }
+    (p, logs)
+}
+
+/// Carries `upstream` on `softmax(x / temperature)` on to `x`, added to `out`, all `[N, k]`.
+fn through_softmax<F: Scalar>(p: &[F], upstream: &[F], k: usize, temperature: f64, out: &mut [F]) {
+    let rows = p.chunks_exact(k).zip(upstream.chunks_exact(k));
+    for ((p, g), out) in rows.zip(out.chunks_exact_mut(k)) {
+        let mean = dot(p, g);
+        for ((out, &p), &g) in out.iter_mut().zip(p).zip(g) {
+            *out = *out + p * (g - mean) / F::of(temperature);
+        }
+    }
+}
+
+fn transposed<F: Scalar>(x: &[F], k: usize) -> Vec<F> {
+    let n = x.len() / k;
+    (0..k).flat_map(|i| (0..n).map(move |r| x[r * k + i])).collect()
+}
+
+/// The loss of a batch.
+pub(crate) fn evaluate<F: Scalar>(
+    settings: &MultiLevelOt,
+    pair: &Pair<'_, F>,
+    weights: &[f64],
+    mut gradient: Option<&mut [F]>,
+) -> Result<Evaluation> {
+    let (student, teacher) = (&pair.student, &pair.teacher);
+    let (heat, batch) = (settings.student_temperature, student.batch);
+    let s = Answers::new(student, settings.skip_student_eos, heat, settings.k)?;
+    let t = Answers::new(teacher, settings.skip_teacher_eos, settings.teacher_temperature, settings.k)?;
+    let k = settings.k.min(student.vocab.max(teacher.vocab));
+    let lengths = s.rows.iter().chain(&t.rows).map(Vec::len);
+    let longest = lengths.max().unwrap_or(0);
+    let ce = mean_cross_entropy(student, weights[0], gradient.as_deref_mut())?;
+    let (mut had, mut sl, mut sd) = (0.0, 0.0, 0.0);
+    let mut scratch = vec![F::zero(); student.vocab];
+    for b in 0..batch {
+        let (p, q) = (t.padded(b, longest, k), s.padded(b, longest, k));
+        let mut upstream = vec![F::zero(); longest * k];
+
+        let shared = t.rows[b].len().min(s.rows[b].len());
+        let share = 1.0 / (shared.max(1) * batch) as f64;
+        let weight = F::of(weights[1] * share);
+        for i in 0..shared * k {
+            had += share * (p[i] - q[i]).abs().wide();
+            let sign = match q[i] == p[i] {
+                true => F::zero(),
+                false => (q[i] - p[i]).signum(),
+            };
+            upstream[i] = upstream[i] + weight * sign;
+        }
+
+        let share = 1.0 / (batch * longest) as f64;
+        let weight = F::of(weights[2] * share);
+        let ((second, _), (_, logs)) = (softmax_rows(&q, k, 1.0), softmax_rows(&p, k, 1.0));
+        sl -= share * dot(&second, &logs).wide();
+        let of_second: Vec<F> = logs.iter().map(|&l| -weight * l).collect();
+        through_softmax(&second, &of_second, k, 1.0, &mut upstream);
+
+        let ((flat, _), (other, _)) = (
+            softmax_rows(&q, k, settings.sd_temperature),
+            softmax_rows(&p, k, settings.sd_temperature),
+        );
+        let columns = transposed(&flat, k);
+        let mut cost = vec![F::zero(); longest * longest];
+        distances(&other, &columns, k, &mut cost);
+        let ones = vec![F::one(); longest];
+        let problem = Problem {
+            cost: &cost,
+            a: &ones,
+            b: &ones,
+        };
+        let (value, of_cost) = value_and_gradient(&problem, settings.epsilon, settings.iterations)?;
+        sd += value.wide();
+        let mut of_columns = vec![F::zero(); columns.len()];
+        distances_gradient(&other, &columns, k, &of_cost, &mut of_columns);
+        let weight = F::of(weights[3]);
+        let of_flat: Vec<F> = transposed(&of_columns, longest).iter().map(|&g| g * weight).collect();
+        through_softmax(&flat, &of_flat, k, settings.sd_temperature, &mut upstream);
+
+        let Some(gradient) = gradient.as_deref_mut() else {
+            continue;
+        };
+        for ((row, at), upstream) in s.rows[b].iter().zip(s.spans[b].clone()).zip(upstream.chunks_exact(k)) {
+            let first = (b * student.seq + at) * student.width;
+            let out = &mut gradient[first..][..student.vocab];
+            row.through(&s.tokens, &upstream[..s.tokens.len()], heat, &mut scratch, out);
+        }
+    }
+    Ok(Evaluation {
+        parts: vec![ce, had, sl, sd],
+        notes: Vec::new(),
+    })
+}

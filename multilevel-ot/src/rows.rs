@@ -1,0 +1,201 @@
+//! Softmax of an answer's rows at several temperatures, and the gradient through them.
+
+use scylla_core::kernels::softmax::{Sums, accumulate, combine, sums};
+
+use crate::answer::Side;
+use crate::{Error, Result, Scalar};
+
+/// Exponentials at `scale`, which serve the temperature `1 / scale` and, squared, half of it.
+#[derive(Debug, Clone, Copy)]
+struct Pass {
+    scale: f64,
+    /// Places in the list of temperatures.
+    single: Option<usize>,
+    square: Option<usize>,
+}
+
+/// Rows of one sequence with what their softmax divides by.
+#[derive(Debug, Clone)]
+pub(crate) struct Rows<'a, F> {
+    pub(crate) x: Vec<&'a [F]>,
+    temperatures: Vec<f64>,
+    passes: Vec<Pass>,
+    max: Vec<F>,
+    /// `[rows, temperatures]`
+    totals: Vec<F>,
+}
+
+/// The fewest passes over different temperatures.
+fn passes(temperatures: &[f64]) -> Vec<Pass> {
+    let mut left: Vec<usize> = (0..temperatures.len()).collect();
+    left.sort_by(|&a, &b| temperatures[a].total_cmp(&temperatures[b]));
+    let mut passes = Vec::new();
+    while !left.is_empty() {
+        let low = left.remove(0);
+        let twice = left
+            .iter()
+            .position(|&i| temperatures[i] == 2.0 * temperatures[low]);
+        passes.push(match twice.map(|at| left.remove(at)) {
+            Some(high) => Pass {
+                scale: 1.0 / temperatures[high],
+                single: Some(high),
+                square: Some(low),
+            },
+            None => Pass {
+                scale: 1.0 / temperatures[low],
+                single: Some(low),
+                square: None,
+            },
+        });
+    }
+    passes
+}
+
+impl<'a, F: Scalar> Rows<'a, F> {
+    /// Reads rows `s` of sequence `b`. Where `mass` is given, the probabilities at that one of the temperatures are added
+    /// to it.
+    ///
+    /// # Errors
+    /// On logits that are NaN or infinite, and rows without a finite one.
+    pub(crate) fn read(
+        side: &Side<'a, F>,
+        b: usize,
+        rows: &[usize],
+        temperatures: &[f64],
+        mut mass: Option<(f64, &mut [F])>,
+    ) -> Result<Self> {
+        let mut distinct: Vec<f64> = Vec::new();
+        for &t in temperatures {
+            if !(t > 0.0 && t.is_finite()) {
+                return Err(Error::Invalid(format!("temperature {t} must be finite and above 0")));
+            }
+            if !distinct.contains(&t) {
+                distinct.push(t);
+            }
+        }
+        let mut found = Self {
+            x: Vec::with_capacity(rows.len()),
+            passes: passes(&distinct),
+            max: Vec::with_capacity(rows.len()),
+            totals: Vec::with_capacity(rows.len() * distinct.len()),
+            temperatures: distinct,
+        };
+        for &s in rows {
+            let x = side.row(b, s);
+            let at = found.totals.len();
+            found.totals.resize(at + found.temperatures.len(), F::zero());
+            let mut max = F::zero();
+            for pass in &found.passes {
+                let sums: Sums<F> = sums(x, F::of(pass.scale));
+                if !sums.sum.is_finite() {
+                    return Err(Error::Invalid(format!(
+                        "{} logits of row [{b}, {s}] hold NaN or infinity, or nothing finite",
+                        side.name
+                    )));
+                }
+                max = sums.max;
+                for (place, total) in [(pass.single, sums.sum), (pass.square, sums.squares)] {
+                    if let Some(place) = place {
+                        found.totals[at + place] = total;
+                    }
+                }
+            }
+            found.x.push(x);
+            found.max.push(max);
+            if let Some((temperature, mass)) = &mut mass {
+                let total = found.total(found.x.len() - 1, *temperature);
+                accumulate(x, max, F::of(1.0 / *temperature), F::one() / total, mass);
+            }
+        }
+        Ok(found)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.x.len()
+    }
+
+    fn total(&self, row: usize, temperature: f64) -> F {
+        let place = self.temperatures.iter().position(|&t| t == temperature);
+        // Only those that were read are asked for.
+        place.map_or(F::nan(), |p| self.totals[row * self.temperatures.len() + p])
+    }
+
+    /// `log p(j)`
+    pub(crate) fn log_probability(&self, row: usize, temperature: f64, j: usize) -> F {
+        (self.x[row][j] - self.max[row]) / F::of(temperature) - self.total(row, temperature).ln()
+    }
+
+    /// `p(j)`
+    pub(crate) fn probability(&self, row: usize, temperature: f64, j: usize) -> F {
+        let e = ((self.x[row][j] - self.max[row]) / F::of(temperature)).exp();
+        e / self.total(row, temperature)
+    }
+
+    /// Probabilities of some tokens in each row, `[rows, tokens]`.
+    pub(crate) fn gather(&self, temperature: f64, tokens: &[usize]) -> Vec<F> {
+        let of_row = |row| tokens.iter().map(move |&j| self.probability(row, temperature, j));
+        (0..self.len()).flat_map(of_row).collect()
+    }
+
+    /// All probabilities of a row, added to `out` `factor` times.
+    pub(crate) fn add_probabilities(&self, row: usize, temperature: f64, factor: F, out: &mut [F]) {
+        let factor = factor / self.total(row, temperature);
+        accumulate(self.x[row], self.max[row], F::of(1.0 / temperature), factor, out);
+    }
+
+    /// `sum_c factor_c p_c` over the temperatures of `factors`, added to `out` where `add`: what is dense in a gradient.
+    pub(crate) fn combine(&self, row: usize, factors: &[(f64, F)], mut add: bool, out: &mut [F]) {
+        let factor = |place: usize| -> F {
+            let temperature = self.temperatures[place];
+            let asked = factors.iter().filter(|(t, _)| *t == temperature);
+            asked.map(|(_, f)| *f).sum::<F>() / self.total(row, temperature)
+        };
+        for pass in &self.passes {
+            let of = |place: Option<usize>| place.map_or(F::zero(), factor);
+            let (single, square) = (of(pass.single), of(pass.square));
+            if add && single == F::zero() && square == F::zero() {
+                continue;
+            }
+            combine(self.x[row], self.max[row], F::of(pass.scale), single, square, add, out);
+            add = true;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_temperature_and_its_half_share_a_pass() {
+        let scales = |t: &[f64]| -> Vec<f64> { passes(t).iter().map(|p| p.scale).collect() };
+        assert_eq!(scales(&[1.0, 2.0]), [0.5]);
+        assert_eq!(scales(&[2.0, 1.0, 4.0]), [0.5, 0.25]);
+        assert_eq!(scales(&[3.0, 1.0]), [1.0, 1.0 / 3.0]);
+    }
+
+    #[test]
+    fn probabilities_and_their_combinations_agree_with_the_definition() {
+        let logits: Vec<f64> = (0..3 * 40).map(|i| ((i * 37) % 23) as f64 * 0.3).collect();
+        let labels = [0; 3];
+        let side = Side::new("student", &logits, &labels, [1, 3, 40], 37).expect("fits");
+        let mut mass = vec![0.0; 37];
+        let rows = Rows::read(&side, 0, &[0, 2], &[1.0, 2.0, 0.7], Some((2.0, &mut mass)));
+        let rows = rows.expect("finite");
+        let p = |s: usize, t: f64, j: usize| {
+            let row = &logits[s * 40..][..37];
+            (row[j] / t).exp() / row.iter().map(|x| (x / t).exp()).sum::<f64>()
+        };
+        let mut out = vec![0.5; 37];
+        rows.combine(1, &[(1.0, 2.0), (0.7, -1.0), (2.0, 3.0), (1.0, 1.0)], true, &mut out);
+        for j in 0..37 {
+            for t in [1.0, 2.0, 0.7] {
+                assert!((rows.probability(1, t, j) - p(2, t, j)).abs() < 1e-14);
+                assert!((rows.log_probability(0, t, j) - p(0, t, j).ln()).abs() < 1e-12);
+            }
+            assert!((mass[j] - p(0, 2.0, j) - p(2, 2.0, j)).abs() < 1e-14);
+            let expected = 0.5 + 3.0 * p(2, 1.0, j) - p(2, 0.7, j) + 3.0 * p(2, 2.0, j);
+            assert!((out[j] - expected).abs() < 1e-13);
+        }
+    }
+}

@@ -1,0 +1,152 @@
+use scylla_core::plugin::{AlignContext, AlignLoss, AlignNeeds, Aligner, AnswerLogits};
+use serde::Deserialize;
+
+use crate::answer::{Answer, Pair};
+use crate::loss::{Evaluation, Objective, loss, mean_of_sequences};
+use crate::multilevel_ot::Mode;
+use crate::reference_code::mean_cross_entropy;
+use crate::rows::Rows;
+use crate::scalar::dot;
+use crate::sorted::{Scratch, distance, probabilities};
+use crate::{Error, Result, Scalar};
+
+/// Universal Logit Distillation (arXiv:2402.12030): cross entropy, and beside it the mean distance (`uld`) between the
+/// probabilities of both sides at each position, each sorted, the smaller vocabulary padded with zeros.
+///
+/// `total = ce + distillation_weight uld`. In paper mode parts are means over a sequence's tokens, and those of a batch the
+/// mean over its sequences. In mode `reference-code` the cross entropy is the mean over all labels of the batch, and answers
+/// are as many rows as there are labels, from one before the first on.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Uld {
+    /// Published formula, or released code.
+    pub mode: Mode,
+    /// Weight of `uld`.
+    pub distillation_weight: f64,
+    /// Temperature of the student's logits in `uld`.
+    pub student_temperature: f64,
+    /// Temperature of the teacher's.
+    pub teacher_temperature: f64,
+    /// Leaves out the last of the student's labels (released code).
+    pub skip_student_eos: bool,
+    /// Leaves out the last of the teacher's labels (released code).
+    pub skip_teacher_eos: bool,
+}
+
+impl Default for Uld {
+    fn default() -> Self {
+        Self {
+            mode: Mode::Paper,
+            distillation_weight: 1.5,
+            student_temperature: 1.0,
+            teacher_temperature: 1.0,
+            skip_student_eos: false,
+            skip_teacher_eos: false,
+        }
+    }
+}
+
+impl Uld {
+    /// One sequence: cross entropy over `answer`'s rows (paper mode) and the distance over `student_rows`.
+    fn sequence<F: Scalar>(
+        &self,
+        pair: &Pair<'_, F>,
+        b: usize,
+        weights: [f64; 2],
+        mut gradient: Option<&mut [F]>,
+    ) -> Result<Evaluation> {
+        let (teacher, student) = (&pair.teacher, &pair.student);
+        let paper = self.mode == Mode::Paper;
+        let (answer, teacher_rows) = match paper {
+            true => (student.answer(b), teacher.answer(b).rows),
+            false => {
+                let rows = student.span(b, self.skip_student_eos)?.collect();
+                let tokens = Vec::new();
+                (Answer { rows, tokens }, teacher.span(b, self.skip_teacher_eos)?.collect())
+            }
+        };
+        let (hot, cold) = (self.student_temperature, self.teacher_temperature);
+        let s = Rows::read(student, b, &answer.rows, &[1.0, hot], None)?;
+        let t = Rows::read(teacher, b, &teacher_rows, &[cold], None)?;
+        let shared = s.len().min(t.len());
+        let ce_share = 1.0 / answer.tokens.len().max(1) as f64;
+        let share = 1.0 / shared.max(1) as f64;
+        let (mut ce, mut uld) = (0.0, 0.0);
+        let mut scratch = Scratch::default();
+        let (mut p, mut q, mut upstream) = (Vec::new(), Vec::new(), vec![F::zero(); student.vocab]);
+        let ce_weight = F::of(weights[0] * ce_share);
+        let slope = F::of(weights[1] * share / hot);
+        for (row, &at) in answer.rows.iter().enumerate() {
+            let token = answer.tokens.get(row);
+            if let Some(&token) = token {
+                ce -= ce_share * s.log_probability(row, 1.0, token).wide();
+            }
+            let mut dense = F::zero();
+            if row < shared {
+                probabilities(&t, row, cold, &mut p);
+                probabilities(&s, row, hot, &mut q);
+                uld += share * distance(&p, &q, &mut scratch, &mut upstream).wide();
+                dense = -slope * dot(&q, &upstream);
+            }
+            let Some(gradient) = gradient.as_deref_mut() else {
+                continue;
+            };
+            let out = &mut gradient[at * student.width..][..student.vocab];
+            if let Some(&token) = token {
+                s.add_probabilities(row, 1.0, ce_weight, out);
+                out[token] = out[token] - ce_weight;
+            }
+            if row < shared {
+                for ((out, &q), &g) in out.iter_mut().zip(&q).zip(&upstream) {
+                    *out = *out + q * (slope * g + dense);
+                }
+            }
+        }
+        Ok(Evaluation {
+            parts: vec![ce, uld],
+            notes: Vec::new(),
+        })
+    }
+}
+
+impl Objective for Uld {
+    fn parts(&self) -> Vec<(&'static str, f64)> {
+        vec![("ce", 1.0), ("uld", self.distillation_weight)]
+    }
+
+    fn evaluate<F: Scalar>(
+        &self,
+        pair: &Pair<'_, F>,
+        weights: &[f64],
+        mut gradient: Option<&mut [F]>,
+    ) -> Result<Evaluation> {
+        let paper = self.mode == Mode::Paper;
+        if paper && (self.skip_student_eos || self.skip_teacher_eos) {
+            return Err(Error::Invalid(
+                "labels are left out (skip_student_eos, skip_teacher_eos) in mode reference-code only".into(),
+            ));
+        }
+        let mut found = mean_of_sequences(pair, gradient.as_deref_mut(), |b, share, gradient| {
+            self.sequence(pair, b, [weights[0] * share, weights[1] * share], gradient)
+        })?;
+        if !paper {
+            found.parts[0] = mean_cross_entropy(&pair.student, weights[0], gradient)?;
+        }
+        Ok(found)
+    }
+}
+
+impl Aligner for Uld {
+    fn needs(&self) -> AlignNeeds {
+        AlignNeeds::default()
+    }
+
+    fn loss(
+        &self,
+        teacher: &AnswerLogits,
+        student: &AnswerLogits,
+        _: &AlignContext,
+    ) -> scylla_core::Result<AlignLoss> {
+        Ok(loss(self, teacher, student)?)
+    }
+}

@@ -1,0 +1,423 @@
+//! Softmax of long rows and its gradient, in f32 and f64: what losses over whole vocabularies are made of.
+//!
+//! Exponentials of one temperature give those of half of it by squaring, so a row is read once for both. Sums are of
+//! sixteen lanes, so they do not depend on the length of registers. NaN and infinity leave NaN in the sums.
+
+use super::elementwise::{EXP, LN2_HIGH, LN2_LOW, nearest};
+use super::probability;
+use super::simd::{Level, Simd, dispatch};
+
+const LANES: usize = 16;
+
+/// Values that are looked through for their largest before they are summed: they stay in the first cache.
+const BLOCK: usize = 2048;
+
+/// f32 or f64.
+pub trait Real:
+    Copy
+    + PartialOrd
+    + Send
+    + Sync
+    + std::ops::Add<Output = Self>
+    + std::ops::Sub<Output = Self>
+    + std::ops::Mul<Output = Self>
+    + std::ops::Neg<Output = Self>
+    + std::fmt::Debug
+    + 'static
+{
+    /// 0
+    const NULL: Self;
+    /// Minus infinity.
+    const LEAST: Self;
+    /// `e^x` for `x <= 0` within a few units in the last place; 0 where that is no normal number, NaN for NaN. `fma` says
+    /// whether the processor has fused multiply-adds.
+    fn exp_below(x: Self, fma: bool) -> Self;
+    /// `a * b + c`, fused where `fma`.
+    fn fused(a: Self, b: Self, c: Self, fma: bool) -> Self;
+    /// `|x|`
+    fn magnitude(self) -> Self;
+}
+
+impl Real for f32 {
+    const NULL: Self = 0.0;
+    const LEAST: Self = f32::NEG_INFINITY;
+
+    #[inline(always)]
+    fn exp_below(x: Self, fma: bool) -> Self {
+        const LOWEST: f32 = -87.0;
+        // NaN passes both comparisons.
+        let clamped = if x < LOWEST { LOWEST } else { x };
+        let (n, whole) = nearest(clamped * std::f32::consts::LOG2_E);
+        let r = Self::fused(-n, LN2_LOW, Self::fused(-n, LN2_HIGH, clamped, fma), fma);
+        let mut p = EXP[0];
+        for &c in &EXP[1..] {
+            p = Self::fused(p, r, c, fma);
+        }
+        let p = Self::fused(p * r, r, r, fma) + 1.0;
+        let power = f32::from_bits((whole.wrapping_add(127) as u32) << 23);
+        if x < LOWEST { 0.0 } else { p * power }
+    }
+
+    #[inline(always)]
+    fn fused(a: Self, b: Self, c: Self, fma: bool) -> Self {
+        if fma { a.mul_add(b, c) } else { a * b + c }
+    }
+
+    #[inline(always)]
+    fn magnitude(self) -> Self {
+        self.abs()
+    }
+}
+
+impl Real for f64 {
+    const NULL: Self = 0.0;
+    const LEAST: Self = f64::NEG_INFINITY;
+
+    #[inline(always)]
+    fn exp_below(x: Self, fma: bool) -> Self {
+        let e = probability::exp(x, fma);
+        if x <= 0.0 { e } else { x * f64::NAN }
+    }
+
+    #[inline(always)]
+    fn fused(a: Self, b: Self, c: Self, fma: bool) -> Self {
+        if fma { a.mul_add(b, c) } else { a * b + c }
+    }
+
+    #[inline(always)]
+    fn magnitude(self) -> Self {
+        self.abs()
+    }
+}
+
+/// What a softmax divides by.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sums<R> {
+    /// The largest value.
+    pub max: R,
+    /// `sum exp(scale (x - max))`
+    pub sum: R,
+    /// `sum exp(2 scale (x - max))`
+    pub squares: R,
+}
+
+#[inline(always)]
+fn total<R: Real>(lanes: &[R; LANES]) -> R {
+    let mut sum = [R::NULL; 4];
+    for (i, &lane) in lanes.iter().enumerate() {
+        sum[i % 4] = sum[i % 4] + lane;
+    }
+    (sum[0] + sum[2]) + (sum[1] + sum[3])
+}
+
+#[inline(always)]
+fn greater<R: Real>(a: R, b: R) -> R {
+    if b > a { b } else { a }
+}
+
+/// Sums of a row at `scale > 0` and at twice that. Of an empty row, and of one without a finite largest value, they are NaN.
+pub fn sums<R: Real>(x: &[R], scale: R) -> Sums<R> {
+    dispatch!(Level::detect(), sums_of(x, scale): (x: &[R], scale: R) [Sums<R>] <R: Real>)
+}
+
+#[inline(always)]
+fn sums_of<S: Simd, R: Real>(x: &[R], scale: R) -> Sums<R> {
+    let mut max = R::LEAST;
+    let (mut sum, mut squares) = ([R::NULL; LANES], [R::NULL; LANES]);
+    for block in x.chunks(BLOCK) {
+        let (tiles, rest) = block.as_chunks::<LANES>();
+        let mut lanes = [max; LANES];
+        for tile in tiles {
+            for i in 0..LANES {
+                lanes[i] = greater(lanes[i], tile[i]);
+            }
+        }
+        let largest = lanes.iter().chain(rest).copied().fold(max, greater);
+        if largest > max {
+            // What was summed so far was relative to the largest value of then; at first that is nothing.
+            let less = match max > R::LEAST {
+                true => R::exp_below((max - largest) * scale, S::FMA),
+                false => R::NULL,
+            };
+            for i in 0..LANES {
+                sum[i] = sum[i] * less;
+                squares[i] = squares[i] * (less * less);
+            }
+            max = largest;
+        }
+        for tile in tiles {
+            for i in 0..LANES {
+                let e = R::exp_below((tile[i] - max) * scale, S::FMA);
+                sum[i] = sum[i] + e;
+                squares[i] = R::fused(e, e, squares[i], S::FMA);
+            }
+        }
+        for (i, &x) in rest.iter().enumerate() {
+            let e = R::exp_below((x - max) * scale, S::FMA);
+            sum[i] = sum[i] + e;
+            squares[i] = squares[i] + e * e;
+        }
+    }
+    let nothing = max - max; // NaN where there is no finite largest value
+    Sums {
+        max,
+        sum: total(&sum) + nothing,
+        squares: total(&squares) + nothing,
+    }
+}
+
+/// `out += factor exp(scale (x - max))`
+pub fn accumulate<R: Real>(x: &[R], max: R, scale: R, factor: R, out: &mut [R]) {
+    assert_eq!(x.len(), out.len());
+    dispatch!(Level::detect(), accumulate_of(x, max, scale, factor, out): (x: &[R], max: R, scale: R, factor: R, out: &mut [R]) <R: Real>);
+}
+
+#[inline(always)]
+fn accumulate_of<S: Simd, R: Real>(x: &[R], max: R, scale: R, factor: R, out: &mut [R]) {
+    each::<R>(x, out, |x, out| {
+        let e = R::exp_below((x - max) * scale, S::FMA);
+        R::fused(factor, e, out, S::FMA)
+    });
+}
+
+/// `out = e (a + b e)` with `e = exp(scale (x - max))`, added to what is there where `add`: the dense part of a gradient
+/// through softmax at one temperature and at half of it.
+pub fn combine<R: Real>(x: &[R], max: R, scale: R, a: R, b: R, add: bool, out: &mut [R]) {
+    assert_eq!(x.len(), out.len());
+    dispatch!(Level::detect(), combine_of(x, max, scale, a, b, add, out): (x: &[R], max: R, scale: R, a: R, b: R, add: bool, out: &mut [R]) <R: Real>);
+}
+
+#[inline(always)]
+fn combine_of<S: Simd, R: Real>(
+    x: &[R],
+    max: R,
+    scale: R,
+    a: R,
+    b: R,
+    add: bool,
+    out: &mut [R],
+) {
+    let value = |x: R| {
+        let e = R::exp_below((x - max) * scale, S::FMA);
+        e * R::fused(b, e, a, S::FMA)
+    };
+    match add {
+        true => each::<R>(x, out, |x, out| out + value(x)),
+        false => each::<R>(x, out, |x, _| value(x)),
+    }
+}
+
+/// Changes each value beside its input.
+#[inline(always)]
+fn each<R: Real>(x: &[R], out: &mut [R], change: impl Fn(R, R) -> R) {
+    let (tiles, rest) = x.as_chunks::<LANES>();
+    let (outs, last) = out.as_chunks_mut::<LANES>();
+    for (tile, out) in tiles.iter().zip(outs) {
+        for i in 0..LANES {
+            out[i] = change(tile[i], out[i]);
+        }
+    }
+    for (&x, out) in rest.iter().zip(last) {
+        *out = change(x, *out);
+    }
+}
+
+/// Distances of the first kind between rows of `x` `[N, K]` and columns of `y` `[K, M]`: `out` `[N, M]` gets
+/// `sum_k |x_nk - y_km|`.
+pub fn distances<R: Real>(x: &[R], y: &[R], k: usize, out: &mut [R]) {
+    assert!(k > 0 && x.len().is_multiple_of(k) && y.len().is_multiple_of(k));
+    assert_eq!(out.len(), x.len() / k * (y.len() / k));
+    dispatch!(Level::detect(), distances_of(x, y, k, out): (x: &[R], y: &[R], k: usize, out: &mut [R]) <R: Real>);
+}
+
+#[inline(always)]
+fn distances_of<S: Simd, R: Real>(x: &[R], y: &[R], k: usize, out: &mut [R]) {
+    let m = y.len() / k;
+    for (x, out) in x.chunks_exact(k).zip(out.chunks_exact_mut(m)) {
+        out.fill(R::NULL);
+        for (&x, y) in x.iter().zip(y.chunks_exact(m)) {
+            each::<R>(y, out, |y, out| out + (x - y).magnitude());
+        }
+    }
+}
+
+/// The gradient of [`distances`] with respect to `y`: `out` `[K, M]` gets `sum_n upstream_nm sign(y_km - x_nk)`, where the
+/// sign of 0 is 0.
+pub fn distances_gradient<R: Real>(x: &[R], y: &[R], k: usize, upstream: &[R], out: &mut [R]) {
+    assert!(k > 0 && x.len().is_multiple_of(k) && y.len().is_multiple_of(k));
+    assert_eq!(upstream.len(), x.len() / k * (y.len() / k));
+    assert_eq!(out.len(), y.len());
+    dispatch!(Level::detect(), distances_gradient_of(x, y, k, upstream, out): (x: &[R], y: &[R], k: usize, upstream: &[R], out: &mut [R]) <R: Real>);
+}
+
+#[inline(always)]
+fn distances_gradient_of<S: Simd, R: Real>(
+    x: &[R],
+    y: &[R],
+    k: usize,
+    upstream: &[R],
+    out: &mut [R],
+) {
+    let m = y.len() / k;
+    out.fill(R::NULL);
+    for (x, upstream) in x.chunks_exact(k).zip(upstream.chunks_exact(m)) {
+        for ((&x, y), out) in x
+            .iter()
+            .zip(y.chunks_exact(m))
+            .zip(out.chunks_exact_mut(m))
+        {
+            for ((&y, &g), out) in y.iter().zip(upstream).zip(out) {
+                let up = if y > x { g } else { R::NULL };
+                let down = if y < x { g } else { R::NULL };
+                *out = *out + (up - down);
+            }
+        }
+    }
+}
+
+/// `matrix` `[N, M]` times `v` `[M]` into `out` `[N]`.
+pub fn times<R: Real>(matrix: &[R], v: &[R], out: &mut [R]) {
+    assert_eq!(matrix.len(), v.len() * out.len());
+    dispatch!(Level::detect(), times_of(matrix, v, out): (matrix: &[R], v: &[R], out: &mut [R]) <R: Real>);
+}
+
+#[inline(always)]
+fn times_of<S: Simd, R: Real>(matrix: &[R], v: &[R], out: &mut [R]) {
+    let (vs, last) = v.as_chunks::<LANES>();
+    for (row, out) in matrix.chunks_exact(v.len()).zip(out) {
+        let (tiles, rest) = row.as_chunks::<LANES>();
+        let mut lanes = [R::NULL; LANES];
+        for (tile, v) in tiles.iter().zip(vs) {
+            for i in 0..LANES {
+                lanes[i] = R::fused(tile[i], v[i], lanes[i], S::FMA);
+            }
+        }
+        for (i, (&r, &v)) in rest.iter().zip(last).enumerate() {
+            lanes[i] = lanes[i] + r * v;
+        }
+        *out = total(&lanes);
+    }
+}
+
+/// `u` `[N]` times `matrix` `[N, M]` added to `out` `[M]`.
+pub fn add_transposed_times<R: Real>(matrix: &[R], u: &[R], out: &mut [R]) {
+    assert_eq!(matrix.len(), u.len() * out.len());
+    dispatch!(Level::detect(), add_transposed_of(matrix, u, out): (matrix: &[R], u: &[R], out: &mut [R]) <R: Real>);
+}
+
+#[inline(always)]
+fn add_transposed_of<S: Simd, R: Real>(matrix: &[R], u: &[R], out: &mut [R]) {
+    for (row, &u) in matrix.chunks_exact(out.len()).zip(u) {
+        each::<R>(row, out, |r, out| R::fused(r, u, out, S::FMA));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZES: [usize; 7] = [1, 5, 16, 33, 2048, 2049, 6001];
+
+    fn row(n: usize) -> Vec<f64> {
+        let value = |i: usize| ((i * 7919) % 1009) as f64 * 0.02 - 9.0;
+        // The largest comes late, so that what was summed before is lessened.
+        (0..n).map(|i| value(i) + i as f64 * 1e-3).collect()
+    }
+
+    fn single(x: &[f64]) -> Vec<f32> {
+        x.iter().map(|&x| x as f32).collect()
+    }
+
+    #[test]
+    fn sums_follow_the_library_function_in_both_precisions() {
+        for n in SIZES {
+            let x = row(n);
+            let found = sums(&x, 0.5);
+            let max = x.iter().copied().fold(f64::MIN, f64::max);
+            let at = |scale: f64| -> f64 { x.iter().map(|x| (scale * (x - max)).exp()).sum() };
+            assert_eq!(found.max, max);
+            assert!((found.sum / at(0.5) - 1.0).abs() < 1e-13, "{n}");
+            assert!((found.squares / at(1.0) - 1.0).abs() < 1e-13, "{n}");
+            let found = sums(&single(&x), 0.5);
+            assert!((f64::from(found.sum) / at(0.5) - 1.0).abs() < 2e-6, "{n}");
+            assert!((f64::from(found.squares) / at(1.0) - 1.0).abs() < 2e-6);
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_leaves_nan_and_minus_infinity_has_no_mass() {
+        for n in [1, 17, 3000] {
+            for bad in [f64::NAN, f64::INFINITY] {
+                for at in [0, n / 2, n - 1] {
+                    let mut x = row(n);
+                    x[at] = bad;
+                    assert!(sums(&x, 1.0).sum.is_nan(), "{n} {bad} {at}");
+                    assert!(sums(&single(&x), 1.0).sum.is_nan(), "{n} {bad} {at}");
+                }
+            }
+        }
+        assert!(sums::<f32>(&[], 1.0).sum.is_nan());
+        assert!(sums(&[f64::NEG_INFINITY; 20], 1.0).sum.is_nan());
+        assert_eq!(sums(&[f32::NEG_INFINITY, 1.0], 1.0).sum, 1.0);
+        assert_eq!(sums(&[f64::NEG_INFINITY, 1.0], 1.0).sum, 1.0);
+    }
+
+    #[test]
+    fn weighted_exponentials_equal_the_plain_loops() {
+        for n in SIZES {
+            let x = row(n);
+            let max = sums(&x, 1.0).max;
+            let mut mass: Vec<f64> = (0..n).map(|i| i as f64).collect();
+            accumulate(&x, max, 0.5, 3.0, &mut mass);
+            let mut out = vec![7.0; n];
+            combine(&x, max, 0.5, 2.0, -3.0, false, &mut out);
+            let mut more = out.clone();
+            combine(&x, max, 0.5, 2.0, -3.0, true, &mut more);
+            for i in 0..n {
+                let e = (0.5 * (x[i] - max)).exp();
+                assert!((mass[i] - (i as f64 + 3.0 * e)).abs() < 1e-11);
+                let expected = e * (2.0 - 3.0 * e);
+                assert!((out[i] - expected).abs() < 1e-13);
+                assert!((more[i] - 2.0 * expected).abs() < 1e-13);
+            }
+        }
+    }
+
+    #[test]
+    fn distances_their_gradient_and_products_equal_the_plain_loops() {
+        for (n, m, k) in [(1, 1, 1), (3, 17, 5), (20, 35, 7)] {
+            let (x, y, g) = (row(n * k), row(m * k), row(n * m));
+            let mut found = vec![f64::NAN; n * m];
+            distances(&x, &y, k, &mut found);
+            let mut gradient = vec![f64::NAN; k * m];
+            distances_gradient(&x, &y, k, &g, &mut gradient);
+            for i in 0..n {
+                for j in 0..m {
+                    let expected: f64 = (0..k).map(|l| (x[i * k + l] - y[l * m + j]).abs()).sum();
+                    assert!((found[i * m + j] - expected).abs() < 1e-12);
+                }
+            }
+            for l in 0..k {
+                for j in 0..m {
+                    let sign = |d: f64| if d == 0.0 { 0.0 } else { d.signum() };
+                    let of = |i: usize| g[i * m + j] * sign(y[l * m + j] - x[i * k + l]);
+                    let expected: f64 = (0..n).map(of).sum();
+                    assert!((gradient[l * m + j] - expected).abs() < 1e-9);
+                }
+            }
+            let (v, u) = (row(m), row(n));
+            let mut product = vec![0.0; n];
+            times(&g, &v, &mut product);
+            let mut across = vec![1.0; m];
+            add_transposed_times(&g, &u, &mut across);
+            for i in 0..n {
+                let expected: f64 = (0..m).map(|j| g[i * m + j] * v[j]).sum();
+                assert!((product[i] - expected).abs() < 1e-9);
+            }
+            for j in 0..m {
+                let expected: f64 = 1.0 + (0..n).map(|i| g[i * m + j] * u[i]).sum::<f64>();
+                assert!((across[j] - expected).abs() < 1e-9);
+            }
+        }
+    }
+}
