@@ -52,7 +52,8 @@ impl<'a, F: Scalar> Side<'a, F> {
             found,
         };
         if logits.len() != batch * seq * width || labels.len() != batch * seq {
-            let expected = format!("{name} logits [{batch}, {seq}, {width}] and labels [{batch}, {seq}]");
+            let expected =
+                format!("{name} logits [{batch}, {seq}, {width}] and labels [{batch}, {seq}]");
             let found = format!("{} logits, {} labels", logits.len(), labels.len());
             return Err(shape("answers", expected, found));
         }
@@ -125,12 +126,20 @@ impl<'a, F: Scalar> Side<'a, F> {
     /// # Errors
     /// Where none were given, or not one a token.
     pub(crate) fn byte_lengths(&self, b: usize, tokens: usize) -> Result<Vec<usize>> {
-        let missing = || Error::Invalid(format!("byte offsets of the {}'s answers are needed", self.name));
+        let missing = || {
+            Error::Invalid(format!(
+                "byte offsets of the {}'s answers are needed",
+                self.name
+            ))
+        };
         let offsets = self.offsets.and_then(|o| o.get(b)).ok_or_else(missing)?;
         if offsets.len() != tokens {
             return Err(Error::Shape {
                 what: "byte offsets",
-                expected: format!("one for each of the {tokens} tokens of {} answer {b}", self.name),
+                expected: format!(
+                    "one for each of the {tokens} tokens of {} answer {b}",
+                    self.name
+                ),
                 found: format!("{}", offsets.len()),
             });
         }
@@ -184,7 +193,9 @@ mod tests {
 
     #[test]
     fn rows_precede_the_tokens_they_predict() {
-        let labels = [-100, -100, 3, 1, -100, 2, /**/ 1, -100, -100, -100, -100, -100];
+        let labels = [
+            -100, -100, 3, 1, -100, 2, /**/ 1, -100, -100, -100, -100, -100,
+        ];
         let logits = [0.0f64; 2 * 6 * 4];
         let side = Side::new("student", &logits, &labels, [2, 6, 4], 4).expect("fits");
         let expected = Answer {

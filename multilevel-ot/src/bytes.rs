@@ -4,6 +4,58 @@ use std::ops::Range;
 
 use crate::{Error, Result};
 
+/// Offsets of each token within its answer, by side.
+pub type Offsets = Vec<(usize, usize)>;
+
+/// Where the tokens of two tokenizations of one answer lie in its bytes, the student's and the teacher's. Arguments are the
+/// bytes of each token, none for special ones. White space around the answer that only one side has, as the space that
+/// SentencePiece puts first or the line break of a chat template, belongs to no byte of it.
+///
+/// # Errors
+/// If the two are different texts.
+pub fn offsets(student: &[&[u8]], teacher: &[&[u8]]) -> Result<(Offsets, Offsets)> {
+    let [own, other] = [student.concat(), teacher.concat()];
+    if own == other {
+        return Ok((
+            within(student, 0..own.len()),
+            within(teacher, 0..other.len()),
+        ));
+    }
+    let [core, others] = [core(&own), core(&other)];
+    if own[core.clone()] == other[others.clone()] {
+        return Ok((within(student, core), within(teacher, others)));
+    }
+    let differs = own[core.clone()].iter().zip(&other[others.clone()]);
+    let at = differs.take_while(|(a, b)| a == b).count();
+    let shown = |text: &[u8], from: usize| {
+        let text = &text[(from + at).saturating_sub(10).max(from)..];
+        String::from_utf8_lossy(&text[..text.len().min(30)]).into_owned()
+    };
+    Err(Error::Invalid(format!(
+        "student and teacher did not write the same answer: they differ from byte {at} on, `{}` and `{}`",
+        shown(&own, core.start),
+        shown(&other, others.start)
+    )))
+}
+
+/// What is left without the white space around it.
+fn core(text: &[u8]) -> Range<usize> {
+    let start = text.len() - text.trim_ascii_start().len();
+    start..text.trim_ascii_end().len().max(start)
+}
+
+/// Offsets of tokens relative to a range of their bytes; what lies outside is cut off.
+fn within(tokens: &[&[u8]], range: Range<usize>) -> Offsets {
+    let mut at = 0;
+    let place = |token: &&[u8]| {
+        let inside = |at: usize| at.clamp(range.start, range.end) - range.start;
+        let from = inside(at);
+        at += token.len();
+        (from, inside(at))
+    };
+    tokens.iter().map(place).collect()
+}
+
 /// Tokens of both sides that cover the same bytes; none could be cut into two such groups.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Group {
@@ -14,7 +66,8 @@ pub struct Group {
 }
 
 /// Cuts two tokenizations of the same bytes into the smallest groups whose ends coincide, as ALM (arXiv:2503.20083) and
-/// GOLD do. Arguments are the bytes of each token; one without any, as a BOS, joins the group that begins there.
+/// GOLD do. Arguments are the bytes of each token. One without any, as a BOS, joins the group that begins there; those at
+/// the end of both sides, as an EOS, are a group of their own, and at the end of one side belong to its last group.
 ///
 /// # Errors
 /// If the two cover different numbers of bytes.
@@ -24,6 +77,16 @@ pub fn groups(student: &[usize], teacher: &[usize]) -> Result<Vec<Group>> {
         return Err(Error::Invalid(format!(
             "the student's tokens cover {all} bytes, the teacher's {others}: not the same text"
         )));
+    }
+    let ends = [student, teacher].map(|side| side.iter().rev().take_while(|&&b| b == 0).count());
+    if all > 0 && ends.iter().all(|&end| end > 0) {
+        let [s, t] = [student.len() - ends[0], teacher.len() - ends[1]];
+        let mut found = groups(&student[..s], &teacher[..t])?;
+        found.push(Group {
+            student: s..student.len(),
+            teacher: t..teacher.len(),
+        });
+        return Ok(found);
     }
     let mut groups = Vec::new();
     let (mut s, mut t) = (0, 0);
@@ -81,6 +144,35 @@ mod tests {
         assert_eq!(of(&[3, 2], &[0, 3, 2]), [(0..1, 0..2), (1..2, 2..3)]);
         assert_eq!(of(&[3, 2, 0], &[3, 2]), [(0..1, 0..1), (1..3, 1..2)]);
         assert_eq!(of(&[], &[]), []);
+        // End tokens of both predict the end after the same bytes.
+        let ends = [(0..1, 0..2), (1..2, 2..4)];
+        assert_eq!(of(&[3, 0], &[2, 1, 0, 0]), ends);
+        assert_eq!(of(&[0], &[0, 0]), [(0..1, 0..2)]);
+    }
+
+    #[test]
+    fn offsets_are_those_of_the_answer_without_the_space_that_one_side_has() {
+        let of = |student: &[&str], teacher: &[&str]| {
+            let bytes = |side: &[&str]| side.iter().map(|t| t.as_bytes().to_vec()).collect();
+            let [s, t]: [Vec<Vec<u8>>; 2] = [bytes(student), bytes(teacher)];
+            let s: Vec<&[u8]> = s.iter().map(Vec::as_slice).collect();
+            let t: Vec<&[u8]> = t.iter().map(Vec::as_slice).collect();
+            offsets(&s, &t)
+        };
+        let (s, t) = of(&[" Par", "is", ""], &["Paris", "", "\n"]).expect("one answer");
+        assert_eq!(s, [(0, 3), (3, 5), (5, 5)]);
+        assert_eq!(t, [(0, 5), (5, 5), (5, 5)]);
+        // A space that both have is a byte like any other.
+        let (s, t) = of(&[" ", "a"], &[" a"]).expect("one answer");
+        assert_eq!((s, t), (vec![(0, 1), (1, 2)], vec![(0, 2)]));
+        let error = of(&["Paris"], &["Pa", "lermo"])
+            .expect_err("refused")
+            .to_string();
+        assert!(
+            error.contains("byte 2") && error.contains("Palermo"),
+            "{error}"
+        );
+        assert_eq!(of(&["", ""], &[]).expect("nothing").0, [(0, 0), (0, 0)]);
     }
 
     #[test]

@@ -4,10 +4,15 @@
 //! over different vocabularies, one file each. Losses over logits are computed on plain numbers, in the student's precision,
 //! with gradients written out; the parts of a loss carry their names and weights. This crate never decodes.
 
+mod alm;
 mod answer;
 pub mod bytes;
+mod chunks;
+mod dskd;
+mod gold;
 mod loss;
 mod matching;
+mod mined;
 mod multilevel_ot;
 mod reference_code;
 mod rows;
@@ -16,11 +21,19 @@ mod sorted;
 mod top;
 pub mod transport;
 mod uld;
+mod vocabulary;
+mod x_token;
 
+pub use alm::Alm;
 pub use answer::IGNORED;
+pub use dskd::{Dskd, DskdSettings, Space};
+pub use gold::{Gold, GoldSettings};
+pub use mined::{MinEd, MinEdSettings};
 pub use multilevel_ot::{Matching, Mode, MultiLevelOt, SinkhornForm};
 pub use scalar::Scalar;
 pub use uld::Uld;
+pub use vocabulary::{Nearest, Projection, Vocabulary, edits};
+pub use x_token::{XToken, XTokenLoss, XTokenSettings};
 
 /// Result with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;

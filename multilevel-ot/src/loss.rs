@@ -5,6 +5,7 @@ use std::sync::Arc;
 use candle_core::{
     CpuStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, WithDType,
 };
+use scylla_core::kernels::zeros;
 use scylla_core::plugin::{AlignLoss, AnswerLogits, Part};
 
 use crate::answer::{Pair, Side};
@@ -159,7 +160,7 @@ impl Inputs {
         with_slice::<F, _>(&self.teacher.logits, |teacher| {
             with_slice::<F, _>(&self.student.logits, |student| {
                 let pair = Pair::new(self.teacher.side(teacher)?, self.student.side(student)?)?;
-                let mut gradient = wanted.then(|| vec![<F as num_traits::Zero>::zero(); student.len()]);
+                let mut gradient = wanted.then(|| zeros::<F>(student.len()));
                 let found = objective.evaluate(&pair, weights, gradient.as_deref_mut())?;
                 let shape = Shape::from(&self.student.shape[..]);
                 let gradient = gradient.map(|g| -> Result<Tensor> {
@@ -223,7 +224,12 @@ impl CustomOp1 for Known {
         Ok((self.storage(of.dtype())?, Shape::from(())))
     }
 
-    fn bwd(&self, _: &Tensor, _: &Tensor, upstream: &Tensor) -> candle_core::Result<Option<Tensor>> {
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        upstream: &Tensor,
+    ) -> candle_core::Result<Option<Tensor>> {
         let gradient = (self.gradient)().map_err(candle_core::Error::wrap)?;
         let factor = upstream.to_dtype(DType::F64)?.to_scalar::<f64>()?;
         match factor == 1.0 {
@@ -261,6 +267,7 @@ pub(crate) fn loss<O: Objective>(
         )));
     }
     let total = found.parts.iter().zip(&weights).map(|(p, w)| p * w).sum();
+    let known = gradient.clone();
     let missing = || Error::Invalid("the gradient was not computed".into());
     let total = Known {
         value: total,
@@ -269,7 +276,9 @@ pub(crate) fn loss<O: Objective>(
     let mut parts = Vec::new();
     for (at, ((name, weight), &value)) in named.iter().zip(&found.parts).enumerate() {
         let (inputs, objective) = (Arc::clone(&inputs), objective.clone());
-        let alone: Vec<f64> = (0..named.len()).map(|i| f64::from(u8::from(i == at))).collect();
+        let alone: Vec<f64> = (0..named.len())
+            .map(|i| f64::from(u8::from(i == at)))
+            .collect();
         let gradient = move || {
             let (_, gradient) = inputs.run(&objective, &alone, true)?;
             gradient.ok_or_else(missing)
@@ -287,6 +296,7 @@ pub(crate) fn loss<O: Objective>(
     Ok(AlignLoss {
         total: total.tensor(&of)?,
         parts,
+        gradient: known,
         notes: found.notes,
     })
 }

@@ -37,11 +37,15 @@ pub(crate) fn assign(cost: &[f64], n: usize) -> Result<Assignment> {
     let unit = (i64::MAX / 8) as f64 / (n as f64 * largest);
     let unit = unit.min((1u64 << 50) as f64 / largest);
     let whole: Vec<i64> = cost.iter().map(|c| (c * unit).round() as i64).collect();
-    let matrix = Matrix::from_vec(n, m, whole)
-        .map_err(|e| Error::Invalid(format!("assignment: {e}")))?;
+    let matrix =
+        Matrix::from_vec(n, m, whole).map_err(|e| Error::Invalid(format!("assignment: {e}")))?;
     let (_, columns) = kuhn_munkres_min(&matrix);
     Ok(Assignment {
-        cost: columns.iter().enumerate().map(|(i, &j)| cost[i * m + j]).sum(),
+        cost: columns
+            .iter()
+            .enumerate()
+            .map(|(i, &j)| cost[i * m + j])
+            .sum(),
         rows: worth(cost, m, &columns),
         columns,
     })

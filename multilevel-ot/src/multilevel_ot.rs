@@ -50,8 +50,8 @@ pub enum SinkhornForm {
 /// and Sinkhorn distance (`sd`) between probabilities of matched tokens, the `k` heaviest of each sequence.
 ///
 /// `total = ce + alpha (had + beta sl + gamma sd)`. In paper mode parts are sums over a sequence's tokens, and those of a
-/// batch the mean over its sequences. Where teacher and student have different numbers of tokens, `had` and `sl` compare the
-/// first of both, and `sd` is the transport between equal masses in all, as much as the smaller number.
+/// batch the mean over its sequences. Where teacher and student have different numbers of tokens, the ranking, `had` and `sl`
+/// take the first that both have, and `sd` is the transport between equal masses in all, as much as the smaller number.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(try_from = "Given")]
 pub struct MultiLevelOt {
@@ -131,12 +131,20 @@ impl MultiLevelOt {
         ];
         for (name, value) in positive {
             if !(value > 0.0 && value.is_finite()) {
-                return Err(Error::Invalid(format!("{name} {value} must be finite and above 0")));
+                return Err(Error::Invalid(format!(
+                    "{name} {value} must be finite and above 0"
+                )));
             }
         }
-        for (name, value) in [("alpha", self.alpha), ("beta", self.beta), ("gamma", self.gamma)] {
+        for (name, value) in [
+            ("alpha", self.alpha),
+            ("beta", self.beta),
+            ("gamma", self.gamma),
+        ] {
             if !(value >= 0.0 && value.is_finite()) {
-                return Err(Error::Invalid(format!("{name} {value} must be finite and not negative")));
+                return Err(Error::Invalid(format!(
+                    "{name} {value} must be finite and not negative"
+                )));
             }
         }
         if self.k == 0 {
@@ -179,19 +187,35 @@ impl MultiLevelOt {
             )));
         }
         let answer = student.answer(b);
+        let rows = teacher.answer(b).rows;
+        let shared = answer.rows.len().min(rows.len());
         let hot = self.student_temperature;
         let mut mass = vec![F::zero(); student.vocab];
         let temperatures = [1.0, hot, self.sd_temperature];
-        let s = Rows::read(student, b, &answer.rows, &temperatures, Some((hot, &mut mass)))?;
+        let s = Rows::read(
+            student,
+            b,
+            &answer.rows,
+            &temperatures,
+            Some((hot, shared, &mut mass)),
+        )?;
         let own = mass;
         let mut mass = vec![F::zero(); teacher.vocab];
         let cold = self.teacher_temperature;
-        let rows = teacher.answer(b).rows;
         // The same list of temperatures, so that equal logits give bit for bit equal probabilities.
         let temperatures = [1.0, cold, self.sd_temperature];
-        let t = Rows::read(teacher, b, &rows, &temperatures, Some((cold, &mut mass)))?;
+        let t = Rows::read(
+            teacher,
+            b,
+            &rows,
+            &temperatures,
+            Some((cold, shared, &mut mass)),
+        )?;
         let ranked = heaviest(&mass, self.k);
-        let (p, wide) = (t.gather(cold, &ranked), t.gather(self.sd_temperature, &ranked));
+        let (p, wide) = (
+            t.gather(cold, &ranked),
+            t.gather(self.sd_temperature, &ranked),
+        );
         let (matched, gap) = match self.matching {
             Matching::Rank => (heaviest(&own, self.k), None),
             Matching::Assignment => {
@@ -239,8 +263,7 @@ impl MultiLevelOt {
         distances(&rows, q, tokens, &mut cost);
         let cost: Vec<f64> = cost.iter().map(|c| c.wide()).collect();
         let found = assign(&cost, k)?;
-        // A token that was no candidate costs a row at least the difference of their masses over the tokens compared,
-        // of which its own is at most that over all.
+        // A token that was no candidate costs a row at least the difference of their masses.
         let outside = all.get(candidates.len()).map(|&j| own[j].wide());
         let gap = outside.map_or(0.0, |outside| {
             let compared = |i: usize| (0..tokens).map(|t| p[t * k + i].wide()).sum::<f64>();
@@ -262,7 +285,10 @@ impl MultiLevelOt {
         let mut cost = vec![F::zero(); n * m];
         distances(t, &s, k, &mut cost);
         let mass = n.min(m) as f64;
-        let (a, b) = (vec![F::of(mass / n as f64); n], vec![F::of(mass / m as f64); m]);
+        let (a, b) = (
+            vec![F::of(mass / n as f64); n],
+            vec![F::of(mass / m as f64); m],
+        );
         let problem = Problem {
             cost: &cost,
             a: &a,
@@ -329,7 +355,13 @@ impl<'a, F: Scalar> Terms<'a, F> {
     }
 
     /// HAD and SL against the teacher's `p` `[T, k]`, of the rows that both have.
-    fn compare(&mut self, temperature: f64, p: &[F], had_weight: f64, sl_weight: f64) -> (f64, f64) {
+    fn compare(
+        &mut self,
+        temperature: f64,
+        p: &[F],
+        had_weight: f64,
+        sl_weight: f64,
+    ) -> (f64, f64) {
         let k = self.matched.len();
         let (had_weight, sl_weight) = (F::of(had_weight), F::of(sl_weight));
         let slope = F::one() / F::of(temperature);
@@ -473,7 +505,9 @@ impl TryFrom<Given> for MultiLevelOt {
             Mode::ReferenceCode => Self::reference_code(),
         };
         if g.alpha.is_some() && g.distillation_weight.is_some_and(|w| Some(w) != g.alpha) {
-            return Err(Error::Invalid("alpha and distillation_weight are the same and differ".into()));
+            return Err(Error::Invalid(
+                "alpha and distillation_weight are the same and differ".into(),
+            ));
         }
         let settings = Self {
             mode: g.mode,
@@ -487,7 +521,9 @@ impl TryFrom<Given> for MultiLevelOt {
             teacher_temperature: g.teacher_temperature.unwrap_or(own.teacher_temperature),
             sd_temperature: g.sd_temperature.unwrap_or(own.sd_temperature),
             matching: g.matching.unwrap_or(own.matching),
-            candidates: g.candidates.unwrap_or(own.candidates.max(4 * g.k.unwrap_or(own.k))),
+            candidates: g
+                .candidates
+                .unwrap_or(own.candidates.max(4 * g.k.unwrap_or(own.k))),
             sinkhorn: g.sinkhorn.unwrap_or(own.sinkhorn),
             skip_student_eos: g.skip_student_eos.unwrap_or(own.skip_student_eos),
             skip_teacher_eos: g.skip_teacher_eos.unwrap_or(own.skip_teacher_eos),

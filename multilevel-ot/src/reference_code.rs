@@ -27,7 +27,10 @@ pub(crate) fn mean_cross_entropy<F: Scalar>(
     let answers: Vec<_> = (0..side.batch).map(|b| side.answer(b)).collect();
     let tokens: usize = answers.iter().map(|a| a.tokens.len()).sum();
     if tokens == 0 {
-        return Err(Error::Invalid(format!("no row predicts a {} label", side.name)));
+        return Err(Error::Invalid(format!(
+            "no row predicts a {} label",
+            side.name
+        )));
     }
     let share = F::of(weight / tokens as f64);
     let mut sum = 0.0;
@@ -51,7 +54,7 @@ struct Row<'a, F> {
     z: &'a [F],
     mean: F,
     deviation: F,
-    max: F,
+    reference: F,
     /// What the logits are divided by, temperature and deviation together.
     heat: F,
     total: F,
@@ -71,7 +74,7 @@ impl<'a, F: Scalar> Row<'a, F> {
                 z,
                 mean,
                 deviation,
-                max: sums.max,
+                reference: sums.reference,
                 heat,
                 total: sums.sum,
             }),
@@ -83,15 +86,28 @@ impl<'a, F: Scalar> Row<'a, F> {
     }
 
     fn probability(&self, j: usize) -> F {
-        ((self.z[j] - self.max) / self.heat).exp() / self.total
+        ((self.z[j] - self.reference) / self.heat).exp() / self.total
     }
 
     fn add_probabilities(&self, factor: F, out: &mut [F]) {
-        accumulate(self.z, self.max, F::one() / self.heat, factor / self.total, out);
+        accumulate(
+            self.z,
+            self.reference,
+            F::one() / self.heat,
+            factor / self.total,
+            out,
+        );
     }
 
     /// Adds the gradient of what has `upstream` with respect to the probabilities of `tokens`. `scratch` is `[V]`.
-    fn through(&self, tokens: &[usize], upstream: &[F], temperature: f64, scratch: &mut [F], out: &mut [F]) {
+    fn through(
+        &self,
+        tokens: &[usize],
+        upstream: &[F],
+        temperature: f64,
+        scratch: &mut [F],
+        out: &mut [F],
+    ) {
         scratch.fill(F::zero());
         self.add_probabilities(F::one(), scratch);
         let expected = dot(scratch, self.z);
@@ -187,7 +203,9 @@ fn through_softmax<F: Scalar>(p: &[F], upstream: &[F], k: usize, temperature: f6
 
 fn transposed<F: Scalar>(x: &[F], k: usize) -> Vec<F> {
     let n = x.len() / k;
-    (0..k).flat_map(|i| (0..n).map(move |r| x[r * k + i])).collect()
+    (0..k)
+        .flat_map(|i| (0..n).map(move |r| x[r * k + i]))
+        .collect()
 }
 
 /// The loss of a batch.
@@ -200,7 +218,12 @@ pub(crate) fn evaluate<F: Scalar>(
     let (student, teacher) = (&pair.student, &pair.teacher);
     let (heat, batch) = (settings.student_temperature, student.batch);
     let s = Answers::new(student, settings.skip_student_eos, heat, settings.k)?;
-    let t = Answers::new(teacher, settings.skip_teacher_eos, settings.teacher_temperature, settings.k)?;
+    let t = Answers::new(
+        teacher,
+        settings.skip_teacher_eos,
+        settings.teacher_temperature,
+        settings.k,
+    )?;
     let k = settings.k.min(student.vocab.max(teacher.vocab));
     let lengths = s.rows.iter().chain(&t.rows).map(Vec::len);
     let longest = lengths.max().unwrap_or(0);
@@ -248,16 +271,29 @@ pub(crate) fn evaluate<F: Scalar>(
         let mut of_columns = vec![F::zero(); columns.len()];
         distances_gradient(&other, &columns, k, &of_cost, &mut of_columns);
         let weight = F::of(weights[3]);
-        let of_flat: Vec<F> = transposed(&of_columns, longest).iter().map(|&g| g * weight).collect();
+        let of_flat: Vec<F> = transposed(&of_columns, longest)
+            .iter()
+            .map(|&g| g * weight)
+            .collect();
         through_softmax(&flat, &of_flat, k, settings.sd_temperature, &mut upstream);
 
         let Some(gradient) = gradient.as_deref_mut() else {
             continue;
         };
-        for ((row, at), upstream) in s.rows[b].iter().zip(s.spans[b].clone()).zip(upstream.chunks_exact(k)) {
+        for ((row, at), upstream) in s.rows[b]
+            .iter()
+            .zip(s.spans[b].clone())
+            .zip(upstream.chunks_exact(k))
+        {
             let first = (b * student.seq + at) * student.width;
             let out = &mut gradient[first..][..student.vocab];
-            row.through(&s.tokens, &upstream[..s.tokens.len()], heat, &mut scratch, out);
+            row.through(
+                &s.tokens,
+                &upstream[..s.tokens.len()],
+                heat,
+                &mut scratch,
+                out,
+            );
         }
     }
     Ok(Evaluation {

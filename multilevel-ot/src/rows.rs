@@ -20,9 +20,8 @@ pub(crate) struct Rows<'a, F> {
     pub(crate) x: Vec<&'a [F]>,
     temperatures: Vec<f64>,
     passes: Vec<Pass>,
-    max: Vec<F>,
-    /// `[rows, temperatures]`
-    totals: Vec<F>,
+    /// By row and temperature: what exponentials are relative to, and their sum.
+    sums: Vec<(F, F)>,
 }
 
 /// The fewest passes over different temperatures.
@@ -52,8 +51,8 @@ fn passes(temperatures: &[f64]) -> Vec<Pass> {
 }
 
 impl<'a, F: Scalar> Rows<'a, F> {
-    /// Reads rows `s` of sequence `b`. Where `mass` is given, the probabilities at that one of the temperatures are added
-    /// to it.
+    /// Reads rows `s` of sequence `b`. Where `mass` is given, the probabilities of the first so many rows at that one of the
+    /// temperatures are added to it.
     ///
     /// # Errors
     /// On logits that are NaN or infinite, and rows without a finite one.
@@ -62,12 +61,14 @@ impl<'a, F: Scalar> Rows<'a, F> {
         b: usize,
         rows: &[usize],
         temperatures: &[f64],
-        mut mass: Option<(f64, &mut [F])>,
+        mut mass: Option<(f64, usize, &mut [F])>,
     ) -> Result<Self> {
         let mut distinct: Vec<f64> = Vec::new();
         for &t in temperatures {
             if !(t > 0.0 && t.is_finite()) {
-                return Err(Error::Invalid(format!("temperature {t} must be finite and above 0")));
+                return Err(Error::Invalid(format!(
+                    "temperature {t} must be finite and above 0"
+                )));
             }
             if !distinct.contains(&t) {
                 distinct.push(t);
@@ -76,15 +77,15 @@ impl<'a, F: Scalar> Rows<'a, F> {
         let mut found = Self {
             x: Vec::with_capacity(rows.len()),
             passes: passes(&distinct),
-            max: Vec::with_capacity(rows.len()),
-            totals: Vec::with_capacity(rows.len() * distinct.len()),
+            sums: Vec::with_capacity(rows.len() * distinct.len()),
             temperatures: distinct,
         };
         for &s in rows {
             let x = side.row(b, s);
-            let at = found.totals.len();
-            found.totals.resize(at + found.temperatures.len(), F::zero());
-            let mut max = F::zero();
+            let at = found.sums.len();
+            found
+                .sums
+                .resize(at + found.temperatures.len(), (F::zero(), F::zero()));
             for pass in &found.passes {
                 let sums: Sums<F> = sums(x, F::of(pass.scale));
                 if !sums.sum.is_finite() {
@@ -93,18 +94,17 @@ impl<'a, F: Scalar> Rows<'a, F> {
                         side.name
                     )));
                 }
-                max = sums.max;
-                for (place, total) in [(pass.single, sums.sum), (pass.square, sums.squares)] {
+                for (place, sum) in [(pass.single, sums.sum), (pass.square, sums.squares)] {
                     if let Some(place) = place {
-                        found.totals[at + place] = total;
+                        found.sums[at + place] = (sums.reference, sum);
                     }
                 }
             }
             found.x.push(x);
-            found.max.push(max);
-            if let Some((temperature, mass)) = &mut mass {
-                let total = found.total(found.x.len() - 1, *temperature);
-                accumulate(x, max, F::of(1.0 / *temperature), F::one() / total, mass);
+            if let Some((temperature, first, mass)) = &mut mass
+                && found.x.len() <= *first
+            {
+                found.add_probabilities(found.x.len() - 1, *temperature, F::one(), mass);
             }
         }
         Ok(found)
@@ -114,33 +114,45 @@ impl<'a, F: Scalar> Rows<'a, F> {
         self.x.len()
     }
 
-    fn total(&self, row: usize, temperature: f64) -> F {
+    /// What exponentials are relative to, and their sum; NaN for a temperature that was not read.
+    fn sum(&self, row: usize, temperature: f64) -> (F, F) {
         let place = self.temperatures.iter().position(|&t| t == temperature);
-        // Only those that were read are asked for.
-        place.map_or(F::nan(), |p| self.totals[row * self.temperatures.len() + p])
+        let unread = (F::nan(), F::nan());
+        place.map_or(unread, |p| self.sums[row * self.temperatures.len() + p])
     }
 
     /// `log p(j)`
     pub(crate) fn log_probability(&self, row: usize, temperature: f64, j: usize) -> F {
-        (self.x[row][j] - self.max[row]) / F::of(temperature) - self.total(row, temperature).ln()
+        let (reference, sum) = self.sum(row, temperature);
+        (self.x[row][j] - reference) / F::of(temperature) - sum.ln()
     }
 
     /// `p(j)`
     pub(crate) fn probability(&self, row: usize, temperature: f64, j: usize) -> F {
-        let e = ((self.x[row][j] - self.max[row]) / F::of(temperature)).exp();
-        e / self.total(row, temperature)
+        let (reference, sum) = self.sum(row, temperature);
+        ((self.x[row][j] - reference) / F::of(temperature)).exp() / sum
     }
 
     /// Probabilities of some tokens in each row, `[rows, tokens]`.
     pub(crate) fn gather(&self, temperature: f64, tokens: &[usize]) -> Vec<F> {
-        let of_row = |row| tokens.iter().map(move |&j| self.probability(row, temperature, j));
+        let of_row = |row| {
+            tokens
+                .iter()
+                .map(move |&j| self.probability(row, temperature, j))
+        };
         (0..self.len()).flat_map(of_row).collect()
     }
 
     /// All probabilities of a row, added to `out` `factor` times.
     pub(crate) fn add_probabilities(&self, row: usize, temperature: f64, factor: F, out: &mut [F]) {
-        let factor = factor / self.total(row, temperature);
-        accumulate(self.x[row], self.max[row], F::of(1.0 / temperature), factor, out);
+        let (reference, sum) = self.sum(row, temperature);
+        accumulate(
+            self.x[row],
+            reference,
+            F::of(1.0 / temperature),
+            factor / sum,
+            out,
+        );
     }
 
     /// `sum_c factor_c p_c` over the temperatures of `factors`, added to `out` where `add`: what is dense in a gradient.
@@ -148,7 +160,7 @@ impl<'a, F: Scalar> Rows<'a, F> {
         let factor = |place: usize| -> F {
             let temperature = self.temperatures[place];
             let asked = factors.iter().filter(|(t, _)| *t == temperature);
-            asked.map(|(_, f)| *f).sum::<F>() / self.total(row, temperature)
+            asked.map(|(_, f)| *f).sum::<F>() / self.sum(row, temperature).1
         };
         for pass in &self.passes {
             let of = |place: Option<usize>| place.map_or(F::zero(), factor);
@@ -156,7 +168,16 @@ impl<'a, F: Scalar> Rows<'a, F> {
             if add && single == F::zero() && square == F::zero() {
                 continue;
             }
-            combine(self.x[row], self.max[row], F::of(pass.scale), single, square, add, out);
+            let (reference, _) = self.sum(row, 1.0 / pass.scale);
+            combine(
+                self.x[row],
+                reference,
+                F::of(pass.scale),
+                single,
+                square,
+                add,
+                out,
+            );
             add = true;
         }
     }
@@ -180,14 +201,25 @@ mod tests {
         let labels = [0; 3];
         let side = Side::new("student", &logits, &labels, [1, 3, 40], 37).expect("fits");
         let mut mass = vec![0.0; 37];
-        let rows = Rows::read(&side, 0, &[0, 2], &[1.0, 2.0, 0.7], Some((2.0, &mut mass)));
+        let rows = Rows::read(
+            &side,
+            0,
+            &[0, 2],
+            &[1.0, 2.0, 0.7],
+            Some((2.0, 2, &mut mass)),
+        );
         let rows = rows.expect("finite");
         let p = |s: usize, t: f64, j: usize| {
             let row = &logits[s * 40..][..37];
             (row[j] / t).exp() / row.iter().map(|x| (x / t).exp()).sum::<f64>()
         };
         let mut out = vec![0.5; 37];
-        rows.combine(1, &[(1.0, 2.0), (0.7, -1.0), (2.0, 3.0), (1.0, 1.0)], true, &mut out);
+        rows.combine(
+            1,
+            &[(1.0, 2.0), (0.7, -1.0), (2.0, 3.0), (1.0, 1.0)],
+            true,
+            &mut out,
+        );
         for j in 0..37 {
             for t in [1.0, 2.0, 0.7] {
                 assert!((rows.probability(1, t, j) - p(2, t, j)).abs() < 1e-14);

@@ -3,10 +3,15 @@
 use num_traits::Float;
 use scylla_core::kernels::softmax::Real;
 
+use crate::sorted::{self, Scratch};
+
 /// f32 or f64.
-pub trait Scalar: Real + Float + std::iter::Sum {
-    /// Writes the places of `x` to `order`, largest value first; equal values keep their order.
-    fn descending(x: &[Self], order: &mut Vec<u32>);
+pub trait Scalar: Real + Float + Default + std::iter::Sum {
+    /// Sorts the places of probabilities, largest first; equal ones keep their order.
+    fn order(x: &[Self], scratch: &mut Scratch<Self>);
+
+    /// Sorts the `n` largest of probabilities, largest first; returns the sum of the others.
+    fn largest(x: &[Self], n: usize, scratch: &mut Scratch<Self>) -> Self;
 
     /// The nearest such number.
     fn of(x: f64) -> Self;
@@ -16,8 +21,12 @@ pub trait Scalar: Real + Float + std::iter::Sum {
 }
 
 impl Scalar for f32 {
-    fn descending(x: &[Self], order: &mut Vec<u32>) {
-        crate::sorted::descending_f32(x, order);
+    fn order(x: &[Self], scratch: &mut Scratch<Self>) {
+        sorted::order_f32(x, scratch);
+    }
+
+    fn largest(x: &[Self], n: usize, scratch: &mut Scratch<Self>) -> Self {
+        sorted::largest_f32(x, n, scratch)
     }
 
     fn of(x: f64) -> Self {
@@ -30,10 +39,12 @@ impl Scalar for f32 {
 }
 
 impl Scalar for f64 {
-    fn descending(x: &[Self], order: &mut Vec<u32>) {
-        order.clear();
-        order.extend(0..x.len() as u32);
-        order.sort_by(|&a, &b| x[b as usize].total_cmp(&x[a as usize]));
+    fn order(x: &[Self], scratch: &mut Scratch<Self>) {
+        sorted::order_f64(x, scratch);
+    }
+
+    fn largest(x: &[Self], n: usize, scratch: &mut Scratch<Self>) -> Self {
+        sorted::largest_f64(x, n, scratch)
     }
 
     fn of(x: f64) -> Self {

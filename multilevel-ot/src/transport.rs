@@ -101,7 +101,10 @@ impl<F: Scalar> Problem<'_, F> {
                 )));
             }
         }
-        let (a, b) = (self.a.iter().copied().sum::<F>(), self.b.iter().copied().sum::<F>());
+        let (a, b) = (
+            self.a.iter().copied().sum::<F>(),
+            self.b.iter().copied().sum::<F>(),
+        );
         let close = F::of(1e3) * F::epsilon() * a.max(b);
         if (a - b).abs() > close {
             return Err(Error::Invalid(format!(
@@ -479,7 +482,11 @@ mod tests {
     #[test]
     fn a_batch_is_solved_as_its_problems_are() {
         let costs: Vec<Vec<f64>> = (0..7)
-            .map(|i| (0..12).map(|j| ((i * 5 + j * 7) % 11) as f64 / 7.0).collect())
+            .map(|i| {
+                (0..12)
+                    .map(|j| ((i * 5 + j * 7) % 11) as f64 / 7.0)
+                    .collect()
+            })
             .collect();
         let problem = |cost| Problem {
             cost,
@@ -491,10 +498,17 @@ mod tests {
             .iter()
             .map(|p| sinkhorn(p, &converged(0.1)).expect("solves"))
             .collect();
-        assert_eq!(sinkhorn_batch(&problems, &converged(0.1)).expect("solves"), alone);
+        assert_eq!(
+            sinkhorn_batch(&problems, &converged(0.1)).expect("solves"),
+            alone
+        );
         let broken = [problems[0], problem(&costs[0][..3])];
         assert!(sinkhorn_batch(&broken, &converged(0.1)).is_err());
-        assert!(sinkhorn_batch::<f64>(&[], &converged(0.1)).expect("solves").is_empty());
+        assert!(
+            sinkhorn_batch::<f64>(&[], &converged(0.1))
+                .expect("solves")
+                .is_empty()
+        );
     }
 
     #[test]

@@ -62,12 +62,16 @@ impl Uld {
             false => {
                 let rows = student.span(b, self.skip_student_eos)?.collect();
                 let tokens = Vec::new();
-                (Answer { rows, tokens }, teacher.span(b, self.skip_teacher_eos)?.collect())
+                (
+                    Answer { rows, tokens },
+                    teacher.span(b, self.skip_teacher_eos)?.collect(),
+                )
             }
         };
         let (hot, cold) = (self.student_temperature, self.teacher_temperature);
         let s = Rows::read(student, b, &answer.rows, &[1.0, hot], None)?;
-        let t = Rows::read(teacher, b, &teacher_rows, &[cold], None)?;
+        // The same list of temperatures, so that equal logits give bit for bit equal probabilities.
+        let t = Rows::read(teacher, b, &teacher_rows, &[1.0, cold], None)?;
         let shared = s.len().min(t.len());
         let ce_share = 1.0 / answer.tokens.len().max(1) as f64;
         let share = 1.0 / shared.max(1) as f64;

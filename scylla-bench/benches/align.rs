@@ -82,10 +82,15 @@ impl Case {
 
     fn step(&self, aligner: &dyn Aligner) {
         let loss = aligner.loss(&self.teacher, &self.student, &AlignContext::default());
-        let gradients = loss.expect("loss").total.backward().expect("backward");
-        let gradient = gradients.get(&self.logits).expect("of the logits");
+        let gradient = loss.expect("loss").gradient.expect("a gradient");
         assert_eq!(gradient.dtype(), DType::F32);
         black_box(gradient);
+    }
+
+    fn backward(&self, aligner: &dyn Aligner) {
+        let loss = aligner.loss(&self.teacher, &self.student, &AlignContext::default());
+        let gradients = loss.expect("loss").total.backward().expect("backward");
+        black_box(gradients.get(&self.logits).expect("of the logits"));
     }
 
     fn read_four_times(&self) {
@@ -105,33 +110,65 @@ fn main() {
                 ..MultiLevelOt::paper()
             }),
         ),
-        ("multilevel-ot reference-code", Box::new(MultiLevelOt::reference_code())),
+        (
+            "multilevel-ot reference-code",
+            Box::new(MultiLevelOt::reference_code()),
+        ),
         ("uld", Box::new(Uld::default())),
     ];
     let asked: Vec<_> = aligners.iter().filter(|(n, _)| asked_for(n)).collect();
-    println!("{TOKENS} tokens, {TEACHER} x {STUDENT}: milliseconds with gradient, and times the reading of both four times");
+    println!(
+        "{TOKENS} tokens, {TEACHER} x {STUDENT}: milliseconds with gradient, and times the reading of both four times"
+    );
     let case = Case::new(TOKENS, TEACHER, STUDENT);
     let mut reads = Vec::new();
     let mut times = vec![Vec::new(); asked.len()];
+    let mut backwards = Vec::new();
     for _ in 0..ROUNDS {
         reads.push(seconds(|| case.read_four_times()));
         for ((_, aligner), times) in asked.iter().zip(&mut times) {
             times.push(seconds(|| case.step(aligner.as_ref())));
         }
+        if let Some((_, aligner)) = asked.first() {
+            backwards.push(seconds(|| case.backward(aligner.as_ref())));
+        }
     }
-    let ratios = |times: &[f64]| -> Vec<f64> { times.iter().zip(&reads).map(|(t, r)| t / r).collect() };
+    let ratios =
+        |times: &[f64]| -> Vec<f64> { times.iter().zip(&reads).map(|(t, r)| t / r).collect() };
     let bytes = (4 * (TOKENS + 1) * (TEACHER + STUDENT) * 4) as f64;
     let limit = median(reads.clone());
-    println!("  {:<30} {:8.1}   ({:.1} GB/s)", "reading", limit * 1e3, bytes / limit / 1e9);
+    println!(
+        "  {:<30} {:8.1}   ({:.1} GB/s)",
+        "reading",
+        limit * 1e3,
+        bytes / limit / 1e9
+    );
     for ((name, _), times) in asked.iter().zip(&times) {
-        println!("  {name:<30} {:8.1} {:6.2} x", median(times.clone()) * 1e3, median(ratios(times)));
+        println!(
+            "  {name:<30} {:8.1} {:6.2} x",
+            median(times.clone()) * 1e3,
+            median(ratios(times))
+        );
+    }
+    if let Some((name, _)) = asked.first() {
+        let name = format!("{name}, backward()");
+        println!(
+            "  {name:<30} {:8.1} {:6.2} x",
+            median(backwards.clone()) * 1e3,
+            median(ratios(&backwards))
+        );
     }
     drop(case);
     println!("half the tokens, half the vocabularies: times what the whole takes a value");
-    for (tokens, teacher, student) in [(TOKENS / 2, TEACHER, STUDENT), (TOKENS, TEACHER / 2, STUDENT / 2)] {
+    for (tokens, teacher, student) in [
+        (TOKENS / 2, TEACHER, STUDENT),
+        (TOKENS, TEACHER / 2, STUDENT / 2),
+    ] {
         let case = Case::new(tokens, teacher, student);
         for ((name, aligner), whole) in asked.iter().zip(&times) {
-            let taken: Vec<f64> = (0..3).map(|_| seconds(|| case.step(aligner.as_ref()))).collect();
+            let taken: Vec<f64> = (0..3)
+                .map(|_| seconds(|| case.step(aligner.as_ref())))
+                .collect();
             let ratio = 2.0 * median(taken) / median(whole.clone());
             println!("  {name:<30} {tokens} x {teacher}: {ratio:.2}");
         }

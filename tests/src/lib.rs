@@ -1,5 +1,6 @@
 //! What the integration tests share: random tiny models in every file format, and where larger inputs lie.
 
+pub mod answers;
 mod drafts;
 mod tiny;
 

@@ -22,10 +22,27 @@ impl<F: Scalar> Scaling<F> {
     pub fn run(problem: &Problem<'_, F>, epsilon: f64, iterations: usize) -> Result<Self> {
         problem.check(epsilon)?;
         let (n, m) = (problem.a.len(), problem.b.len());
-        let least = problem.cost.iter().copied().fold(F::infinity(), F::min);
+        // The first division forgets a common factor of K.
+        let least = match iterations {
+            0 => F::zero(),
+            _ => problem.cost.iter().copied().fold(F::infinity(), F::min),
+        };
         let mut kernel = vec![F::zero(); n * m];
         let scale = F::of(-1.0 / epsilon);
-        combine(problem.cost, least, scale, F::one(), F::zero(), false, &mut kernel);
+        combine(
+            problem.cost,
+            least,
+            scale,
+            F::one(),
+            F::zero(),
+            false,
+            &mut kernel,
+        );
+        // What is no normal number any more is nothing.
+        let most = least - F::min_positive_value().ln() * F::of(epsilon) * F::of(0.99);
+        for (k, &c) in kernel.iter_mut().zip(problem.cost) {
+            *k = if c > most { F::zero() } else { *k };
+        }
         let mut rows = vec![vec![F::one(); n]];
         let mut columns = vec![vec![F::one(); m]];
         for i in 0..iterations {
@@ -88,7 +105,9 @@ impl<F: Scalar> Scaling<F> {
         for i in (1..self.rows.len()).rev() {
             let (u, v) = (&self.rows[i], &self.columns[i]);
             // v = b / K^T u
-            let ds: Vec<F> = (0..m).map(|j| -dv[j] * v[j] * v[j] / problem.b[j]).collect();
+            let ds: Vec<F> = (0..m)
+                .map(|j| -dv[j] * v[j] * v[j] / problem.b[j])
+                .collect();
             times(&self.kernel, &ds, &mut back);
             // u = a / K v, with the columns of the iteration before.
             let of = |r: usize| -(du[r] + back[r]) * u[r] * u[r] / problem.a[r];

@@ -133,6 +133,23 @@ fn place<T: Copy>(values: &[T]) -> Option<(Arc<MmapRaw>, usize)> {
     Some((map, at))
 }
 
+/// `n` zeros, for which the system is asked for pages of 2 MiB: to fault in a hundred megabytes of small ones takes longer
+/// than to compute what shall stand there.
+pub fn zeros<T: super::softmax::Real>(n: usize) -> Vec<T> {
+    let values = vec![T::NULL; n];
+    #[cfg(target_os = "linux")]
+    if size_of_val(&values[..]) >= CHUNK && !cfg!(miri) {
+        let at = values.as_ptr().cast::<u8>();
+        let bytes = size_of_val(&values[..]);
+        let first = at.align_offset(PAGE).min(bytes);
+        let whole = (bytes - first) / PAGE * PAGE;
+        // SAFETY: an advice about whole pages within the allocation; what they hold stays.
+        let _ =
+            unsafe { libc::madvise(at.add(first).cast_mut().cast(), whole, libc::MADV_HUGEPAGE) };
+    }
+    values
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,15 +2,24 @@
 //!
 //! Exponentials of one temperature give those of half of it by squaring, so a row is read once for both. Sums are of
 //! sixteen lanes, so they do not depend on the length of registers. NaN and infinity leave NaN in the sums.
+//!
+//! A row of a large vocabulary fills the second cache, so what counts is how often it is read, and the instructions of an
+//! exponential. The largest value is not sought before: exponentials are taken relative to that of the first values,
+//! which has proved good enough at the end of all rows but the strangest.
 
-use super::elementwise::{EXP, LN2_HIGH, LN2_LOW, nearest};
 use super::probability;
 use super::simd::{Level, Simd, dispatch};
 
 const LANES: usize = 16;
 
-/// Values that are looked through for their largest before they are summed: they stay in the first cache.
-const BLOCK: usize = 2048;
+/// Values that the reference of a row is the largest of.
+const FIRST: usize = 512;
+
+/// How far, as a power of e, the largest value may lie above the reference: its square is far from overflow.
+const ROOM: f64 = 20.0;
+
+/// How many values ahead of their use are asked for.
+const AHEAD: usize = 1024;
 
 /// f32 or f64.
 pub trait Real:
@@ -29,9 +38,11 @@ pub trait Real:
     const NULL: Self;
     /// Minus infinity.
     const LEAST: Self;
-    /// `e^x` for `x <= 0` within a few units in the last place; 0 where that is no normal number, NaN for NaN. `fma` says
-    /// whether the processor has fused multiply-adds.
-    fn exp_below(x: Self, fma: bool) -> Self;
+    /// As such a number.
+    fn narrow(x: f64) -> Self;
+    /// `e^x` for `x` up to some tens within a few units in the last place, or within a few of x's where that is more; next to
+    /// nothing where that is no normal number, NaN for NaN. `fma` says whether the processor has fused multiply-adds.
+    fn exp(x: Self, fma: bool) -> Self;
     /// `a * b + c`, fused where `fma`.
     fn fused(a: Self, b: Self, c: Self, fma: bool) -> Self;
     /// `|x|`
@@ -43,19 +54,34 @@ impl Real for f32 {
     const LEAST: Self = f32::NEG_INFINITY;
 
     #[inline(always)]
-    fn exp_below(x: Self, fma: bool) -> Self {
-        const LOWEST: f32 = -87.0;
-        // NaN passes both comparisons.
-        let clamped = if x < LOWEST { LOWEST } else { x };
-        let (n, whole) = nearest(clamped * std::f32::consts::LOG2_E);
-        let r = Self::fused(-n, LN2_LOW, Self::fused(-n, LN2_HIGH, clamped, fma), fma);
-        let mut p = EXP[0];
-        for &c in &EXP[1..] {
-            p = Self::fused(p, r, c, fma);
+    fn narrow(x: f64) -> Self {
+        x as f32
+    }
+
+    #[inline(always)]
+    fn exp(x: Self, fma: bool) -> Self {
+        // Adding this rounds to an integer, which then stands in the low bits of the sum.
+        const SHIFT: f32 = 12_582_912.0; // 1.5 * 2^23
+        // 2^f = 1 + f P(f) for |f| <= 1/2, of least relative deviation (9e-8): the coefficients of P, highest first.
+        #[allow(clippy::approx_constant)] // near ln 2 and not it: the deviation is spread
+        const POWER: [f32; 5] = [
+            0.001_326_473_7,
+            0.009_671_517,
+            0.055_507_336,
+            0.240_222_42,
+            0.693_147,
+        ];
+        let t = x * std::f32::consts::LOG2_E;
+        let t = if t < -125.0 { -125.0 } else { t }; // NaN passes
+        let shifted = t + SHIFT;
+        let f = t - (shifted - SHIFT);
+        let mut p = POWER[0];
+        for &c in &POWER[1..] {
+            p = Self::fused(p, f, c, fma);
         }
-        let p = Self::fused(p * r, r, r, fma) + 1.0;
-        let power = f32::from_bits((whole.wrapping_add(127) as u32) << 23);
-        if x < LOWEST { 0.0 } else { p * power }
+        p = Self::fused(p, f, 1.0, fma);
+        // The integer goes straight into the exponent.
+        f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23))
     }
 
     #[inline(always)]
@@ -74,9 +100,14 @@ impl Real for f64 {
     const LEAST: Self = f64::NEG_INFINITY;
 
     #[inline(always)]
-    fn exp_below(x: Self, fma: bool) -> Self {
+    fn narrow(x: f64) -> Self {
+        x
+    }
+
+    #[inline(always)]
+    fn exp(x: Self, fma: bool) -> Self {
         let e = probability::exp(x, fma);
-        if x <= 0.0 { e } else { x * f64::NAN }
+        if x.is_nan() { x } else { e }
     }
 
     #[inline(always)]
@@ -93,11 +124,11 @@ impl Real for f64 {
 /// What a softmax divides by.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sums<R> {
-    /// The largest value.
-    pub max: R,
-    /// `sum exp(scale (x - max))`
+    /// What exponentials are relative to: the largest value, or one near it.
+    pub reference: R,
+    /// `sum exp(scale (x - reference))`
     pub sum: R,
-    /// `sum exp(2 scale (x - max))`
+    /// `sum exp(2 scale (x - reference))`
     pub squares: R,
 }
 
@@ -122,75 +153,75 @@ pub fn sums<R: Real>(x: &[R], scale: R) -> Sums<R> {
 
 #[inline(always)]
 fn sums_of<S: Simd, R: Real>(x: &[R], scale: R) -> Sums<R> {
-    let mut max = R::LEAST;
-    let (mut sum, mut squares) = ([R::NULL; LANES], [R::NULL; LANES]);
-    for block in x.chunks(BLOCK) {
-        let (tiles, rest) = block.as_chunks::<LANES>();
-        let mut lanes = [max; LANES];
-        for tile in tiles {
-            for i in 0..LANES {
-                lanes[i] = greater(lanes[i], tile[i]);
-            }
-        }
-        let largest = lanes.iter().chain(rest).copied().fold(max, greater);
-        if largest > max {
-            // What was summed so far was relative to the largest value of then; at first that is nothing.
-            let less = match max > R::LEAST {
-                true => R::exp_below((max - largest) * scale, S::FMA),
-                false => R::NULL,
-            };
-            for i in 0..LANES {
-                sum[i] = sum[i] * less;
-                squares[i] = squares[i] * (less * less);
-            }
-            max = largest;
-        }
-        for tile in tiles {
-            for i in 0..LANES {
-                let e = R::exp_below((tile[i] - max) * scale, S::FMA);
-                sum[i] = sum[i] + e;
-                squares[i] = R::fused(e, e, squares[i], S::FMA);
-            }
-        }
-        for (i, &x) in rest.iter().enumerate() {
-            let e = R::exp_below((x - max) * scale, S::FMA);
-            sum[i] = sum[i] + e;
-            squares[i] = squares[i] + e * e;
-        }
-    }
-    let nothing = max - max; // NaN where there is no finite largest value
+    let of_first = x[..x.len().min(FIRST)].iter().copied();
+    let first = of_first.fold(R::LEAST, greater);
+    let reference = if first > R::LEAST { first } else { R::NULL };
+    let found = sums_from::<S, R>(x, scale, reference);
+    let above = (found.0 - reference) * scale;
+    let room = R::narrow(ROOM);
+    // NaN where there is no finite largest value.
+    let nothing = found.0 * R::NULL;
+    let (reference, (_, sum, squares)) = match above > room || above < -room {
+        true => (found.0, sums_from::<S, R>(x, scale, found.0)),
+        false => (reference, found),
+    };
     Sums {
-        max,
-        sum: total(&sum) + nothing,
-        squares: total(&squares) + nothing,
+        reference,
+        sum: sum + nothing,
+        squares: squares + nothing,
     }
 }
 
-/// `out += factor exp(scale (x - max))`
-pub fn accumulate<R: Real>(x: &[R], max: R, scale: R, factor: R, out: &mut [R]) {
+/// The largest value, and the sums relative to `reference`.
+#[inline(always)]
+fn sums_from<S: Simd, R: Real>(x: &[R], scale: R, reference: R) -> (R, R, R) {
+    let mut max = [R::LEAST; LANES];
+    let (mut sum, mut squares) = ([R::NULL; LANES], [R::NULL; LANES]);
+    let (tiles, rest) = x.as_chunks::<LANES>();
+    for tile in tiles {
+        S::prefetch(tile, AHEAD * size_of::<R>());
+        for i in 0..LANES {
+            let e = R::exp((tile[i] - reference) * scale, S::FMA);
+            max[i] = greater(max[i], tile[i]);
+            sum[i] = sum[i] + e;
+            squares[i] = R::fused(e, e, squares[i], S::FMA);
+        }
+    }
+    for (i, &x) in rest.iter().enumerate() {
+        let e = R::exp((x - reference) * scale, S::FMA);
+        max[i] = greater(max[i], x);
+        sum[i] = sum[i] + e;
+        squares[i] = squares[i] + e * e;
+    }
+    let largest = max.iter().copied().fold(R::LEAST, greater);
+    (largest, total(&sum), total(&squares))
+}
+
+/// `out += factor exp(scale (x - reference))`
+pub fn accumulate<R: Real>(x: &[R], reference: R, scale: R, factor: R, out: &mut [R]) {
     assert_eq!(x.len(), out.len());
-    dispatch!(Level::detect(), accumulate_of(x, max, scale, factor, out): (x: &[R], max: R, scale: R, factor: R, out: &mut [R]) <R: Real>);
+    dispatch!(Level::detect(), accumulate_of(x, reference, scale, factor, out): (x: &[R], reference: R, scale: R, factor: R, out: &mut [R]) <R: Real>);
 }
 
 #[inline(always)]
-fn accumulate_of<S: Simd, R: Real>(x: &[R], max: R, scale: R, factor: R, out: &mut [R]) {
+fn accumulate_of<S: Simd, R: Real>(x: &[R], reference: R, scale: R, factor: R, out: &mut [R]) {
     each::<R>(x, out, |x, out| {
-        let e = R::exp_below((x - max) * scale, S::FMA);
+        let e = R::exp((x - reference) * scale, S::FMA);
         R::fused(factor, e, out, S::FMA)
     });
 }
 
-/// `out = e (a + b e)` with `e = exp(scale (x - max))`, added to what is there where `add`: the dense part of a gradient
+/// `out = e (a + b e)` with `e = exp(scale (x - reference))`, added to what is there where `add`: the dense part of a gradient
 /// through softmax at one temperature and at half of it.
-pub fn combine<R: Real>(x: &[R], max: R, scale: R, a: R, b: R, add: bool, out: &mut [R]) {
+pub fn combine<R: Real>(x: &[R], reference: R, scale: R, a: R, b: R, add: bool, out: &mut [R]) {
     assert_eq!(x.len(), out.len());
-    dispatch!(Level::detect(), combine_of(x, max, scale, a, b, add, out): (x: &[R], max: R, scale: R, a: R, b: R, add: bool, out: &mut [R]) <R: Real>);
+    dispatch!(Level::detect(), combine_of(x, reference, scale, a, b, add, out): (x: &[R], reference: R, scale: R, a: R, b: R, add: bool, out: &mut [R]) <R: Real>);
 }
 
 #[inline(always)]
 fn combine_of<S: Simd, R: Real>(
     x: &[R],
-    max: R,
+    reference: R,
     scale: R,
     a: R,
     b: R,
@@ -198,7 +229,7 @@ fn combine_of<S: Simd, R: Real>(
     out: &mut [R],
 ) {
     let value = |x: R| {
-        let e = R::exp_below((x - max) * scale, S::FMA);
+        let e = R::exp((x - reference) * scale, S::FMA);
         e * R::fused(b, e, a, S::FMA)
     };
     match add {
@@ -261,11 +292,7 @@ fn distances_gradient_of<S: Simd, R: Real>(
     let m = y.len() / k;
     out.fill(R::NULL);
     for (x, upstream) in x.chunks_exact(k).zip(upstream.chunks_exact(m)) {
-        for ((&x, y), out) in x
-            .iter()
-            .zip(y.chunks_exact(m))
-            .zip(out.chunks_exact_mut(m))
-        {
+        for ((&x, y), out) in x.iter().zip(y.chunks_exact(m)).zip(out.chunks_exact_mut(m)) {
             for ((&y, &g), out) in y.iter().zip(upstream).zip(out) {
                 let up = if y > x { g } else { R::NULL };
                 let down = if y < x { g } else { R::NULL };
@@ -335,10 +362,18 @@ mod tests {
             let found = sums(&x, 0.5);
             let max = x.iter().copied().fold(f64::MIN, f64::max);
             let at = |scale: f64| -> f64 { x.iter().map(|x| (scale * (x - max)).exp()).sum() };
-            assert_eq!(found.max, max);
+            assert!(found.reference <= max && found.reference > max - 40.0);
+            let at = |scale: f64| at(scale) * (scale * (max - found.reference)).exp();
             assert!((found.sum / at(0.5) - 1.0).abs() < 1e-13, "{n}");
             assert!((found.squares / at(1.0) - 1.0).abs() < 1e-13, "{n}");
             let found = sums(&single(&x), 0.5);
+            assert_eq!(
+                found.reference,
+                single(&x)[..n.min(FIRST)]
+                    .iter()
+                    .copied()
+                    .fold(f32::MIN, f32::max)
+            );
             assert!((f64::from(found.sum) / at(0.5) - 1.0).abs() < 2e-6, "{n}");
             assert!((f64::from(found.squares) / at(1.0) - 1.0).abs() < 2e-6);
         }
@@ -363,10 +398,33 @@ mod tests {
     }
 
     #[test]
+    fn a_row_that_begins_far_from_its_largest_value_is_summed_as_well() {
+        for (first, then) in [
+            (-1e4, 3.0),
+            (f64::NEG_INFINITY, -700.0),
+            (0.0, 500.0),
+            (f64::NEG_INFINITY, 700.0),
+        ] {
+            let mut x = vec![first; 600];
+            x.extend([then; 100]);
+            let found = sums(&x, 1.0);
+            assert_eq!(
+                (found.reference, found.sum, found.squares),
+                (then, 100.0, 100.0)
+            );
+            let found = sums(&single(&x), 1.0);
+            assert_eq!(
+                (found.reference, found.sum, found.squares),
+                (then as f32, 100.0, 100.0)
+            );
+        }
+    }
+
+    #[test]
     fn weighted_exponentials_equal_the_plain_loops() {
         for n in SIZES {
             let x = row(n);
-            let max = sums(&x, 1.0).max;
+            let max = sums(&x, 1.0).reference;
             let mut mass: Vec<f64> = (0..n).map(|i| i as f64).collect();
             accumulate(&x, max, 0.5, 3.0, &mut mass);
             let mut out = vec![7.0; n];

@@ -1,0 +1,116 @@
+use scylla_core::plugin::{AlignContext, AlignLoss, AlignNeeds, Aligner, AnswerLogits};
+use serde::Deserialize;
+
+use crate::answer::{Answer, Pair};
+use crate::chunks::Sequence;
+use crate::loss::{Evaluation, Objective, loss, mean_of_sequences};
+use crate::rows::Rows;
+use crate::{Error, Result, Scalar};
+
+/// Approximate Likelihood Matching (arXiv:2503.20083): cross entropy, and beside it the binary cross entropy (`alm`) between
+/// what both sides give each group of tokens that covers the same bytes, each likelihood raised to `1 / temperature`.
+///
+/// `total = ce_weight ce + alm_weight alm`, each the mean over a sequence's tokens or groups, and over sequences.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Alm {
+    /// Weight of `ce`.
+    pub ce_weight: f64,
+    /// Weight of `alm`.
+    pub alm_weight: f64,
+    /// What log likelihoods are divided by.
+    pub temperature: f64,
+    /// What is taken off them, so that none is 0.
+    pub epsilon: f64,
+}
+
+impl Default for Alm {
+    fn default() -> Self {
+        Self {
+            ce_weight: 1.0,
+            alm_weight: 1.0,
+            temperature: 100.0,
+            epsilon: 1e-6,
+        }
+    }
+}
+
+/// Log likelihood of some of an answer's tokens.
+fn likelihood<F: Scalar>(
+    rows: &Rows<'_, F>,
+    answer: &Answer,
+    range: std::ops::Range<usize>,
+) -> f64 {
+    range
+        .map(|row| rows.log_probability(row, 1.0, answer.tokens[row]).wide())
+        .sum()
+}
+
+impl Objective for Alm {
+    fn parts(&self) -> Vec<(&'static str, f64)> {
+        vec![("ce", self.ce_weight), ("alm", self.alm_weight)]
+    }
+
+    fn evaluate<F: Scalar>(
+        &self,
+        pair: &Pair<'_, F>,
+        weights: &[f64],
+        gradient: Option<&mut [F]>,
+    ) -> Result<Evaluation> {
+        for (name, value) in [("temperature", self.temperature), ("epsilon", self.epsilon)] {
+            if !(value > 0.0 && value.is_finite()) {
+                return Err(Error::Invalid(format!(
+                    "{name} {value} must be finite and above 0"
+                )));
+            }
+        }
+        mean_of_sequences(pair, gradient, |b, share, mut gradient| {
+            let s = Sequence::read(pair, b, 1.0, 1.0)?;
+            let groups = s.groups(pair, b)?;
+            let ce = s.cross_entropy(weights[0] * share, gradient.as_deref_mut());
+            let each = 1.0 / groups.len().max(1) as f64;
+            let mut alm = 0.0;
+            for group in &groups {
+                let scaled = |log: f64| log / self.temperature - self.epsilon;
+                let a = scaled(likelihood(
+                    &s.teacher,
+                    &s.teacher_answer,
+                    group.teacher.clone(),
+                ));
+                let c = scaled(likelihood(&s.student, &s.answer, group.student.clone()));
+                // 1 - e^x, which cancels where the likelihood is near 1.
+                let (other_a, other_c) = (-a.exp_m1(), -c.exp_m1());
+                alm -= each * (a.exp() * c + other_a * other_c.ln());
+                let slope = other_a * c.exp() / other_c - a.exp();
+                let factor = F::of(weights[1] * share * each * slope / self.temperature);
+                if let Some(gradient) = gradient.as_deref_mut() {
+                    for row in group.student.clone() {
+                        s.add_log(gradient, row, 1.0, s.answer.tokens[row], factor);
+                    }
+                }
+            }
+            Ok(Evaluation {
+                parts: vec![ce, alm],
+                notes: vec![("groups", groups.len() as f64)],
+            })
+        })
+    }
+}
+
+impl Aligner for Alm {
+    fn needs(&self) -> AlignNeeds {
+        AlignNeeds {
+            offsets: true,
+            ..AlignNeeds::default()
+        }
+    }
+
+    fn loss(
+        &self,
+        teacher: &AnswerLogits,
+        student: &AnswerLogits,
+        _: &AlignContext,
+    ) -> scylla_core::Result<AlignLoss> {
+        Ok(loss(self, teacher, student)?)
+    }
+}

@@ -1,0 +1,237 @@
+use std::sync::Arc;
+
+use scylla_core::plugin::{AlignContext, AlignLoss, AlignNeeds, Aligner, AnswerLogits};
+use serde::Deserialize;
+
+use crate::answer::Pair;
+use crate::chunks::Sequence;
+use crate::loss::{Evaluation, Objective, loss, mean_of_sequences};
+use crate::top::heaviest;
+use crate::vocabulary::edits;
+use crate::{Error, Nearest, Result, Scalar, Vocabulary};
+
+/// Constants of [`MinEd`].
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MinEdSettings {
+    /// Weight of `ce`.
+    pub ce_weight: f64,
+    /// Weight of `kl`.
+    pub distillation_weight: f64,
+    /// Temperature of both sides in `kl`.
+    pub temperature: f64,
+    /// How many of the teacher's tokens are carried over at a position.
+    pub k: usize,
+}
+
+impl Default for MinEdSettings {
+    fn default() -> Self {
+        Self {
+            ce_weight: 0.9,
+            distillation_weight: 0.1,
+            temperature: 1.0,
+            k: 10,
+        }
+    }
+}
+
+/// Minimum edit distance alignment (MinED, FuseLLM, arXiv:2401.10491): cross entropy, and the divergence (`kl`) from what the
+/// teacher expects, its tokens replaced by the student's nearest, where the two cut the text alike, and from the answer's
+/// token elsewhere.
+///
+/// Answers are aligned by dynamic time warping over the edit distances of their tokens. A student's token that is aligned
+/// with one teacher's token alone, which is its nearest, takes the `k` heaviest of the teacher's logits there; of two that come
+/// to the same token the heavier one counts. `total = ce_weight ce + distillation_weight kl`, means over a sequence's
+/// tokens, and over sequences.
+#[derive(Debug, Clone)]
+pub struct MinEd {
+    settings: MinEdSettings,
+    student: Arc<Vocabulary>,
+    teacher: Arc<Vocabulary>,
+    nearest: Arc<Nearest>,
+}
+
+impl MinEd {
+    /// # Errors
+    /// On constants outside their range.
+    pub fn new(settings: MinEdSettings, student: Vocabulary, teacher: Vocabulary) -> Result<Self> {
+        if settings.k == 0 {
+            return Err(Error::Invalid("k must be at least 1".into()));
+        }
+        Ok(Self {
+            settings,
+            nearest: Arc::new(Nearest::new(teacher.clone(), &student)),
+            student: Arc::new(student),
+            teacher: Arc::new(teacher),
+        })
+    }
+
+    /// The teacher's token that each of the student's stands for, where it is one alone that is mapped to it.
+    fn alike(&self, student: &[usize], teacher: &[usize]) -> Vec<Option<usize>> {
+        let own: Vec<&[u8]> = student.iter().map(|&t| self.student.get(t)).collect();
+        let others: Vec<&[u8]> = teacher.iter().map(|&t| self.teacher.get(t)).collect();
+        let mut partners = vec![Vec::new(); student.len()];
+        for (i, j) in warp(&own, &others) {
+            partners[i].push(j);
+        }
+        let alone = |(partners, &token): (Vec<usize>, &usize)| match partners[..] {
+            [j] => {
+                let nearest = self.nearest.get(teacher[j] as u32);
+                (nearest == Some(token as u32)).then_some(j)
+            }
+            _ => None,
+        };
+        partners.into_iter().zip(student).map(alone).collect()
+    }
+}
+
+/// The cheapest monotone path through the edit distances of tokens, as pairs of places; none where a side is empty.
+fn warp(a: &[&[u8]], b: &[&[u8]]) -> Vec<(usize, usize)> {
+    let (n, m) = (a.len(), b.len());
+    if n == 0 || m == 0 {
+        return Vec::new();
+    }
+    let mut cost = vec![0usize; n * m];
+    for i in 0..n {
+        for j in 0..m {
+            let before = [
+                (i > 0 && j > 0).then(|| cost[(i - 1) * m + j - 1]),
+                (i > 0).then(|| cost[(i - 1) * m + j]),
+                (j > 0).then(|| cost[i * m + j - 1]),
+            ];
+            let before = before.into_iter().flatten().min().unwrap_or(0);
+            cost[i * m + j] = before + edits(a[i], b[j]);
+        }
+    }
+    let (mut i, mut j) = (n - 1, m - 1);
+    let mut path = vec![(i, j)];
+    while i > 0 || j > 0 {
+        // Of equal ways back the diagonal one, then along the teacher.
+        let ways = [(1, 1), (0, 1), (1, 0)];
+        let possible = ways.into_iter().filter(|&(di, dj)| di <= i && dj <= j);
+        let best = possible.min_by_key(|&(di, dj)| cost[(i - di) * m + j - dj]);
+        let Some((di, dj)) = best else { break };
+        (i, j) = (i - di, j - dj);
+        path.push((i, j));
+    }
+    path.reverse();
+    path
+}
+
+impl Objective for MinEd {
+    fn parts(&self) -> Vec<(&'static str, f64)> {
+        vec![
+            ("ce", self.settings.ce_weight),
+            ("kl", self.settings.distillation_weight),
+        ]
+    }
+
+    fn evaluate<F: Scalar>(
+        &self,
+        pair: &Pair<'_, F>,
+        weights: &[f64],
+        gradient: Option<&mut [F]>,
+    ) -> Result<Evaluation> {
+        let temperature = self.settings.temperature;
+        if self.settings.k > pair.teacher.vocab {
+            return Err(Error::Invalid(format!(
+                "k = {} is more than the {} tokens of the teacher",
+                self.settings.k, pair.teacher.vocab
+            )));
+        }
+        mean_of_sequences(pair, gradient, |b, share, mut gradient| {
+            let s = Sequence::read(pair, b, temperature, temperature)?;
+            let ce = s.cross_entropy(weights[0] * share, gradient.as_deref_mut());
+            let alike = self.alike(&s.answer.tokens, &s.teacher_answer.tokens);
+            let each = 1.0 / s.answer.tokens.len().max(1) as f64;
+            let factor = F::of(weights[1] * share * each);
+            let mut kl = 0.0;
+            for (row, (&token, alike)) in s.answer.tokens.iter().zip(&alike).enumerate() {
+                let mut target: Vec<(usize, F)> = Vec::new();
+                let row_of_teacher = alike.map(|j| s.teacher.x[j]);
+                for t in row_of_teacher
+                    .into_iter()
+                    .flat_map(|x| heaviest(x, self.settings.k))
+                {
+                    let id = self.nearest.get(t as u32).map(|id| id as usize);
+                    let Some(id) = id.filter(|id| *id < pair.student.vocab) else {
+                        continue;
+                    };
+                    if target.iter().all(|(known, _)| *known != id) {
+                        let x = row_of_teacher.map_or(F::zero(), |x| x[t]);
+                        target.push((id, x / F::of(temperature)));
+                    }
+                }
+                if target.is_empty() {
+                    target.push((token, F::zero()));
+                }
+                let max = target.iter().map(|t| t.1).fold(F::neg_infinity(), F::max);
+                let total = max + target.iter().map(|t| (t.1 - max).exp()).sum::<F>().ln();
+                for &(id, x) in &target {
+                    let log = x - total;
+                    let expected = log.exp();
+                    if expected > F::zero() {
+                        kl += each
+                            * (expected * (log - s.student.log_probability(row, temperature, id)))
+                                .wide();
+                    }
+                    if let Some(gradient) = gradient.as_deref_mut() {
+                        let out = s.out(gradient, row);
+                        out[id] = out[id] - factor * expected / F::of(temperature);
+                    }
+                }
+                if let Some(gradient) = gradient.as_deref_mut() {
+                    let out = s.out(gradient, row);
+                    s.student
+                        .add_probabilities(row, temperature, factor / F::of(temperature), out);
+                }
+            }
+            let mapped = alike.iter().flatten().count();
+            Ok(Evaluation {
+                parts: vec![ce, kl],
+                notes: vec![("mapped", mapped as f64 * each)],
+            })
+        })
+    }
+}
+
+impl Aligner for MinEd {
+    fn needs(&self) -> AlignNeeds {
+        AlignNeeds::default()
+    }
+
+    fn loss(
+        &self,
+        teacher: &AnswerLogits,
+        student: &AnswerLogits,
+        _: &AlignContext,
+    ) -> scylla_core::Result<AlignLoss> {
+        Ok(loss(self, teacher, student)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_warp_along_the_least_edits() {
+        let side = |tokens: &[&'static str]| -> Vec<&'static [u8]> {
+            tokens.iter().map(|t| t.as_bytes()).collect()
+        };
+        let path = warp(&side(&["the", "ho", "use"]), &side(&["the", "house"]));
+        assert_eq!(path, [(0, 0), (1, 1), (2, 1)]);
+        assert_eq!(warp(&side(&["a"]), &[]), []);
+    }
+
+    #[test]
+    fn only_a_token_aligned_alone_with_its_nearest_is_alike() {
+        let vocabulary = crate::vocabulary::tests::vocabulary;
+        let student = vocabulary(&["", "the", "ho", "use", "cats"]);
+        let teacher = vocabulary(&["", "the", "house", "cat"]);
+        let mined = MinEd::new(MinEdSettings::default(), student, teacher).expect("settings");
+        // the | ho use | cats against the | house | cat: cat's nearest is cats.
+        let alike = mined.alike(&[1, 2, 3, 4], &[1, 2, 3]);
+        assert_eq!(alike, [Some(0), None, None, Some(2)]);
+    }
+}
