@@ -101,6 +101,16 @@ impl<'a, F: Scalar> Side<'a, F> {
         Answer { rows, tokens }
     }
 
+    /// The answer, where `skip_last` without its last token.
+    pub(crate) fn distilled(&self, b: usize, skip_last: bool) -> Answer {
+        let mut answer = self.answer(b);
+        if skip_last {
+            answer.rows.pop();
+            answer.tokens.pop();
+        }
+        answer
+    }
+
     /// The rows that the released code takes for the answer: as many as there are labels, from one before the first
     /// label on.
     ///

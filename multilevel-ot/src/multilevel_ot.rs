@@ -81,9 +81,9 @@ pub struct MultiLevelOt {
     pub candidates: usize,
     /// Which transport cost `sd` is (paper mode).
     pub sinkhorn: SinkhornForm,
-    /// Leaves out the last of the student's labels (released code).
+    /// Distils all but the last of the student's labels.
     pub skip_student_eos: bool,
-    /// Leaves out the last of the teacher's labels (released code).
+    /// Distils from all but the last of the teacher's labels.
     pub skip_teacher_eos: bool,
 }
 
@@ -162,11 +162,6 @@ impl MultiLevelOt {
         };
         published(self.matching != Matching::Rank || self.sinkhorn != SinkhornForm::Fixed)
             .map_err(|e| Error::Invalid(e.into()))?;
-        if self.mode == Mode::Paper && (self.skip_student_eos || self.skip_teacher_eos) {
-            return Err(Error::Invalid(
-                "labels are left out (skip_student_eos, skip_teacher_eos) in mode reference-code only".into(),
-            ));
-        }
         Ok(())
     }
 
@@ -187,8 +182,9 @@ impl MultiLevelOt {
             )));
         }
         let answer = student.answer(b);
-        let rows = teacher.answer(b).rows;
-        let shared = answer.rows.len().min(rows.len());
+        let rows = teacher.distilled(b, self.skip_teacher_eos).rows;
+        let distilled = student.distilled(b, self.skip_student_eos).rows.len();
+        let shared = distilled.min(rows.len());
         let hot = self.student_temperature;
         let mut mass = vec![F::zero(); student.vocab];
         let temperatures = [1.0, hot, self.sd_temperature];
@@ -219,13 +215,12 @@ impl MultiLevelOt {
         let (matched, gap) = match self.matching {
             Matching::Rank => (heaviest(&own, self.k), None),
             Matching::Assignment => {
-                let masses: Vec<F> = ranked.iter().map(|&i| mass[i]).collect();
-                let (matched, gap) = self.assignment(&s, &own, &p, &masses)?;
+                let (matched, gap) = self.assignment(&s, shared, &own, &p)?;
                 (matched, Some(gap))
             }
         };
         drop((own, mass));
-        let mut terms = Terms::new(s, matched, self.k);
+        let mut terms = Terms::new(s, distilled, matched);
         let ce = terms.cross_entropy(&answer.tokens, weights[0]);
         let (had, sl) = terms.compare(hot, &p, weights[1], weights[2]);
         let sd = self.transport(&mut terms, &wide, weights[3])?;
@@ -239,18 +234,17 @@ impl MultiLevelOt {
     }
 
     /// The student's tokens of the cheapest assignment, and how much cheaper one over the whole vocabulary could be at
-    /// most. `p` `[T, k]` and `masses` `[k]` are the teacher's.
+    /// most, over the first `tokens` tokens. `p` `[T, k]` is the teacher's.
     fn assignment<F: Scalar>(
         &self,
         s: &Rows<'_, F>,
+        tokens: usize,
         own: &[F],
         p: &[F],
-        masses: &[F],
     ) -> Result<(Vec<usize>, f64)> {
         let k = self.k;
         let all = heaviest(own, (self.candidates + 1).min(own.len()));
         let candidates = &all[..self.candidates.min(own.len())];
-        let tokens = s.len().min(p.len() / k);
         if tokens == 0 {
             return Ok((candidates[..k].to_vec(), 0.0));
         }
@@ -268,7 +262,7 @@ impl MultiLevelOt {
         let gap = outside.map_or(0.0, |outside| {
             let compared = |i: usize| (0..tokens).map(|t| p[t * k + i].wide()).sum::<f64>();
             let saved = |i: usize| found.rows[i] - (compared(i) - outside).max(0.0);
-            (0..masses.len()).map(|i| saved(i).max(0.0)).sum()
+            (0..k).map(|i| saved(i).max(0.0)).sum()
         });
         // Never more than there is to save.
         let gap = f64::min(gap, found.cost);
@@ -277,7 +271,7 @@ impl MultiLevelOt {
 
     /// SD of the student's rows against the teacher's `[T, k]`.
     fn transport<F: Scalar>(&self, terms: &mut Terms<'_, F>, t: &[F], weight: f64) -> Result<f64> {
-        let (k, n, m) = (self.k, t.len() / self.k, terms.rows.len());
+        let (k, n, m) = (self.k, t.len() / self.k, terms.distilled);
         if n == 0 || m == 0 {
             return Ok(0.0);
         }
@@ -322,6 +316,8 @@ impl MultiLevelOt {
 /// temperature) and what is not (a value for each row and matched token).
 struct Terms<'a, F> {
     rows: Rows<'a, F>,
+    /// How many of the rows, the first, are distilled.
+    distilled: usize,
     matched: Vec<usize>,
     /// Factor of the probabilities at temperature 1.
     ce: F,
@@ -334,10 +330,11 @@ struct Terms<'a, F> {
 }
 
 impl<'a, F: Scalar> Terms<'a, F> {
-    fn new(rows: Rows<'a, F>, matched: Vec<usize>, k: usize) -> Self {
-        let (n, zero) = (rows.len(), F::zero());
+    fn new(rows: Rows<'a, F>, distilled: usize, matched: Vec<usize>) -> Self {
+        let (n, k, zero) = (rows.len(), matched.len(), F::zero());
         Self {
             rows,
+            distilled,
             matched,
             ce: zero,
             dense: vec![zero; n],
@@ -366,7 +363,7 @@ impl<'a, F: Scalar> Terms<'a, F> {
         let (had_weight, sl_weight) = (F::of(had_weight), F::of(sl_weight));
         let slope = F::one() / F::of(temperature);
         let (mut had, mut sl) = (0.0, 0.0);
-        for (row, p) in p.chunks_exact(k).enumerate().take(self.rows.len()) {
+        for (row, p) in p.chunks_exact(k).enumerate().take(self.distilled) {
             for (i, (&p, &j)) in p.iter().zip(&self.matched).enumerate() {
                 let log = self.rows.log_probability(row, temperature, j);
                 let q = self.rows.probability(row, temperature, j);
@@ -388,14 +385,14 @@ impl<'a, F: Scalar> Terms<'a, F> {
 
     /// Probabilities of matched tokens, `[k, T]`.
     fn columns(&self, temperature: f64) -> Vec<F> {
-        let n = self.rows.len();
+        let n = self.distilled;
         let of = |&j: &usize| (0..n).map(move |row| self.rows.probability(row, temperature, j));
         self.matched.iter().flat_map(of).collect()
     }
 
     /// Carries a gradient with respect to `s` `[k, T]` on to the logits.
     fn through_sd(&mut self, s: &[F], upstream: &[F], temperature: f64, weight: f64) {
-        let (n, k) = (self.rows.len(), self.matched.len());
+        let (n, k) = (self.distilled, self.matched.len());
         let slope = F::of(weight / temperature);
         for row in 0..n {
             for i in 0..k {

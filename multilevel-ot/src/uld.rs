@@ -8,7 +8,7 @@ use crate::reference_code::mean_cross_entropy;
 use crate::rows::Rows;
 use crate::scalar::dot;
 use crate::sorted::{Scratch, distance, probabilities};
-use crate::{Error, Result, Scalar};
+use crate::{Result, Scalar};
 
 /// Universal Logit Distillation (arXiv:2402.12030): cross entropy, and beside it the mean distance (`uld`) between the
 /// probabilities of both sides at each position, each sorted, the smaller vocabulary padded with zeros.
@@ -27,9 +27,9 @@ pub struct Uld {
     pub student_temperature: f64,
     /// Temperature of the teacher's.
     pub teacher_temperature: f64,
-    /// Leaves out the last of the student's labels (released code).
+    /// Distils all but the last of the student's labels.
     pub skip_student_eos: bool,
-    /// Leaves out the last of the teacher's labels (released code).
+    /// Distils from all but the last of the teacher's labels.
     pub skip_teacher_eos: bool,
 }
 
@@ -47,7 +47,7 @@ impl Default for Uld {
 }
 
 impl Uld {
-    /// One sequence: cross entropy over `answer`'s rows (paper mode) and the distance over `student_rows`.
+    /// One sequence: the distance, and in paper mode the cross entropy.
     fn sequence<F: Scalar>(
         &self,
         pair: &Pair<'_, F>,
@@ -58,7 +58,7 @@ impl Uld {
         let (teacher, student) = (&pair.teacher, &pair.student);
         let paper = self.mode == Mode::Paper;
         let (answer, teacher_rows) = match paper {
-            true => (student.answer(b), teacher.answer(b).rows),
+            true => (student.answer(b), teacher.distilled(b, self.skip_teacher_eos).rows),
             false => {
                 let rows = student.span(b, self.skip_student_eos)?.collect();
                 let tokens = Vec::new();
@@ -72,7 +72,8 @@ impl Uld {
         let s = Rows::read(student, b, &answer.rows, &[1.0, hot], None)?;
         // The same list of temperatures, so that equal logits give bit for bit equal probabilities.
         let t = Rows::read(teacher, b, &teacher_rows, &[1.0, cold], None)?;
-        let shared = s.len().min(t.len());
+        let last = usize::from(paper && self.skip_student_eos);
+        let shared = s.len().saturating_sub(last).min(t.len());
         let ce_share = 1.0 / answer.tokens.len().max(1) as f64;
         let share = 1.0 / shared.max(1) as f64;
         let (mut ce, mut uld) = (0.0, 0.0);
@@ -125,11 +126,6 @@ impl Objective for Uld {
         mut gradient: Option<&mut [F]>,
     ) -> Result<Evaluation> {
         let paper = self.mode == Mode::Paper;
-        if paper && (self.skip_student_eos || self.skip_teacher_eos) {
-            return Err(Error::Invalid(
-                "labels are left out (skip_student_eos, skip_teacher_eos) in mode reference-code only".into(),
-            ));
-        }
         let mut found = mean_of_sequences(pair, gradient.as_deref_mut(), |b, share, gradient| {
             self.sequence(pair, b, [weights[0] * share, weights[1] * share], gradient)
         })?;
