@@ -58,7 +58,10 @@ impl Uld {
         let (teacher, student) = (&pair.teacher, &pair.student);
         let paper = self.mode == Mode::Paper;
         let (answer, teacher_rows) = match paper {
-            true => (student.answer(b), teacher.distilled(b, self.skip_teacher_eos).rows),
+            true => (
+                student.answer(b),
+                teacher.distilled(b, self.skip_teacher_eos).rows,
+            ),
             false => {
                 let rows = student.span(b, self.skip_student_eos)?.collect();
                 let tokens = Vec::new();

@@ -1,7 +1,7 @@
 //! Experiments over decoders: the registry of plugins by name, prompt sets, the runner, and the `scylla` command
 //! line. It implements no draft, no rule and no aligner.
 //!
-//! A program of your own that registers more drafts or rules gets the whole command line with them:
+//! A program of your own that registers more drafts, rules or aligners gets the whole command line with them:
 //!
 //! ```no_run
 //! let mut registry = scylla_bench::Registry::default();
@@ -9,6 +9,7 @@
 //! std::process::exit(scylla_bench::cli::run(&registry, std::env::args_os()));
 //! ```
 
+mod aligners;
 pub mod bench;
 pub mod chi_square;
 pub mod cli;
@@ -23,6 +24,7 @@ mod session;
 pub mod stats;
 mod table;
 
+pub use aligners::AlignerContext;
 pub use environment::Environment;
 pub use error::{Error, Result};
 pub use registry::{AUTO, DraftContext, PLAIN, Registry, parse as parse_settings};

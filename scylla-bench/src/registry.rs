@@ -1,8 +1,8 @@
-//! Drafts and rules by name. A new method is one file in its crate and one line here.
+//! Drafts, rules and aligners by name. A new method is one file in its crate and one line here.
 
 use std::path::PathBuf;
 
-use scylla_core::plugin::{DraftModel, TargetShape, Verifier};
+use scylla_core::plugin::{Aligner, DraftModel, TargetShape, Verifier};
 use scylla_core::sampling::Sampling;
 use scylla_draft::{Ngram, Suffix};
 use scylla_verify::{
@@ -12,6 +12,7 @@ use scylla_verify::{
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+use crate::aligners::{self, AlignerContext};
 use crate::{Error, Result, Session, drafts};
 
 /// What a draft may want to know when it is made.
@@ -29,11 +30,13 @@ pub struct DraftContext<'a> {
 type MakeDraft =
     dyn Fn(&DraftContext<'_>, toml::Table) -> Result<Box<dyn DraftModel>> + Send + Sync;
 type MakeRule = dyn Fn(toml::Table) -> Result<Box<dyn Verifier>> + Send + Sync;
+type MakeAligner = dyn Fn(&AlignerContext, toml::Table) -> Result<Box<dyn Aligner>> + Send + Sync;
 
 /// Everything that can be named in an experiment.
 pub struct Registry {
     drafts: Vec<(String, Box<MakeDraft>)>,
     rules: Vec<(String, Box<MakeRule>)>,
+    aligners: Vec<(String, Box<MakeAligner>)>,
 }
 
 /// Name of plain decoding, wherever a draft is named.
@@ -75,6 +78,7 @@ impl Default for Registry {
             let s: TypicalSettings = parse("verifier", settings)?;
             Ok(Box::new(Typical::new(s.epsilon, s.delta)?))
         });
+        aligners::register(&mut registry);
         registry
     }
 }
@@ -146,6 +150,7 @@ impl Registry {
         Self {
             drafts: Vec::new(),
             rules: Vec::new(),
+            aligners: Vec::new(),
         }
     }
 
@@ -170,6 +175,34 @@ impl Registry {
     ) {
         self.rules.retain(|(n, _)| n != name);
         self.rules.push((name.into(), Box::new(make)));
+    }
+
+    /// Registers an aligner under a name; a later one of the same name replaces it.
+    pub fn aligner(
+        &mut self,
+        name: &str,
+        make: impl Fn(&AlignerContext, toml::Table) -> Result<Box<dyn Aligner>> + Send + Sync + 'static,
+    ) {
+        self.aligners.retain(|(n, _)| n != name);
+        self.aligners.push((name.into(), Box::new(make)));
+    }
+
+    /// Names of the aligners.
+    pub fn aligner_names(&self) -> Vec<&str> {
+        self.aligners.iter().map(|(n, _)| n.as_str()).collect()
+    }
+
+    /// Makes an aligner.
+    pub fn make_aligner(
+        &self,
+        name: &str,
+        context: &AlignerContext,
+        settings: toml::Table,
+    ) -> Result<Box<dyn Aligner>> {
+        match self.aligners.iter().find(|(n, _)| n == name) {
+            Some((_, make)) => make(context, settings),
+            None => Err(scylla_core::Error::unknown("aligner", name, self.aligner_names()).into()),
+        }
     }
 
     /// Names of the drafts, plain decoding first.

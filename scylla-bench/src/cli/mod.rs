@@ -1,5 +1,6 @@
 //! The command line.
 
+mod align;
 mod assets;
 mod bench;
 mod export;
@@ -37,6 +38,8 @@ enum Command {
     Bench(bench::Bench),
     /// Prove a rule: the law of one cycle by enumeration, against the target's.
     Prove(prove::Prove),
+    /// Compute an alignment loss between a teacher's and a student's answers, and its gradient
+    Align(align::Align),
     /// Write a draft in a layout that vLLM, SGLang or speculators load.
     Export(export::Export),
     /// Look inside a model.
@@ -101,6 +104,7 @@ pub fn run(registry: &Registry, args: impl IntoIterator<Item = OsString>) -> i32
         Command::Generate(c) => c.run(registry, &stop),
         Command::Bench(c) => c.run(registry, &stop),
         Command::Prove(c) => c.run(registry, &stop),
+        Command::Align(c) => c.run(registry),
         Command::Export(c) => c.run(),
         Command::Inspect(c) => c.run(),
         Command::Assets(c) => c.run(),
