@@ -1,7 +1,7 @@
 //! What losses compute with.
 
 use num_traits::Float;
-use scylla_core::kernels::softmax::Real;
+use scylla_core::kernels::softmax::{Real, times};
 
 use crate::sorted::{self, Scratch};
 
@@ -12,6 +12,10 @@ pub trait Scalar: Real + Float + Default + std::iter::Sum {
 
     /// Sorts the `n` largest of probabilities, largest first; returns the sum of the others.
     fn largest(x: &[Self], n: usize, scratch: &mut Scratch<Self>) -> Self;
+
+    /// The distance between sorted probabilities; see `sorted`.
+    fn distance(x: &[Self], y: &[Self], scratch: &mut Scratch<Self>, upstream: &mut [Self])
+    -> Self;
 
     /// The nearest such number.
     fn of(x: f64) -> Self;
@@ -27,6 +31,15 @@ impl Scalar for f32 {
 
     fn largest(x: &[Self], n: usize, scratch: &mut Scratch<Self>) -> Self {
         sorted::largest_f32(x, n, scratch)
+    }
+
+    fn distance(
+        x: &[Self],
+        y: &[Self],
+        scratch: &mut Scratch<Self>,
+        upstream: &mut [Self],
+    ) -> Self {
+        sorted::counted_distance(x, y, scratch, upstream)
     }
 
     fn of(x: f64) -> Self {
@@ -47,6 +60,15 @@ impl Scalar for f64 {
         sorted::largest_f64(x, n, scratch)
     }
 
+    fn distance(
+        x: &[Self],
+        y: &[Self],
+        scratch: &mut Scratch<Self>,
+        upstream: &mut [Self],
+    ) -> Self {
+        sorted::sorted_distance(x, y, scratch, upstream)
+    }
+
     fn of(x: f64) -> Self {
         x
     }
@@ -58,5 +80,9 @@ impl Scalar for f64 {
 
 /// `sum x y`
 pub(crate) fn dot<F: Scalar>(x: &[F], y: &[F]) -> F {
-    x.iter().zip(y).map(|(&x, &y)| x * y).sum()
+    let mut sum = [F::zero()];
+    if !x.is_empty() {
+        times(x, y, &mut sum);
+    }
+    sum[0]
 }

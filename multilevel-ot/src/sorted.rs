@@ -54,6 +54,10 @@ pub struct Scratch<F> {
     order: Vec<u32>,
     pairs: [Vec<u64>; 2],
     keys: [Vec<u32>; 2],
+    tallies: [Vec<u64>; 2],
+    says: Vec<u8>,
+    kept: Vec<F>,
+    places: Vec<u32>,
 }
 
 /// Places of the probabilities `x`, largest first, into `scratch.order`; equal ones keep their order.
@@ -123,9 +127,8 @@ pub(crate) fn largest_f64(x: &[f64], n: usize, scratch: &mut Scratch<f64>) -> f6
     scratch.values.drain(n.min(x.len())..).sum()
 }
 
-/// `sum_r |p_(r) - q_(r)|` of a teacher's and a student's probabilities, each sorted, the shorter padded with zeros;
-/// `upstream` gets the gradient with respect to the student's.
-pub(crate) fn distance<F: Scalar>(
+/// [`distance`] by sorting both sides.
+pub(crate) fn sorted_distance<F: Scalar>(
     teacher: &[F],
     student: &[F],
     scratch: &mut Scratch<F>,
@@ -146,6 +149,152 @@ pub(crate) fn distance<F: Scalar>(
         upstream[j as usize] = F::one();
     }
     value
+}
+
+/// Buckets of probabilities by their leading bits, 32 to a factor of two; within one all have the same exponent.
+const SHIFT: u32 = 18;
+const PLACES: usize = 1 << (3 * BITS - SHIFT);
+/// A bucket's count stands above the sum of what its numbers have beyond its lower end, in units of their last place.
+const ONE: u64 = 1 << 40;
+
+/// What a bucket says of the student's probabilities in it: below those of the same rank, above, or either.
+const BELOW: u8 = 0;
+const ABOVE: u8 = 1;
+const EITHER: u8 = 2;
+
+fn place(x: f32) -> usize {
+    (x.to_bits() >> SHIFT) as usize & (PLACES - 1)
+}
+
+fn tally(x: &[f32], buckets: &mut Vec<u64>) {
+    buckets.clear();
+    buckets.resize(PLACES, 0);
+    for &x in x {
+        buckets[place(x)] += ONE | u64::from(x.to_bits() & ((1 << SHIFT) - 1));
+    }
+}
+
+/// [`distance`] of numbers below 2 by counting.
+///
+/// The distance is the integral of `|N_p(x) - N_q(x)|`, the numbers of probabilities above `x`. Where the difference at a
+/// bucket's upper end is more than what the bucket holds, its sign is the same throughout: the integral follows from counts
+/// and sums, and every probability of the student there is below, or above, the teacher's of the same rank. Only what is
+/// left is sorted; where that is much, all is.
+pub(crate) fn counted_distance(
+    teacher: &[f32],
+    student: &[f32],
+    scratch: &mut Scratch<f32>,
+    upstream: &mut [f32],
+) -> f32 {
+    let mut tallies = std::mem::take(&mut scratch.tallies);
+    tally(teacher, &mut tallies[0]);
+    tally(student, &mut tallies[1]);
+    let mut says = std::mem::take(&mut scratch.says);
+    says.clear();
+    says.resize(PLACES, BELOW);
+    // From the largest down; `entries` are the buckets to be sorted, with the difference at their upper end.
+    let mut entries: Vec<(usize, i64)> = Vec::new();
+    let (mut value, mut difference, mut left) = (0.0f64, 0i64, 0);
+    for at in (0..PLACES).rev() {
+        let [p, q] = [tallies[0][at], tallies[1][at]];
+        let (n, m) = ((p / ONE) as i64, (q / ONE) as i64);
+        if difference == 0 && n == 0 && m == 0 {
+            continue;
+        }
+        if difference - m > 0 || difference + n < 0 || (n == 0 && m == 0) {
+            let (lower, upper) = ends(at);
+            // A unit of the last place, by the next number.
+            let unit = f64::from(f32::from_bits(((at as u32) << SHIFT) + 1)) - lower;
+            let beyond = |tally: u64| (tally % ONE) as f64 * unit;
+            value += (difference as f64 * (upper - lower) + beyond(p) - beyond(q)).abs();
+            says[at] = if difference > 0 { BELOW } else { ABOVE };
+        } else {
+            says[at] = EITHER;
+            entries.push((at, difference));
+            left += n + m;
+        }
+        difference += n - m;
+    }
+    if left as usize > (teacher.len() + student.len()) / 4 {
+        (scratch.tallies, scratch.says) = (tallies, says);
+        return sorted_distance(teacher, student, scratch, upstream);
+    }
+    let sign = [-1.0f32, 1.0, 0.0, 0.0];
+    for (up, &q) in upstream.iter_mut().zip(student) {
+        *up = sign[says[place(q)] as usize & 3];
+    }
+    let bound = entries.last().map_or(f32::INFINITY, |&(at, _)| ends(at).0 as f32);
+    let open = |x: &[f32], kept: &mut Vec<f32>, places: &mut Vec<u32>| {
+        kept.clear();
+        places.clear();
+        for (block, x) in x.chunks(64).enumerate() {
+            // Most of a vocabulary lies below all that is open.
+            let largest = x.iter().fold(0.0, |a: f32, &b| if b > a { b } else { a });
+            if largest < bound {
+                continue;
+            }
+            for (i, &x) in x.iter().enumerate() {
+                if says[place(x)] == EITHER {
+                    kept.push(x);
+                    places.push((block * 64 + i) as u32);
+                }
+            }
+        }
+    };
+    let (mut kept, mut places) = (std::mem::take(&mut scratch.kept), std::mem::take(&mut scratch.places));
+    open(teacher, &mut kept, &mut places);
+    largest_f32(&kept, kept.len(), scratch);
+    open(student, &mut kept, &mut places);
+    order_f32(&kept, scratch);
+    let mut own = scratch.order.iter().map(|&i| (kept[i as usize], places[i as usize])).peekable();
+    let mut others = scratch.values.iter().copied().peekable();
+    for (at, mut difference) in entries {
+        let (lower, mut x) = ends(at);
+        let inside = |v: &f32| place(*v) == at;
+        loop {
+            let (p, q) = (others.peek().copied().filter(inside), own.peek().map(|q| q.0).filter(inside));
+            let Some(v) = p.into_iter().chain(q).reduce(f32::max) else {
+                break;
+            };
+            value += difference.unsigned_abs() as f64 * (x - f64::from(v));
+            x = f64::from(v);
+            let mut same = 0;
+            while others.next_if(|p| *p == v).is_some() {
+                same += 1;
+            }
+            let mut before = 0;
+            while let Some((_, j)) = own.next_if(|q| q.0 == v) {
+                // Above the teacher's of the same rank, unless so many of those are at least as large.
+                upstream[j as usize] = match (difference - before >= 1, difference + same - before <= 0) {
+                    (true, _) => -1.0,
+                    (false, true) => 1.0,
+                    (false, false) => 0.0,
+                };
+                before += 1;
+            }
+            difference += same - before;
+        }
+        value += difference.unsigned_abs() as f64 * (x - lower);
+    }
+    (scratch.tallies, scratch.says, scratch.kept, scratch.places) = (tallies, says, kept, places);
+    value as f32
+}
+
+/// The least number of a bucket, and of the next.
+fn ends(at: usize) -> (f64, f64) {
+    let least = |at: usize| f64::from(f32::from_bits((at as u32) << SHIFT));
+    (least(at), least(at + 1))
+}
+
+/// `sum_r |p_(r) - q_(r)|` of a teacher's and a student's probabilities, each sorted, the shorter padded with zeros;
+/// `upstream` gets the gradient with respect to the student's.
+pub(crate) fn distance<F: Scalar>(
+    teacher: &[F],
+    student: &[F],
+    scratch: &mut Scratch<F>,
+    upstream: &mut [F],
+) -> F {
+    F::distance(teacher, student, scratch, upstream)
 }
 
 /// Probabilities of a row, over what is in `out`.
@@ -187,6 +336,36 @@ mod tests {
             order_f64(&wide, &mut scratch);
             prop_assert_eq!(&scratch.order, &expected);
             prop_assert!((largest_f64(&wide, n, &mut scratch) - f64::from(others)).abs() <= 1e-5 * f64::from(others).max(1.0));
+        }
+
+        #[test]
+        fn distances_by_counting_are_those_by_sorting(
+            (n, m) in (1usize..3000, 1usize..3000), spread in 0.1f32..12.0, alike in any::<bool>(), seed in any::<u64>(),
+        ) {
+            use rand::rngs::StdRng;
+            use rand::{RngExt, SeedableRng};
+            let mut rng = StdRng::seed_from_u64(seed);
+            let mut softmax = |n: usize, spread: f32| -> Vec<f32> {
+                let e: Vec<f32> = (0..n).map(|_| (spread * rng.random_range(-1.0f32..1.0)).exp()).collect();
+                let total: f32 = e.iter().sum();
+                e.iter().map(|e| e / total).collect()
+            };
+            let p = softmax(n, spread);
+            let mut q = softmax(m, if alike { spread } else { 2.0 });
+            if alike {
+                // Ties with the teacher's.
+                for (q, p) in q.iter_mut().zip(&p).step_by(3) {
+                    *q = *p;
+                }
+            }
+            let (mut counted, mut sorted) = (vec![f32::NAN; m], vec![f32::NAN; m]);
+            let mut scratch = Scratch::default();
+            let found = counted_distance(&p, &q, &mut scratch, &mut counted);
+            let expected = sorted_distance(&p, &q, &mut scratch, &mut sorted);
+            prop_assert!((found - expected).abs() <= 2e-5 * expected.max(0.1), "{} {}", found, expected);
+            prop_assert_eq!(&counted, &sorted);
+            // And again with buffers in use.
+            prop_assert_eq!(counted_distance(&p, &q, &mut scratch, &mut counted), found);
         }
     }
 }
