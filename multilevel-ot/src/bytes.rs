@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use scylla_core::text::Tokenizer;
+
 use crate::{Error, Result};
 
 /// Offsets of each token within its answer, by side.
@@ -36,6 +38,27 @@ pub fn offsets(student: &[&[u8]], teacher: &[&[u8]]) -> Result<(Offsets, Offsets
         shown(&own, core.start),
         shown(&other, others.start)
     )))
+}
+
+/// The same of ids, by the bytes that their tokenizers keep: a character may be split between tokens, and special tokens
+/// have no bytes. Where one side has no answer, no token has a place.
+///
+/// # Errors
+/// If the two are different texts.
+pub fn token_offsets(
+    (student, own): (&Tokenizer, &[u32]),
+    (teacher, others): (&Tokenizer, &[u32]),
+) -> Result<(Offsets, Offsets)> {
+    if own.is_empty() || others.is_empty() {
+        return Ok((vec![(0, 0); own.len()], vec![(0, 0); others.len()]));
+    }
+    let own: Vec<&[u8]> = own.iter().map(|&id| bytes(student, id)).collect();
+    let others: Vec<&[u8]> = others.iter().map(|&id| bytes(teacher, id)).collect();
+    offsets(&own, &others)
+}
+
+fn bytes(tokenizer: &Tokenizer, id: u32) -> &[u8] {
+    tokenizer.token_bytes(id).unwrap_or_default()
 }
 
 /// What is left without the white space around it.

@@ -223,7 +223,9 @@ pub(crate) fn counted_distance(
     for (up, &q) in upstream.iter_mut().zip(student) {
         *up = sign[says[place(q)] as usize & 3];
     }
-    let bound = entries.last().map_or(f32::INFINITY, |&(at, _)| ends(at).0 as f32);
+    let bound = entries
+        .last()
+        .map_or(f32::INFINITY, |&(at, _)| ends(at).0 as f32);
     let open = |x: &[f32], kept: &mut Vec<f32>, places: &mut Vec<u32>| {
         kept.clear();
         places.clear();
@@ -241,18 +243,28 @@ pub(crate) fn counted_distance(
             }
         }
     };
-    let (mut kept, mut places) = (std::mem::take(&mut scratch.kept), std::mem::take(&mut scratch.places));
+    let (mut kept, mut places) = (
+        std::mem::take(&mut scratch.kept),
+        std::mem::take(&mut scratch.places),
+    );
     open(teacher, &mut kept, &mut places);
     largest_f32(&kept, kept.len(), scratch);
     open(student, &mut kept, &mut places);
     order_f32(&kept, scratch);
-    let mut own = scratch.order.iter().map(|&i| (kept[i as usize], places[i as usize])).peekable();
+    let mut own = scratch
+        .order
+        .iter()
+        .map(|&i| (kept[i as usize], places[i as usize]))
+        .peekable();
     let mut others = scratch.values.iter().copied().peekable();
     for (at, mut difference) in entries {
         let (lower, mut x) = ends(at);
         let inside = |v: &f32| place(*v) == at;
         loop {
-            let (p, q) = (others.peek().copied().filter(inside), own.peek().map(|q| q.0).filter(inside));
+            let (p, q) = (
+                others.peek().copied().filter(inside),
+                own.peek().map(|q| q.0).filter(inside),
+            );
             let Some(v) = p.into_iter().chain(q).reduce(f32::max) else {
                 break;
             };
@@ -265,11 +277,12 @@ pub(crate) fn counted_distance(
             let mut before = 0;
             while let Some((_, j)) = own.next_if(|q| q.0 == v) {
                 // Above the teacher's of the same rank, unless so many of those are at least as large.
-                upstream[j as usize] = match (difference - before >= 1, difference + same - before <= 0) {
-                    (true, _) => -1.0,
-                    (false, true) => 1.0,
-                    (false, false) => 0.0,
-                };
+                upstream[j as usize] =
+                    match (difference - before >= 1, difference + same - before <= 0) {
+                        (true, _) => -1.0,
+                        (false, true) => 1.0,
+                        (false, false) => 0.0,
+                    };
                 before += 1;
             }
             difference += same - before;

@@ -5,13 +5,18 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
+use candle_core::{Device, Tensor};
+use multilevel_ot::bytes::{groups, token_offsets};
+use multilevel_ot::{MultiLevelOt, Projection};
 use scylla_core::decode::{Job, Output, Parts, Settings, decode};
 use scylla_core::model::{LoadOptions, ModelFiles, WeightForm, load};
+use scylla_core::plugin::AnswerLogits;
 use scylla_core::plugin::{DraftModel, Fixed, SlotRows, Step, TargetModel, Want};
 use scylla_core::text::{Message, Tokenizer};
 use scylla_core::tree::Budget;
 use scylla_draft::Ngram;
-use scylla_tests::default_model;
+use scylla_tests::answers::{Answers, gradient};
+use scylla_tests::{default_model, write_sentencepiece_gguf};
 use scylla_verify::Greedy;
 use serde::Deserialize;
 
@@ -385,4 +390,153 @@ fn logits_of_a_tree_are_bit_for_bit_those_of_plain_decoding() {
             );
         }
     }
+}
+
+/// A small SentencePiece tokenizer.
+fn sentencepiece(dir: &Path) -> Tokenizer {
+    let path = dir.join("sentencepiece.gguf");
+    write_sentencepiece_gguf(&path);
+    tokenizer(&path)
+}
+
+#[test]
+fn answers_of_a_byte_level_and_a_sentencepiece_tokenizer_group_by_bytes() {
+    let Some(path) = default_model("answers group by bytes") else {
+        return;
+    };
+    let dir = tempfile::tempdir().expect("dir");
+    let (byte_level, pieces) = (tokenizer(&path), sentencepiece(dir.path()));
+    // Characters that both split, one that only one side splits, and what neither knows.
+    for text in [
+        "the cat and the caterer",
+        "th\u{e9} \u{1F600}\u{1F642} in\n  \u{4e2d}",
+        "a",
+    ] {
+        let mut own = byte_level.encode_plain(text).expect("encodes");
+        own.push(byte_level.eos()[0]);
+        // With the BOS that its file asks for, and the space that SentencePiece puts first.
+        let mut other = pieces.encode(text).expect("encodes");
+        assert!(pieces.token_bytes(other[0]).is_none());
+        other.push(2);
+        let (s, t) = token_offsets((&byte_level, &own), (&pieces, &other)).expect("one answer");
+        let lengths = |o: &[(usize, usize)]| o.iter().map(|(a, b)| b - a).collect::<Vec<_>>();
+        let found = groups(&lengths(&s), &lengths(&t)).expect("one text");
+        let covered = |o: &[(usize, usize)]| (o[0].0, o[o.len() - 1].1);
+        for group in &found {
+            assert_eq!(
+                covered(&s[group.student.clone()]),
+                covered(&t[group.teacher.clone()])
+            );
+        }
+        assert_eq!(covered(&s), (0, text.len()));
+        let ends = found.last().expect("a group");
+        assert_eq!((ends.student.len(), ends.teacher.len()), (1, 1), "{text:?}");
+        assert!(found.len() > 1);
+    }
+    let (own, other) = (
+        byte_level.encode_plain("cat").expect("encodes"),
+        pieces.encode("cats").expect("encodes"),
+    );
+    assert!(token_offsets((&byte_level, &own), (&pieces, &other)).is_err());
+}
+
+#[test]
+fn a_projection_between_real_tokenizers_sums_to_one() {
+    let Some(path) = default_model("a projection between tokenizers") else {
+        return;
+    };
+    let dir = tempfile::tempdir().expect("dir");
+    let (byte_level, pieces) = (tokenizer(&path), sentencepiece(dir.path()));
+    let map = Projection::between(&byte_level, &pieces).expect("a projection");
+    assert_eq!(map.len(), byte_level.size());
+    let spelled = |t: &Tokenizer, id: u32| t.token_bytes(id).unwrap_or_default().to_vec();
+    let mut exact = 0;
+    for id in 0..byte_level.size() as u32 {
+        let entries = map.get(id as usize);
+        if entries.is_empty() {
+            assert!(byte_level.token_bytes(id).is_none(), "{id}");
+            continue;
+        }
+        let sum: f32 = entries.iter().map(|(_, w)| w).sum();
+        assert!(
+            (sum - 1.0).abs() < 1e-5 && entries.len() <= 4,
+            "{id}: {entries:?}"
+        );
+        let first = spelled(&pieces, entries[0].0);
+        if first == spelled(&byte_level, id) {
+            assert_eq!(entries, [(entries[0].0, 1.0)]);
+            exact += 1;
+        }
+    }
+    // The bytes that are tokens here, and words that both have.
+    assert!(exact >= 200, "{exact}");
+    let the = byte_level.encode_plain(" the").expect("encodes");
+    assert_eq!(spelled(&pieces, map.get(the[0] as usize)[0].0), b" the");
+}
+
+/// Logits of the default model over an answer, after a prompt.
+fn answer_logits(path: &Path, prompt: &str, answer: &str) -> AnswerLogits {
+    let tokenizer = tokenizer(path);
+    let mut tokens = tokenizer.encode(prompt).expect("encodes");
+    let before = tokens.len();
+    tokens.extend(tokenizer.encode_plain(answer).expect("encodes"));
+    let mut model = target(path, WeightForm::AsIs);
+    model.open(0).expect("opens");
+    let step = Step {
+        slots: vec![SlotRows {
+            slot: 0,
+            tokens: &tokens,
+            parents: &[],
+            want: Want::All,
+        }],
+        taps: &[],
+    };
+    let forward = model.forward(&step).expect("forward");
+    let (rows, vocab) = (tokens.len(), forward.logits[0].columns);
+    let logits = forward.logits[0].all().expect("logits").into_owned();
+    let label = |(i, &t): (usize, &u32)| if i < before { -100 } else { i64::from(t) };
+    let labels: Vec<i64> = tokens.iter().enumerate().map(label).collect();
+    AnswerLogits {
+        logits: Tensor::from_vec(logits, (1, rows, vocab), &Device::Cpu).expect("logits"),
+        labels: Tensor::from_vec(labels, (1, rows), &Device::Cpu).expect("labels"),
+        vocab,
+        tokens: None,
+        offsets: None,
+        hidden: None,
+    }
+}
+
+#[test]
+fn on_real_logits_too_the_released_code_is_hardly_more_than_cross_entropy_and_had() {
+    let Some(path) = default_model("gradients on real logits") else {
+        return;
+    };
+    let answer = "Paris has been the capital of France since the tenth century, with short interruptions, \
+        and lies on the river Seine in the north of the country.";
+    // The teacher is told what it is about, the student is not.
+    let prompt = "Question: Which city is the capital of France, since when, and where does it lie?\nAnswer: ";
+    let answers = Answers::new(
+        answer_logits(&path, prompt, answer),
+        answer_logits(&path, "\n", answer),
+    );
+    let mut shares = Vec::new();
+    for (name, aligner) in [
+        ("paper", MultiLevelOt::paper()),
+        ("released code", MultiLevelOt::reference_code()),
+    ] {
+        let loss = answers.loss(&aligner);
+        let norm = |g: Vec<f64>| g.iter().map(|g| g * g).sum::<f64>().sqrt();
+        let of = |p: &scylla_core::plugin::Part| {
+            (p.name, p.weight * norm(gradient(&p.value, &answers.logits)))
+        };
+        let norms: Vec<(&str, f64)> = loss.parts.iter().map(of).collect();
+        println!("weighted gradients on real logits, {name}: {norms:?}");
+        let [_, had, sl, sd] = [0, 1, 2, 3].map(|i| norms[i].1);
+        shares.push((sl / had, sd / had));
+    }
+    let [(sl, sd), (released_sl, released_sd)] = shares[..] else {
+        panic!("two modes");
+    };
+    assert!(sl > 1e-2 && sd > 1e-3, "{shares:?}");
+    assert!(released_sl < 1e-2 && released_sd < 1e-2, "{shares:?}");
 }

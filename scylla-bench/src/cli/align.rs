@@ -193,20 +193,7 @@ fn place(
     let (own, others) = (answers(student)?, answers(teacher)?);
     let mut offsets = (Vec::new(), Vec::new());
     for (b, (own, other)) in own.iter().zip(&others).enumerate() {
-        let bytes = |tokenizer: &'_ Tokenizer, ids: &[u32]| -> Vec<Vec<u8>> {
-            let of = |&id: &u32| tokenizer.token_bytes(id).unwrap_or_default().to_vec();
-            ids.iter().map(of).collect()
-        };
-        let (own, other) = (bytes(&tokenizers.0, own), bytes(&tokenizers.1, other));
-        let own: Vec<&[u8]> = own.iter().map(Vec::as_slice).collect();
-        let other: Vec<&[u8]> = other.iter().map(Vec::as_slice).collect();
-        // An answer that one side does not have has no places.
-        if own.is_empty() || other.is_empty() {
-            offsets.0.push(vec![(0, 0); own.len()]);
-            offsets.1.push(vec![(0, 0); other.len()]);
-            continue;
-        }
-        let found = bytes::offsets(&own, &other)
+        let found = bytes::token_offsets((&tokenizers.0, own), (&tokenizers.1, other))
             .map_err(|e| Error::Experiment(format!("answer {b}: {e}")))?;
         offsets.0.push(found.0);
         offsets.1.push(found.1);
