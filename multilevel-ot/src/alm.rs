@@ -1,9 +1,8 @@
-use scylla_core::plugin::{AlignContext, AlignLoss, AlignNeeds, Aligner, AnswerLogits};
 use serde::Deserialize;
 
 use crate::answer::{Answer, Pair};
 use crate::chunks::Sequence;
-use crate::loss::{Evaluation, Objective, loss, mean_of_sequences};
+use crate::loss::{Evaluation, Objective, aligner, mean_of_sequences};
 use crate::rows::Rows;
 use crate::{Error, Result, Scalar};
 
@@ -97,20 +96,4 @@ impl Objective for Alm {
     }
 }
 
-impl Aligner for Alm {
-    fn needs(&self) -> AlignNeeds {
-        AlignNeeds {
-            offsets: true,
-            ..AlignNeeds::default()
-        }
-    }
-
-    fn loss(
-        &self,
-        teacher: &AnswerLogits,
-        student: &AnswerLogits,
-        _: &AlignContext,
-    ) -> scylla_core::Result<AlignLoss> {
-        Ok(loss(self, teacher, student)?)
-    }
-}
+aligner!(Alm, offsets: true);

@@ -1,11 +1,10 @@
 use std::sync::Arc;
 
-use scylla_core::plugin::{AlignContext, AlignLoss, AlignNeeds, Aligner, AnswerLogits};
 use serde::Deserialize;
 
 use crate::answer::{Answer, Pair};
 use crate::chunks::{Sequence, probabilities};
-use crate::loss::{Evaluation, Objective, loss, mean_of_sequences};
+use crate::loss::{Evaluation, Objective, aligner, mean_of_sequences};
 use crate::rows::Rows;
 use crate::sorted::{Scratch, distance};
 use crate::{Error, Result, Scalar, Vocabulary};
@@ -279,20 +278,4 @@ impl Objective for Gold {
     }
 }
 
-impl Aligner for Gold {
-    fn needs(&self) -> AlignNeeds {
-        AlignNeeds {
-            offsets: true,
-            ..AlignNeeds::default()
-        }
-    }
-
-    fn loss(
-        &self,
-        teacher: &AnswerLogits,
-        student: &AnswerLogits,
-        _: &AlignContext,
-    ) -> scylla_core::Result<AlignLoss> {
-        Ok(loss(self, teacher, student)?)
-    }
-}
+aligner!(Gold, offsets: true);

@@ -186,6 +186,30 @@ impl Inputs {
     }
 }
 
+/// Makes an [`Objective`] an [`scylla_core::plugin::Aligner`] that needs byte offsets, or not.
+macro_rules! aligner {
+    ($of:ty, offsets: $offsets:literal) => {
+        impl scylla_core::plugin::Aligner for $of {
+            fn needs(&self) -> scylla_core::plugin::AlignNeeds {
+                scylla_core::plugin::AlignNeeds {
+                    offsets: $offsets,
+                    ..Default::default()
+                }
+            }
+
+            fn loss(
+                &self,
+                teacher: &scylla_core::plugin::AnswerLogits,
+                student: &scylla_core::plugin::AnswerLogits,
+                _: &scylla_core::plugin::AlignContext,
+            ) -> scylla_core::Result<scylla_core::plugin::AlignLoss> {
+                Ok($crate::loss::loss(self, teacher, student)?)
+            }
+        }
+    };
+}
+pub(crate) use aligner;
+
 type Gradient = dyn Fn() -> Result<Tensor> + Send + Sync;
 
 /// A number whose gradient is known.
@@ -196,11 +220,9 @@ struct Known {
 
 impl Known {
     fn tensor(self, of: &Tensor) -> Result<Tensor> {
-        // The number is made on the CPU; only its gradient has the size of the logits.
-        let value = Tensor::new(self.value, &Device::Cpu)?.to_dtype(of.dtype())?;
         match of.track_op() {
             true => Ok(of.apply_op1(self)?),
-            false => Ok(value.to_device(of.device())?),
+            false => Ok(Tensor::new(self.value, &Device::Cpu)?.to_dtype(precision(of.dtype()))?),
         }
     }
 
@@ -221,7 +243,7 @@ impl CustomOp1 for Known {
 
     fn cpu_fwd(&self, of: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         use candle_core::backend::BackendStorage;
-        Ok((self.storage(of.dtype())?, Shape::from(())))
+        Ok((self.storage(precision(of.dtype()))?, Shape::from(())))
     }
 
     fn bwd(
@@ -239,6 +261,14 @@ impl CustomOp1 for Known {
     }
 }
 
+/// What is computed with for logits of some type.
+fn precision(logits: DType) -> DType {
+    match logits {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    }
+}
+
 /// The loss of a batch, differentiable with respect to the student's logits: the total with a gradient that is there
 /// already, each part with one that is computed when asked for.
 pub(crate) fn loss<O: Objective>(
@@ -246,10 +276,7 @@ pub(crate) fn loss<O: Objective>(
     teacher: &AnswerLogits,
     student: &AnswerLogits,
 ) -> Result<AlignLoss> {
-    let dtype = match student.logits.dtype() {
-        DType::F64 => DType::F64,
-        _ => DType::F32,
-    };
+    let dtype = precision(student.logits.dtype());
     let inputs = Arc::new(Inputs {
         teacher: Given::new("teacher", teacher, dtype)?,
         student: Given::new("student", student, dtype)?,

@@ -1,11 +1,10 @@
 use std::sync::Arc;
 
-use scylla_core::plugin::{AlignContext, AlignLoss, AlignNeeds, Aligner, AnswerLogits};
 use serde::Deserialize;
 
 use crate::answer::Pair;
 use crate::chunks::Sequence;
-use crate::loss::{Evaluation, Objective, loss, mean_of_sequences};
+use crate::loss::{Evaluation, Objective, aligner, mean_of_sequences};
 use crate::top::heaviest;
 use crate::vocabulary::edits;
 use crate::{Error, Nearest, Result, Scalar, Vocabulary};
@@ -195,20 +194,7 @@ impl Objective for MinEd {
     }
 }
 
-impl Aligner for MinEd {
-    fn needs(&self) -> AlignNeeds {
-        AlignNeeds::default()
-    }
-
-    fn loss(
-        &self,
-        teacher: &AnswerLogits,
-        student: &AnswerLogits,
-        _: &AlignContext,
-    ) -> scylla_core::Result<AlignLoss> {
-        Ok(loss(self, teacher, student)?)
-    }
-}
+aligner!(MinEd, offsets: false);
 
 #[cfg(test)]
 mod tests {

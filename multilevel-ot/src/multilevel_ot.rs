@@ -1,9 +1,8 @@
 use scylla_core::kernels::softmax::{distances, distances_gradient};
-use scylla_core::plugin::{AlignContext, AlignLoss, AlignNeeds, Aligner, AnswerLogits};
 use serde::Deserialize;
 
 use crate::answer::Pair;
-use crate::loss::{Evaluation, Objective, loss, mean_of_sequences};
+use crate::loss::{Evaluation, Objective, aligner, mean_of_sequences};
 use crate::matching::assign;
 use crate::reference_code;
 use crate::rows::Rows;
@@ -455,20 +454,7 @@ impl Objective for MultiLevelOt {
     }
 }
 
-impl Aligner for MultiLevelOt {
-    fn needs(&self) -> AlignNeeds {
-        AlignNeeds::default()
-    }
-
-    fn loss(
-        &self,
-        teacher: &AnswerLogits,
-        student: &AnswerLogits,
-        _: &AlignContext,
-    ) -> scylla_core::Result<AlignLoss> {
-        Ok(loss(self, teacher, student)?)
-    }
-}
+aligner!(MultiLevelOt, offsets: false);
 
 /// Settings as they stand in a file: those left out are the mode's own.
 #[derive(Deserialize, Default)]

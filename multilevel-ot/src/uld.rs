@@ -1,8 +1,7 @@
-use scylla_core::plugin::{AlignContext, AlignLoss, AlignNeeds, Aligner, AnswerLogits};
 use serde::Deserialize;
 
 use crate::answer::{Answer, Pair};
-use crate::loss::{Evaluation, Objective, loss, mean_of_sequences};
+use crate::loss::{Evaluation, Objective, aligner, mean_of_sequences};
 use crate::multilevel_ot::Mode;
 use crate::reference_code::mean_cross_entropy;
 use crate::rows::Rows;
@@ -139,17 +138,4 @@ impl Objective for Uld {
     }
 }
 
-impl Aligner for Uld {
-    fn needs(&self) -> AlignNeeds {
-        AlignNeeds::default()
-    }
-
-    fn loss(
-        &self,
-        teacher: &AnswerLogits,
-        student: &AnswerLogits,
-        _: &AlignContext,
-    ) -> scylla_core::Result<AlignLoss> {
-        Ok(loss(self, teacher, student)?)
-    }
-}
+aligner!(Uld, offsets: false);

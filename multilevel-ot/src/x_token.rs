@@ -1,12 +1,11 @@
 use std::sync::Arc;
 
-use scylla_core::plugin::{AlignContext, AlignLoss, AlignNeeds, Aligner, AnswerLogits};
 use serde::Deserialize;
 
 use crate::answer::Pair;
 use crate::bytes::Group;
 use crate::chunks::{Sequence, probabilities};
-use crate::loss::{Evaluation, Objective, loss, mean_of_sequences};
+use crate::loss::{Evaluation, Objective, aligner, mean_of_sequences};
 use crate::scalar::dot;
 use crate::sorted::{Scratch, distance};
 use crate::top::heaviest;
@@ -345,20 +344,4 @@ impl XToken {
     }
 }
 
-impl Aligner for XToken {
-    fn needs(&self) -> AlignNeeds {
-        AlignNeeds {
-            offsets: true,
-            ..AlignNeeds::default()
-        }
-    }
-
-    fn loss(
-        &self,
-        teacher: &AnswerLogits,
-        student: &AnswerLogits,
-        _: &AlignContext,
-    ) -> scylla_core::Result<AlignLoss> {
-        Ok(loss(self, teacher, student)?)
-    }
-}
+aligner!(XToken, offsets: true);

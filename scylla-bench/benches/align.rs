@@ -118,36 +118,48 @@ fn main() {
     ];
     let asked: Vec<_> = aligners.iter().filter(|(n, _)| asked_for(n)).collect();
     println!(
-        "{TOKENS} tokens, {TEACHER} x {STUDENT}: milliseconds with gradient, and times the reading of both four times"
+        "{TOKENS} tokens, {TEACHER} x {STUDENT}: milliseconds with gradient, and times the reading of both four times; then \
+         what a value costs with half the tokens, and with half the vocabularies"
     );
     let case = Case::new(TOKENS, TEACHER, STUDENT);
+    let halves = [
+        Case::new(TOKENS / 2, TEACHER, STUDENT),
+        Case::new(TOKENS, TEACHER / 2, STUDENT / 2),
+    ];
     let mut reads = Vec::new();
     let mut times = vec![Vec::new(); asked.len()];
+    let mut half_times = vec![[Vec::new(), Vec::new()]; asked.len()];
     let mut backwards = Vec::new();
     for _ in 0..ROUNDS {
         reads.push(seconds(|| case.read_four_times()));
-        for ((_, aligner), times) in asked.iter().zip(&mut times) {
+        for (((_, aligner), times), half_times) in asked.iter().zip(&mut times).zip(&mut half_times)
+        {
             times.push(seconds(|| case.step(aligner.as_ref())));
+            for (case, times) in halves.iter().zip(half_times) {
+                times.push(seconds(|| case.step(aligner.as_ref())));
+            }
         }
         if let Some((_, aligner)) = asked.first() {
             backwards.push(seconds(|| case.backward(aligner.as_ref())));
         }
     }
-    let ratios =
-        |times: &[f64]| -> Vec<f64> { times.iter().zip(&reads).map(|(t, r)| t / r).collect() };
+    let over = |times: &[f64], others: &[f64]| -> f64 {
+        median(times.iter().zip(others).map(|(t, o)| t / o).collect())
+    };
     let bytes = (4 * (TOKENS + 1) * (TEACHER + STUDENT) * 4) as f64;
     let limit = median(reads.clone());
+    let speed = bytes / limit / 1e9;
     println!(
-        "  {:<30} {:8.1}   ({:.1} GB/s)",
+        "  {:<30} {:8.1}   ({speed:.1} GB/s)",
         "reading",
-        limit * 1e3,
-        bytes / limit / 1e9
+        limit * 1e3
     );
-    for ((name, _), times) in asked.iter().zip(&times) {
+    for (((name, _), times), halves) in asked.iter().zip(&times).zip(&half_times) {
+        let [tokens, vocabularies] = [0, 1].map(|i| 2.0 * over(&halves[i], times));
         println!(
-            "  {name:<30} {:8.1} {:6.2} x",
+            "  {name:<30} {:8.1} {:6.2} x    {tokens:.2} {vocabularies:.2}",
             median(times.clone()) * 1e3,
-            median(ratios(times))
+            over(times, &reads)
         );
     }
     if let Some((name, _)) = asked.first() {
@@ -155,22 +167,7 @@ fn main() {
         println!(
             "  {name:<30} {:8.1} {:6.2} x",
             median(backwards.clone()) * 1e3,
-            median(ratios(&backwards))
+            over(&backwards, &reads)
         );
-    }
-    drop(case);
-    println!("half the tokens, half the vocabularies: times what the whole takes a value");
-    for (tokens, teacher, student) in [
-        (TOKENS / 2, TEACHER, STUDENT),
-        (TOKENS, TEACHER / 2, STUDENT / 2),
-    ] {
-        let case = Case::new(tokens, teacher, student);
-        for ((name, aligner), whole) in asked.iter().zip(&times) {
-            let taken: Vec<f64> = (0..3)
-                .map(|_| seconds(|| case.step(aligner.as_ref())))
-                .collect();
-            let ratio = 2.0 * median(taken) / median(whole.clone());
-            println!("  {name:<30} {tokens} x {teacher}: {ratio:.2}");
-        }
     }
 }

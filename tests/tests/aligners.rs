@@ -704,3 +704,32 @@ fn the_released_code_is_hardly_more_than_cross_entropy_and_had() {
         assert!(share > 1e-2, "{name} {share}");
     }
 }
+
+#[test]
+fn logits_in_half_precision_give_a_loss_in_single() {
+    let answers = Answers::two(12);
+    let half = |side: &AnswerLogits| AnswerLogits {
+        logits: side
+            .logits
+            .detach()
+            .to_dtype(DType::BF16)
+            .expect("narrowed"),
+        ..side.clone()
+    };
+    let halves = Answers::new(half(&answers.teacher), half(&answers.student));
+    for (name, aligner) in all().into_iter().filter(|(n, _)| n != "dskd") {
+        let (loss, single) = (
+            halves.loss(aligner.as_ref()),
+            answers.loss(aligner.as_ref()),
+        );
+        assert_eq!(loss.total.dtype(), DType::F32, "{name}");
+        let (found, expected) = (value(&loss.total), value(&single.total));
+        assert!(
+            (found - expected).abs() < 0.05 * expected.abs(),
+            "{name}: {found} {expected}"
+        );
+        let gradients = loss.total.backward().expect("backward");
+        let gradient = gradients.get(&halves.logits).expect("of the logits");
+        assert_eq!(gradient.dtype(), DType::BF16, "{name}");
+    }
+}
