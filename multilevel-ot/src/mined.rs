@@ -205,19 +205,22 @@ mod tests {
         let side = |tokens: &[&'static str]| -> Vec<&'static [u8]> {
             tokens.iter().map(|t| t.as_bytes()).collect()
         };
-        let path = warp(&side(&["the", "ho", "use"]), &side(&["the", "house"]));
+        // hou costs 2 beside house and 3 beside the; se costs 3 beside house.
+        let path = warp(&side(&["the", "hou", "se"]), &side(&["the", "house"]));
         assert_eq!(path, [(0, 0), (1, 1), (2, 1)]);
         assert_eq!(warp(&side(&["a"]), &[]), []);
     }
 
     #[test]
-    fn only_a_token_aligned_alone_with_its_nearest_is_alike() {
+    fn only_a_token_aligned_with_one_that_it_is_the_nearest_to_is_alike() {
         let vocabulary = crate::vocabulary::tests::vocabulary;
-        let student = vocabulary(&["", "the", "ho", "use", "cats"]);
-        let teacher = vocabulary(&["", "the", "house", "cat"]);
+        let student = vocabulary(&["", "the", "hou", "se", "cats"]);
+        let teacher = vocabulary(&["", "the", "house", "cat", "ca", "ts"]);
         let mined = MinEd::new(MinEdSettings::default(), student, teacher).expect("settings");
-        // the | ho use | cats against the | house | cat: cat's nearest is cats.
+        // the | hou se | cats against the | house | cat: house's nearest is hou, cat's is cats.
         let alike = mined.alike(&[1, 2, 3, 4], &[1, 2, 3]);
-        assert_eq!(alike, [Some(0), None, None, Some(2)]);
+        assert_eq!(alike, [Some(0), Some(1), None, Some(2)]);
+        // Two of the teacher's for one of the student's.
+        assert_eq!(mined.alike(&[1, 4], &[1, 4, 5]), [Some(0), None]);
     }
 }
