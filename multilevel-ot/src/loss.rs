@@ -90,8 +90,8 @@ pub(crate) fn mean_of_sequences<F: Scalar>(
 struct Inputs {
     teacher: Given,
     student: Given,
-    /// Logits of the student as they came, whose dtype and device the gradient has.
-    given: Tensor,
+    /// Type of the student's logits as they came, which the gradient has too.
+    given: DType,
 }
 
 struct Given {
@@ -165,8 +165,7 @@ impl Inputs {
                 let shape = Shape::from(&self.student.shape[..]);
                 let gradient = gradient.map(|g| -> Result<Tensor> {
                     let gradient = Tensor::from_vec(g, shape, &Device::Cpu)?;
-                    let gradient = gradient.to_dtype(self.given.dtype())?;
-                    Ok(gradient.to_device(self.given.device())?)
+                    Ok(gradient.to_dtype(self.given)?)
                 });
                 Ok((found, gradient.transpose()?))
             })
@@ -280,9 +279,9 @@ pub(crate) fn loss<O: Objective>(
     let inputs = Arc::new(Inputs {
         teacher: Given::new("teacher", teacher, dtype)?,
         student: Given::new("student", student, dtype)?,
-        given: student.logits.detach(),
+        given: student.logits.dtype(),
     });
-    // Where the logits are on another device, the loss is a number on the CPU and its gradient goes back.
+    // Where the logits are on another device, the loss is a number on the CPU, and candle takes its gradient back.
     let of = student.logits.to_device(&Device::Cpu)?;
     let named = objective.parts();
     let weights: Vec<f64> = named.iter().map(|(_, w)| *w).collect();
@@ -294,7 +293,8 @@ pub(crate) fn loss<O: Objective>(
         )));
     }
     let total = found.parts.iter().zip(&weights).map(|(p, w)| p * w).sum();
-    let known = gradient.clone();
+    let device = student.logits.device();
+    let known = gradient.as_ref().map(|g| g.to_device(device)).transpose()?;
     let missing = || Error::Invalid("the gradient was not computed".into());
     let total = Known {
         value: total,
