@@ -102,10 +102,3 @@ impl<'a, F: Scalar> Sequence<'a, F> {
         ce
     }
 }
-
-/// All probabilities of a row.
-pub(crate) fn probabilities<F: Scalar>(rows: &Rows<'_, F>, row: usize, temperature: f64) -> Vec<F> {
-    let mut out = vec![F::zero(); rows.x[row].len()];
-    rows.add_probabilities(row, temperature, F::one(), &mut out);
-    out
-}

@@ -3,10 +3,10 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use crate::answer::{Answer, Pair};
-use crate::chunks::{Sequence, probabilities};
+use crate::chunks::Sequence;
 use crate::loss::{Evaluation, Objective, aligner, mean_of_sequences};
 use crate::rows::Rows;
-use crate::sorted::{Scratch, distance};
+use crate::sorted::Scratch;
 use crate::{Error, Result, Scalar, Vocabulary};
 
 /// Constants of [`Gold`].
@@ -168,11 +168,13 @@ impl<F: Scalar> Merged<F> {
         temperature: f64,
     ) -> Self {
         let last = range.end - 1;
+        let mut all = Vec::new();
+        rows.probabilities(last, temperature, &mut all);
         let earlier = (range.start..last)
             .map(|row| rows.log_probability(row, temperature, answer.tokens[row]));
         Self {
             before: earlier.sum::<F>().exp(),
-            last: probabilities(rows, last, temperature),
+            last: all,
         }
     }
 
@@ -243,7 +245,7 @@ impl Objective for Gold {
                     upstream.fill(F::zero());
                     let (own, others) = (q.of(&self.matched.student), p.of(&self.matched.teacher));
                     let mut of_own = vec![F::zero(); own.len()];
-                    parts[1] += each * distance(&others, &own, &mut scratch, &mut of_own).wide();
+                    parts[1] += each * F::distance(&others, &own, &mut scratch, &mut of_own).wide();
                     for (&j, &u) in self.matched.student.iter().zip(&of_own) {
                         upstream[j] = factor(1) * u;
                     }
@@ -256,7 +258,7 @@ impl Objective for Gold {
                     let scaled =
                         |m: &Merged<F>| m.last.iter().map(|&x| x * m.before).collect::<Vec<F>>();
                     parts[1] += each
-                        * distance(&scaled(&p), &scaled(&q), &mut scratch, &mut upstream).wide();
+                        * F::distance(&scaled(&p), &scaled(&q), &mut scratch, &mut upstream).wide();
                     upstream.iter_mut().for_each(|u| *u = *u * factor(1));
                 }
                 let Some(gradient) = gradient.as_deref_mut() else {

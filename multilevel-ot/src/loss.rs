@@ -286,6 +286,12 @@ pub(crate) fn loss<O: Objective>(
     let named = objective.parts();
     let weights: Vec<f64> = named.iter().map(|(_, w)| *w).collect();
     let (found, gradient) = inputs.run(objective, &weights, of.track_op())?;
+    // An aligner that checks its constants has named the one by now.
+    if let Some((name, weight)) = named.iter().find(|(_, w)| !w.is_finite()) {
+        return Err(Error::Invalid(format!(
+            "the weight of part `{name}` is {weight}, which is not finite"
+        )));
+    }
     if let Some(at) = found.parts.iter().position(|p| !p.is_finite()) {
         return Err(Error::Invalid(format!(
             "part `{}` of the loss is {}: a token that the teacher expects has no probability at the student",

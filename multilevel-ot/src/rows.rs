@@ -143,6 +143,13 @@ impl<'a, F: Scalar> Rows<'a, F> {
         (0..self.len()).flat_map(of_row).collect()
     }
 
+    /// All probabilities of a row, in place of what is in `out`.
+    pub(crate) fn probabilities(&self, row: usize, temperature: f64, out: &mut Vec<F>) {
+        out.clear();
+        out.resize(self.x[row].len(), F::zero());
+        self.add_probabilities(row, temperature, F::one(), out);
+    }
+
     /// All probabilities of a row, added to `out` `factor` times.
     pub(crate) fn add_probabilities(&self, row: usize, temperature: f64, factor: F, out: &mut [F]) {
         let (reference, sum) = self.sum(row, temperature);

@@ -13,7 +13,8 @@ pub trait Scalar: Real + Float + Default + std::iter::Sum {
     /// Sorts the `n` largest of probabilities, largest first; returns the sum of the others.
     fn largest(x: &[Self], n: usize, scratch: &mut Scratch<Self>) -> Self;
 
-    /// The distance between sorted probabilities; see `sorted`.
+    /// `sum_r |x_(r) - y_(r)|` of a teacher's and a student's probabilities, each sorted, the shorter padded with zeros;
+    /// `upstream` gets the gradient with respect to the student's.
     fn distance(x: &[Self], y: &[Self], scratch: &mut Scratch<Self>, upstream: &mut [Self])
     -> Self;
 

@@ -1,7 +1,6 @@
 //! Distances between sorted distributions, which is the transport between distributions over tokens nobody matched.
 
 use crate::Scalar;
-use crate::rows::Rows;
 
 /// Digits of a key: three make up the bits of a number from 0 to below 2.
 const BITS: u32 = 10;
@@ -127,7 +126,7 @@ pub(crate) fn largest_f64(x: &[f64], n: usize, scratch: &mut Scratch<f64>) -> f6
     scratch.values.drain(n.min(x.len())..).sum()
 }
 
-/// [`distance`] by sorting both sides.
+/// [`Scalar::distance`] by sorting both sides.
 pub(crate) fn sorted_distance<F: Scalar>(
     teacher: &[F],
     student: &[F],
@@ -174,7 +173,7 @@ fn tally(x: &[f32], buckets: &mut Vec<u64>) {
     }
 }
 
-/// [`distance`] of numbers below 2 by counting.
+/// [`Scalar::distance`] of numbers below 2 by counting.
 ///
 /// The distance is the integral of `|N_p(x) - N_q(x)|`, the numbers of probabilities above `x`. Where the difference at a
 /// bucket's upper end is more than what the bucket holds, its sign is the same throughout: the integral follows from counts
@@ -297,29 +296,6 @@ pub(crate) fn counted_distance(
 fn ends(at: usize) -> (f64, f64) {
     let least = |at: usize| f64::from(f32::from_bits((at as u32) << SHIFT));
     (least(at), least(at + 1))
-}
-
-/// `sum_r |p_(r) - q_(r)|` of a teacher's and a student's probabilities, each sorted, the shorter padded with zeros;
-/// `upstream` gets the gradient with respect to the student's.
-pub(crate) fn distance<F: Scalar>(
-    teacher: &[F],
-    student: &[F],
-    scratch: &mut Scratch<F>,
-    upstream: &mut [F],
-) -> F {
-    F::distance(teacher, student, scratch, upstream)
-}
-
-/// Probabilities of a row, over what is in `out`.
-pub(crate) fn probabilities<F: Scalar>(
-    rows: &Rows<'_, F>,
-    row: usize,
-    temperature: f64,
-    out: &mut Vec<F>,
-) {
-    out.clear();
-    out.resize(rows.x[row].len(), F::zero());
-    rows.add_probabilities(row, temperature, F::one(), out);
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use crate::multilevel_ot::Mode;
 use crate::reference_code::mean_cross_entropy;
 use crate::rows::Rows;
 use crate::scalar::dot;
-use crate::sorted::{Scratch, distance, probabilities};
+use crate::sorted::Scratch;
 use crate::{Result, Scalar};
 
 /// Universal Logit Distillation (arXiv:2402.12030): cross entropy, and beside it the mean distance (`uld`) between the
@@ -90,9 +90,9 @@ impl Uld {
             }
             let mut dense = F::zero();
             if row < shared {
-                probabilities(&t, row, cold, &mut p);
-                probabilities(&s, row, hot, &mut q);
-                uld += share * distance(&p, &q, &mut scratch, &mut upstream).wide();
+                t.probabilities(row, cold, &mut p);
+                s.probabilities(row, hot, &mut q);
+                uld += share * F::distance(&p, &q, &mut scratch, &mut upstream).wide();
                 dense = -slope * dot(&q, &upstream);
             }
             let Some(gradient) = gradient.as_deref_mut() else {

@@ -4,10 +4,9 @@ use serde::Deserialize;
 
 use crate::answer::Pair;
 use crate::bytes::Group;
-use crate::chunks::{Sequence, probabilities};
+use crate::chunks::Sequence;
 use crate::loss::{Evaluation, Objective, aligner, mean_of_sequences};
-use crate::scalar::dot;
-use crate::sorted::{Scratch, distance};
+use crate::sorted::Scratch;
 use crate::top::heaviest;
 use crate::{Error, Projection, Result, Scalar};
 
@@ -65,7 +64,7 @@ impl Default for XTokenSettings {
 pub struct XToken {
     settings: XTokenSettings,
     projection: Arc<Projection>,
-    /// The student's and the teacher's ids of common tokens, and the others of each.
+    /// The student's and the teacher's ids of common tokens.
     pairs: Arc<Vec<(usize, usize)>>,
 }
 
@@ -230,7 +229,7 @@ impl Objective for XToken {
                         .iter()
                         .enumerate()
                         .for_each(|(at, &t)| place[t] = at as u32);
-                    let mut upstream = vec![F::zero(); own];
+                    let (mut q, mut upstream) = (Vec::new(), vec![F::zero(); own]);
                     for group in &groups {
                         parts[1] +=
                             each * self.p_kl(&s, group, &tokens, &place, &mut upstream).wide();
@@ -239,7 +238,7 @@ impl Objective for XToken {
                         };
                         let factor = factor(1) / F::of(group.student.len() as f64);
                         for row in group.student.clone() {
-                            let q = probabilities(&s.student, row, temperature);
+                            s.student.probabilities(row, temperature, &mut q);
                             s.add_through(gradient, row, temperature, (&q, &upstream), factor);
                         }
                     }
@@ -335,11 +334,10 @@ impl XToken {
         let student: Vec<F> = uncommon.student.iter().map(|&j| q(j).exp()).collect();
         let teacher: Vec<F> = uncommon.teacher.iter().map(|&i| p(i).exp()).collect();
         let mut upstream = vec![F::zero(); student.len()];
-        let uld = distance(&teacher, &student, &mut Scratch::default(), &mut upstream);
+        let uld = F::distance(&teacher, &student, &mut Scratch::default(), &mut upstream);
         for ((&j, &q), &u) in uncommon.student.iter().zip(&student).zip(&upstream) {
             logs[j] = uld_factor * u * q;
         }
-        debug_assert!(dot(&logs, &logs).is_finite());
         (kl.wide(), uld.wide(), logs)
     }
 }

@@ -622,6 +622,11 @@ fn bad_input_is_refused_by_name() {
     for (change, what) in cases {
         refused("settings", &settings(change), fine(), what);
     }
+    let weightless = Uld {
+        distillation_weight: f64::NAN,
+        ..Uld::default()
+    };
+    refused("uld", &weightless, fine(), "weight of part `uld` is NaN");
     let bare = AnswerLogits {
         offsets: None,
         hidden: None,
