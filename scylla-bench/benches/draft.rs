@@ -32,7 +32,7 @@ fn target() -> Loaded {
     };
     let cache = cache_dir().expect("a cache directory");
     let path = DEFAULT_MODEL
-        .fetch(&cache, &mut |_, _| {})
+        .fetch(&cache, &mut |_| {})
         .expect("the default model");
     load(&ModelFiles::open(&path).expect("opens"), &options).expect("loads")
 }

@@ -108,7 +108,9 @@ fn of_rows() {
     row_by_row("RoPE, 36 heads of 64", 36 * 64 * 8, || {
         rope(&mut heads, &cos, &sin);
     });
-    let table = Weight::f32(&values(1024 * h), h).to_q8_0();
+    let table = Weight::f32(&values(1024 * h), h)
+        .to_q8_0()
+        .expect("whole blocks");
     row_by_row("embedding, 8 rows of Q8_0", m * h * 5, || {
         for (i, out) in out.chunks_exact_mut(h).enumerate() {
             table.row(i * 100, out);
@@ -138,8 +140,8 @@ fn of_prefill(pool: &Pool) {
         let (w, x) = (values(n * k), values(m * k));
         let wide = Weight::f32(&w, k);
         let layers = [
-            ("q8_0", wide.to_q8_0(), Operand::Byte),
-            ("q4", wide.to_q4(), Operand::Byte),
+            ("q8_0", wide.to_q8_0().expect("whole blocks"), Operand::Byte),
+            ("q4", wide.to_q4().expect("whole blocks"), Operand::Byte),
             ("bf16", wide.to_bf16(), Operand::Bf16),
             ("f32", wide, Operand::F32),
         ]

@@ -40,7 +40,7 @@ impl Random {
 
 impl Weights for Random {
     fn matrix(&self, _: &str, n: usize, k: usize) -> Result<Weight> {
-        Ok(self.form.apply(Weight::f32(&self.values(n * k), k)))
+        self.form.apply(Weight::f32(&self.values(n * k), k))
     }
     fn vector(&self, _: &str, n: usize) -> Result<Vec<f32>> {
         Ok(vec![1.0; n])
@@ -66,6 +66,7 @@ fn shape(
         norm_eps: 1e-5,
         rope_theta: 1e4,
         rope_scaling: RopeScaling::None,
+        window: None,
         context: 2048,
         tied: true,
         qkv_bias: false,

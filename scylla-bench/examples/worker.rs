@@ -19,7 +19,7 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use scylla_bench::experiment::{Experiment, Prompts};
-use scylla_bench::{Decoder, Error, Registry, Result, Session, prompts};
+use scylla_bench::{Decoder, Error, Override, Registry, Result, Session, prompts};
 use scylla_core::decode::{Job, Phases, Settings};
 use scylla_core::kernels::Pool;
 use scylla_core::plugin::Want;
@@ -66,14 +66,14 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         return Err("usage: worker MODEL OPTIONS".into());
     };
     let options: Options = serde_json::from_str(&options)?;
-    let threads = format!("run.threads={}", options.threads);
-    let experiment = Experiment::from_overrides(&[format!("target.model={model:?}"), threads])?;
+    let threads = Override::number("run.threads", options.threads as u64);
+    let experiment = Experiment::from_overrides(&[Override::new("target.model", model), threads])?;
     let mut worker = Worker {
-        session: Session::open(&experiment, &mut |_, _| {})?,
+        session: Session::open(&experiment, &mut |_| {})?,
         registry: Registry::default(),
         decoders: HashMap::new(),
     };
-    println!("{}", serde_json::to_string(&worker.session.environment)?);
+    println!("{}", serde_json::to_string(&worker.session.environment()?)?);
     for line in std::io::stdin().lock().lines() {
         let answer = worker.answer(serde_json::from_str(&line?)?)?;
         println!("{answer}");
@@ -145,7 +145,7 @@ impl Worker {
     ) -> Result<Value> {
         self.session.target.model.close(0);
         if !self.decoders.contains_key(&set) {
-            let experiment = Experiment::from_overrides(&set)?;
+            let experiment = Experiment::from_overrides(&Override::parse_all(&set)?)?;
             let decoder = self.session.decoder(&self.registry, &experiment)?;
             self.decoders.insert(set.clone(), (experiment, decoder));
         }
@@ -170,6 +170,9 @@ impl Worker {
         let Some(output) = told.into_iter().next() else {
             return Err(Error::Experiment("no output".into()));
         };
+        if let Some(failed) = output.failed {
+            return Err(Error::Experiment(failed));
+        }
         let Phases {
             prefill,
             propose,
@@ -196,7 +199,7 @@ impl Worker {
                 role: "user",
                 content: prompt.turns[0].clone(),
             };
-            let ids = self.session.prompt(&[message], false)?;
+            let ids = self.session.prompt(&[message], &wanted)?;
             found.push(json!({ "id": prompt.id, "task": prompt.category, "ids": ids }));
         }
         Ok(json!({ "prompts": found, "eos": self.session.eos }))

@@ -1,14 +1,13 @@
 //! The comparison of decoders: the same prompts, interleaved in one run, on a loaded target.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use scylla_core::assets::write_atomically;
 use scylla_core::decode::{Cycle, Job, Output};
-use scylla_core::text::Message;
+use scylla_core::files;
+use scylla_core::text::{ChatTemplate, Message, Tokenizer};
 use serde::Serialize;
 
 use crate::environment::{Environment, peak_resident};
@@ -32,6 +31,34 @@ pub struct Summary {
     pub output: PathBuf,
     /// Whether the user broke off; the rows then hold what was done.
     pub interrupted: bool,
+    /// Turns that could not be decoded. No row counts them, or what came after them, for any decoder.
+    pub skipped: Vec<Skipped>,
+    /// Files that could not be written, with the reason.
+    #[serde(skip)]
+    pub unwritten: Vec<String>,
+}
+
+/// A turn that could not be decoded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Skipped {
+    /// The prompt's id.
+    pub prompt: String,
+    /// Which of its turns, from 0 on.
+    pub turn: usize,
+    /// The draft, where it concerns one decoder.
+    pub draft: Option<String>,
+    /// Why.
+    pub reason: String,
+}
+
+impl std::fmt::Display for Skipped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "prompt `{}`, turn {}", self.prompt, self.turn + 1)?;
+        if let Some(draft) = &self.draft {
+            write!(f, ", draft {draft}")?;
+        }
+        write!(f, ": {}", self.reason)
+    }
 }
 
 /// Memory of the process against what it must hold.
@@ -121,7 +148,13 @@ pub fn run(
     for spec in &specs {
         decoders.push(session.decoder(registry, spec)?);
     }
+    for (decoder, spec) in decoders.iter_mut().zip(&specs) {
+        // What can be refused is refused before anything is paid for.
+        let settings = session.settings(spec);
+        session.decode(decoder, &[], &settings, &mut |_| ControlFlow::Continue(()))?;
+    }
     let prompts = prompts::select(prompts::load(&experiment.prompts.set)?, &experiment.prompts)?;
+    let (prompts, mut skipped) = fitting(session, experiment, prompts)?;
     // Made before the work, so that an output that cannot be written is known in time.
     let output = output_dir(&experiment.run.output)?;
     let groups: Vec<Vec<usize>> = groups(&prompts, experiment.run.batch);
@@ -136,9 +169,14 @@ pub fn run(
                 let d = (turn + repeat + g) % decoders.len();
                 let finished =
                     converse(session, &mut decoders[d], &specs[d], group, &prompts, stop)?;
-                let Some(outputs) = finished else {
+                let Some((outputs, failed)) = finished else {
                     break 'repeats;
                 };
+                for one in failed {
+                    if !skipped.contains(&one) {
+                        skipped.push(one);
+                    }
+                }
                 done.extend(group.iter().zip(outputs).map(|(&prompt, turns)| Done {
                     decoder: d,
                     repeat,
@@ -152,15 +190,77 @@ pub fn run(
             }
         }
     }
-    let summary = Summary {
+    cut_to_the_shortest(&mut done);
+    let mut resolved = experiment.clone();
+    let template = session.tokenizer.as_ref().and_then(Tokenizer::template);
+    if template.is_some_and(ChatTemplate::uses_date) && experiment.prompts.date.is_empty() {
+        // The same prompts again, whatever day it is then.
+        resolved.prompts.date = jiff::ZonedDateTime::now().date().to_string();
+    }
+    let mut summary = Summary {
         memory: memory(session, &specs, &done),
-        environment: session.environment.clone(),
+        environment: session.environment()?,
         rows: rows(&specs, &decoders, &prompts, &done),
         interrupted: stop.load(Ordering::Relaxed),
+        skipped,
+        unwritten: Vec::new(),
         output,
     };
-    write(&summary, experiment, &prompts, &done)?;
+    summary.unwritten = write(&summary, &resolved, &prompts, &done);
     Ok(summary)
+}
+
+/// The prompts whose first turn leaves room for an answer, and the others with the reason.
+fn fitting(
+    session: &Session,
+    experiment: &Experiment,
+    prompts: Vec<Prompt>,
+) -> Result<(Vec<Prompt>, Vec<Skipped>)> {
+    let (mut fit, mut skipped) = (Vec::new(), Vec::new());
+    // Without a tokenizer or a template nothing can be decoded at all.
+    session.tokenizer()?;
+    for prompt in prompts {
+        let first = session.prompt(&opening(&prompt), &experiment.prompts);
+        match first.and_then(|ids| session.check_length(&ids)) {
+            Ok(()) => fit.push(prompt),
+            Err(e) => skipped.push(Skipped {
+                prompt: prompt.id,
+                turn: 0,
+                draft: None,
+                reason: e.to_string(),
+            }),
+        }
+    }
+    match (fit.is_empty(), skipped.first()) {
+        (true, Some(first)) => Err(Error::Experiment(format!(
+            "none of the {} prompts can be decoded; {first}",
+            skipped.len()
+        ))),
+        _ => Ok((fit, skipped)),
+    }
+}
+
+/// Turns that one decoder could not decode in one repeat count for none, so that all are compared on the same ones.
+fn cut_to_the_shortest(done: &mut [Done]) {
+    let mut turns: BTreeMap<usize, usize> = BTreeMap::new();
+    for d in done.iter() {
+        let least = turns.entry(d.prompt).or_insert(usize::MAX);
+        *least = d.turns.len().min(*least);
+    }
+    for d in done {
+        d.turns.truncate(turns[&d.prompt]);
+    }
+}
+
+/// What stands before the first answer.
+fn opening(prompt: &Prompt) -> Vec<Message> {
+    let system = prompt.system.iter().map(|text| Message {
+        role: "system",
+        content: text.clone(),
+    });
+    system
+        .chain(prompt.turns.first().map(|t| user(t)))
+        .collect()
 }
 
 /// Prompts of one task side by side, `batch` at a time.
@@ -181,7 +281,7 @@ fn warm_up(
     experiment: &Experiment,
     prompt: &Prompt,
 ) -> Result<()> {
-    let ids = session.prompt(&[user(&prompt.turns[0])], experiment.prompts.raw)?;
+    let ids = session.prompt(&opening(prompt), &experiment.prompts)?;
     let mut settings = session.settings(experiment);
     settings.max_new_tokens = settings.max_new_tokens.min(8);
     let job = Job {
@@ -201,7 +301,11 @@ fn user(text: &str) -> Message {
     }
 }
 
-/// Decodes all turns of a group of prompts side by side; `None` when the user broke off.
+/// The turns that were decoded, by prompt of a group, and those that could not be.
+type Conversations = (Vec<Vec<Output>>, Vec<Skipped>);
+
+/// Decodes all turns of a group of prompts side by side; `None` when the user broke off. A conversation whose turn cannot
+/// be decoded ends there, and the others go on.
 fn converse(
     session: &mut Session,
     decoder: &mut Decoder,
@@ -209,47 +313,59 @@ fn converse(
     group: &[usize],
     prompts: &[Prompt],
     stop: &AtomicBool,
-) -> Result<Option<Vec<Vec<Output>>>> {
+) -> Result<Option<Conversations>> {
     let settings = session.settings(experiment);
     let mut messages: Vec<Vec<Message>> = vec![Vec::new(); group.len()];
     let mut outputs: Vec<Vec<Output>> = vec![Vec::new(); group.len()];
+    let mut skipped = Vec::new();
     let turns = group
         .iter()
         .map(|&p| prompts[p].turns.len())
         .max()
         .unwrap_or(0);
     for turn in 0..turns {
-        let speaking: Vec<usize> = (0..group.len())
-            .filter(|&i| prompts[group[i]].turns.len() > turn)
-            .collect();
-        let mut jobs = Vec::new();
-        for &i in &speaking {
-            messages[i].push(user(&prompts[group[i]].turns[turn]));
-            let prompt = session.prompt(&messages[i], experiment.prompts.raw)?;
-            let sequence = (group[i] * 64 + turn) as u64;
-            jobs.push(Job { prompt, sequence });
+        let mut skip = |i: usize, draft: Option<&str>, reason: String| {
+            skipped.push(Skipped {
+                prompt: prompts[group[i]].id.clone(),
+                turn,
+                draft: draft.map(str::to_string),
+                reason,
+            });
+        };
+        let (mut speaking, mut jobs) = (Vec::new(), Vec::new());
+        for (i, &p) in group.iter().enumerate() {
+            // One that ended early says no more.
+            if prompts[p].turns.len() <= turn || outputs[i].len() < turn {
+                continue;
+            }
+            match turn {
+                0 => messages[i] = opening(&prompts[p]),
+                _ => messages[i].push(user(&prompts[p].turns[turn])),
+            }
+            let ids = session.prompt(&messages[i], &experiment.prompts);
+            match ids.and_then(|ids| session.check_length(&ids).map(|()| ids)) {
+                Ok(prompt) => {
+                    let sequence = (p * 64 + turn) as u64;
+                    jobs.push(Job { prompt, sequence });
+                    speaking.push(i);
+                }
+                Err(e) => skip(i, None, e.to_string()),
+            }
         }
         let told = session.decode(decoder, &jobs, &settings, &mut |_| match stop
             .load(Ordering::Relaxed)
         {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),
-        });
-        let in_prompt = |e: Error| match &e {
-            Error::Core(scylla_core::Error::Invalid(m)) => {
-                let ids: Vec<&str> = speaking
-                    .iter()
-                    .map(|&i| prompts[group[i]].id.as_str())
-                    .collect();
-                Error::Experiment(format!("prompts {}: {m}", ids.join(", ")))
-            }
-            _ => e,
-        };
-        let told = told.map_err(in_prompt)?;
+        })?;
         if stop.load(Ordering::Relaxed) {
             return Ok(None);
         }
-        for (&i, output) in speaking.iter().zip(told) {
+        for (i, output) in speaking.into_iter().zip(told) {
+            if let Some(reason) = output.failed {
+                skip(i, Some(&decoder.name), reason);
+                continue;
+            }
             messages[i].push(Message {
                 role: "assistant",
                 content: output.text.clone(),
@@ -257,7 +373,7 @@ fn converse(
             outputs[i].push(output);
         }
     }
-    Ok(Some(outputs))
+    Ok(Some((outputs, skipped)))
 }
 
 fn memory(session: &Session, specs: &[Experiment], done: &[Done]) -> Memory {
@@ -345,7 +461,10 @@ fn row(spec: &Experiment, decoder: &Decoder, task: &str, index: usize, here: &[&
         batch: spec.run.batch,
         task: task.into(),
         temperature: spec.sampling.temperature,
-        prompts: mine.iter().filter(|d| d.repeat == 0).count(),
+        prompts: mine
+            .iter()
+            .filter(|d| d.repeat == 0 && !d.turns.is_empty())
+            .count(),
         tokens: first.tokens,
         tau: all.tau(),
         alpha: alpha(cycles),
@@ -407,37 +526,52 @@ struct Trace<'a> {
     record: &'a Cycle,
 }
 
+/// Writes the files of a run, each for itself; returns those that could not be written, with the reason.
 fn write(
     summary: &Summary,
     experiment: &Experiment,
     prompts: &[Prompt],
     done: &[Done],
-) -> Result<()> {
-    let dir = &summary.output;
+) -> Vec<String> {
     let whole = |e: serde_json::Error| Error::Experiment(e.to_string());
-    write_atomically(
-        &dir.join("experiment.toml"),
-        experiment.to_toml()?.as_bytes(),
-    )?;
+    let traces = done.iter().flat_map(|d| {
+        let task = &prompts[d.prompt];
+        let turns = d.turns.iter().enumerate();
+        turns.flat_map(move |(turn, output)| {
+            let cycles = output.cycles.iter().enumerate();
+            cycles.map(move |(cycle, record)| Trace {
+                decoder: d.decoder,
+                repeat: d.repeat,
+                task: &task.category,
+                prompt: &task.id,
+                turn,
+                cycle,
+                record,
+            })
+        })
+    });
     let mut lines = Vec::new();
-    for d in done {
-        for (turn, output) in d.turns.iter().enumerate() {
-            for (cycle, record) in output.cycles.iter().enumerate() {
-                let trace = Trace {
-                    decoder: d.decoder,
-                    repeat: d.repeat,
-                    task: &prompts[d.prompt].category,
-                    prompt: &prompts[d.prompt].id,
-                    turn,
-                    cycle,
-                    record,
-                };
-                serde_json::to_writer(&mut lines, &trace).map_err(whole)?;
-                lines.write_all(b"\n").map_err(Error::io(dir))?;
-            }
-        }
+    let traced = traces.into_iter().try_for_each(|trace| {
+        serde_json::to_writer(&mut lines, &trace).map_err(whole)?;
+        lines.push(b'\n');
+        Ok(())
+    });
+    let contents = [
+        (
+            "summary.json",
+            serde_json::to_vec_pretty(summary).map_err(whole),
+        ),
+        (
+            "experiment.toml",
+            experiment.to_toml().map(String::into_bytes),
+        ),
+        ("cycles.jsonl", traced.map(|()| lines)),
+    ];
+    let mut unwritten = Vec::new();
+    for (name, content) in contents {
+        let path = summary.output.join(name);
+        let written = content.and_then(|bytes| Ok(files::write(&path, &bytes)?));
+        unwritten.extend(written.err().map(|e| e.to_string()));
     }
-    write_atomically(&dir.join("cycles.jsonl"), &lines)?;
-    let json = serde_json::to_vec_pretty(summary).map_err(whole)?;
-    Ok(write_atomically(&dir.join("summary.json"), &json)?)
+    unwritten
 }

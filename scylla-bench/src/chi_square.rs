@@ -17,7 +17,7 @@ use scylla_core::tree::{Drawing, Tree};
 use serde::Serialize;
 
 use crate::prove::Proposals;
-use crate::stats::chi_square_tail;
+use crate::stats::{chi_square_tail, pearson};
 use crate::{Error, Result};
 
 /// What the test found.
@@ -261,8 +261,7 @@ impl<'a> Setup<'a> {
         Ok(self.target.distribution(model, tokens, sampling)?)
     }
 
-    /// Pearson's statistic over pairs expected at least five times, and all the others as one cell; where those are
-    /// expected fewer than five times, they are counted with the rarest pair.
+    /// Pearson's statistic over pairs of tokens.
     fn statistic(
         &mut self,
         counts: &HashMap<(u32, u32), u64>,
@@ -275,30 +274,17 @@ impl<'a> Setup<'a> {
         // A first token expected fewer than five times has no pair that is expected more often.
         for (x, &p_x) in first.iter().enumerate().filter(|(_, p)| **p * n >= 5.0) {
             let second = self.p(&[self.root, x as u32])?;
-            for (y, p_y) in second.iter().enumerate() {
-                let expected = n * p_x * p_y;
-                if expected >= 5.0 {
-                    let seen = counts.get(&(x as u32, y as u32)).copied().unwrap_or(0);
-                    cells.push((expected, seen as f64));
-                }
-            }
+            cells.extend(second.iter().enumerate().map(|(y, p_y)| {
+                let seen = counts.get(&(x as u32, y as u32)).copied().unwrap_or(0);
+                (n * p_x * p_y, seen as f64)
+            }));
         }
-        let sums = |(e, s): (f64, f64), cell: &(f64, f64)| (e + cell.0, s + cell.1);
-        let (expected, seen) = cells.iter().fold((0.0, 0.0), sums);
-        let others = (n - expected, n - seen);
-        let rarest = cells.iter_mut().min_by(|a, b| a.0.total_cmp(&b.0));
-        match rarest {
-            Some(rarest) if others.0 < 5.0 => *rarest = sums(*rarest, &others),
-            _ => cells.push(others),
-        }
-        if cells.len() < 2 {
-            return Err(Error::Experiment(
+        pearson(cells.into_iter(), n).ok_or_else(|| {
+            Error::Experiment(
                 "after this prefix the target leaves a single pair of tokens; take another prefix"
                     .into(),
-            ));
-        }
-        let term = |&(expected, seen): &(f64, f64)| (seen - expected).powi(2) / expected;
-        Ok((cells.iter().map(term).sum(), cells.len() - 1))
+            )
+        })
     }
 }
 

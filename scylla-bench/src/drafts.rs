@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use scylla_core::assets;
+use scylla_core::files::read_text;
 use scylla_core::model::{CpuModel, DeviceModel, LoadOptions, ModelFiles, WeightForm};
 use scylla_core::plugin::{DraftModel, TargetModel};
 use scylla_core::text::Tokenizer;
@@ -12,6 +13,7 @@ use scylla_draft::tree::{TreeDraft, TreeSettings};
 use serde::Deserialize;
 use toml::Table;
 
+use crate::cli::warn;
 use crate::registry::{DraftContext, parse};
 use crate::{Error, Result};
 
@@ -57,7 +59,7 @@ fn weights_of(context: &DraftContext<'_>, name: &str) -> Result<PathBuf> {
             "draft `{name}` needs its weights: --draft {name}:DIR (draft.dir)"
         )));
     };
-    Ok(assets::resolve(&dir.to_string_lossy(), &mut |_, _| {})?)
+    Ok(assets::resolve(&dir.to_string_lossy(), &mut |_| {})?)
 }
 
 /// The ids of a truncated head.
@@ -89,7 +91,7 @@ fn head(context: &DraftContext<'_>, own: &WeightSettings) -> Result<Option<Arc<[
 
 /// Reads ids, one per line; what follows an id on its line (a count) is not looked at.
 fn read_ids(path: &Path) -> Result<Vec<u32>> {
-    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+    let text = read_text(path)?;
     let lines = text
         .lines()
         .enumerate()
@@ -116,17 +118,20 @@ fn shared(context: &DraftContext<'_>, own: &WeightSettings) -> Result<Shared> {
 }
 
 /// A draft that was trained for another target works, and accepts little.
-fn warn_of_other_target(dir: &Path, context: &DraftContext<'_>) {
+fn warn_of_other_target(dir: &Path, context: &DraftContext<'_>) -> Result<()> {
     let text = std::fs::read_to_string(dir.join("config.json")).unwrap_or_default();
     let json: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
-    let hash = json.get("target_sha256").and_then(|v| v.as_str());
-    if let Some(hash) = hash.filter(|h| *h != context.target_hash) {
-        eprintln!(
-            "warning: {} was made for the target with sha256 {hash}; this one has {}",
-            dir.display(),
-            context.target_hash
-        );
+    let Some(hash) = json.get("target_sha256").and_then(|v| v.as_str()) else {
+        return Ok(());
+    };
+    let own = context.target_hash()?;
+    if hash != own {
+        warn(&format!(
+            "{} was made for the target with sha256 {hash}; this one has {own}",
+            dir.display()
+        ));
     }
+    Ok(())
 }
 
 fn feature<N: Network + 'static>(
@@ -137,8 +142,9 @@ fn feature<N: Network + 'static>(
 ) -> Result<Box<dyn DraftModel>> {
     let (own, tree) = settings(table)?;
     let dir = weights_of(context, name)?;
-    warn_of_other_target(&dir, context);
+    warn_of_other_target(&dir, context)?;
     let network = load(&dir, own.taps.as_deref(), &shared(context, &own)?)?;
+    network.notes().iter().for_each(|note| warn(note));
     Ok(Box::new(TreeDraft::new(network, &tree)?))
 }
 
@@ -168,8 +174,19 @@ pub(crate) fn draft_lm(context: &DraftContext<'_>, table: Table) -> Result<Box<d
     without(&["taps", "head", "head_size"], "draft-lm", &table)?;
     let (own, tree) = settings(table)?;
     let files = ModelFiles::open(&weights_of(context, "draft-lm")?)?;
-    if let (Some(ours), Some(theirs)) = (&context.session.tokenizer, Tokenizer::of_model(&files)?) {
-        check_same(ours, &theirs, &files.path)?;
+    match (&context.session.tokenizer, Tokenizer::of_model(&files)?) {
+        (Some(ours), Some(theirs)) => check_same(ours, &theirs, &files.path)?,
+        (ours, theirs) => {
+            let absent = match (ours, theirs) {
+                (None, Some(_)) => "the target has no tokenizer",
+                (Some(_), None) => "the draft model has no tokenizer",
+                _ => "neither the draft model nor its target has a tokenizer",
+            };
+            warn(&format!(
+                "{}: {absent}, so that both mean the same by a token could not be checked",
+                files.path.display()
+            ));
+        }
     }
     let options = LoadOptions {
         weights: own.weights,
@@ -194,26 +211,28 @@ pub(crate) fn draft_lm(context: &DraftContext<'_>, table: Table) -> Result<Box<d
     Ok(Box::new(TreeDraft::new(network, &tree)?))
 }
 
-/// Token by token: a vocabulary of the same size may still be another one.
+/// Token by token, special ones too: a vocabulary of the same size may still be another one.
 fn check_same(ours: &Tokenizer, theirs: &Tokenizer, path: &Path) -> Result<()> {
-    let count = ours.size().max(theirs.size());
-    let differs = |&id: &u32| ours.token_bytes(id) != theirs.token_bytes(id);
-    match (0..count as u32).find(differs) {
-        None => Ok(()),
-        Some(id) => {
-            let text = |t: &Tokenizer| {
-                t.token_bytes(id)
-                    .map(String::from_utf8_lossy)
-                    .map(|s| s.into_owned())
-            };
-            Err(Error::file(
-                path,
-                format!(
-                    "the draft model has another tokenizer than its target: token {id} is {:?}, the target's is {:?}",
-                    text(theirs),
-                    text(ours)
-                ),
-            ))
-        }
-    }
+    let count = ours.size().max(theirs.size()) as u32;
+    let differs = |&id: &u32| {
+        ours.token(id) != theirs.token(id) || ours.token_bytes(id) != theirs.token_bytes(id)
+    };
+    let Some(id) = (0..count).find(differs) else {
+        return Ok(());
+    };
+    let said = |t: &Tokenizer| match t.token(id) {
+        None => "not there".to_string(),
+        Some(token) => match t.token_bytes(id) {
+            Some(_) => format!("{token:?}"),
+            None => format!("{token:?}, special"),
+        },
+    };
+    Err(Error::file(
+        path,
+        format!(
+            "the draft model has another tokenizer than its target: token {id} is {}, the target's is {}",
+            said(theirs),
+            said(ours)
+        ),
+    ))
 }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use scylla_core::files::read_text;
 use scylla_core::model::WeightForm;
 use scylla_core::sampling::Sampling;
 use scylla_core::tree::Budget;
@@ -158,6 +159,31 @@ pub struct Prompts {
     pub tasks: Vec<String>,
     /// Whether prompts are taken as they are, without the chat template.
     pub raw: bool,
+    /// Name of the chat template, where a model has several; empty takes its default one.
+    pub template: String,
+    /// What the chat template is told as date, as `2026-07-26` or `2026-07-26T18:30:00`; empty is the real one.
+    pub date: String,
+    /// Whether special tokens in a prompt's text are text; else they are recognised, as transformers does.
+    pub literal: bool,
+}
+
+impl Prompts {
+    /// The date that the chat template is told; `None` is the real one.
+    ///
+    /// # Errors
+    /// If it is none.
+    pub fn date(&self) -> Result<Option<jiff::civil::DateTime>> {
+        let text = self.date.trim();
+        if text.is_empty() {
+            return Ok(None);
+        }
+        let parsed = text.parse().map_err(|e| {
+            Error::Experiment(format!(
+                "prompts.date `{text}`: {e}; expected 2026-07-26 or 2026-07-26T18:30:00"
+            ))
+        });
+        parsed.map(Some)
+    }
 }
 
 impl Default for Prompts {
@@ -168,6 +194,9 @@ impl Default for Prompts {
             per_task: 0,
             tasks: Vec::new(),
             raw: false,
+            template: String::new(),
+            date: String::new(),
+            literal: false,
         }
     }
 }
@@ -176,7 +205,8 @@ impl Default for Prompts {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Run {
-    /// Seed of the random streams.
+    /// Seed of the random streams. TOML has no whole numbers from 2^63 on; such a one stands as a text.
+    #[serde(with = "wide")]
     pub seed: u64,
     /// How often everything is repeated; medians and spreads are over repeats.
     pub repeats: usize,
@@ -213,13 +243,13 @@ impl Default for Run {
 }
 
 impl Experiment {
-    /// Reads an experiment file (or the default one) and applies `KEY=VALUE` overrides.
-    pub fn load(file: Option<&Path>, overrides: &[String]) -> Result<Self> {
+    /// Reads an experiment file (or the default one) and applies overrides.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or says what is not understood.
+    pub fn load(file: Option<&Path>, overrides: &[Override]) -> Result<Self> {
         let (text, path) = match file {
-            Some(path) => (
-                std::fs::read_to_string(path).map_err(Error::io(path))?,
-                path,
-            ),
+            Some(path) => (read_text(path)?, path),
             None => (DEFAULT.to_string(), Path::new("the default experiment")),
         };
         let table: Table = text
@@ -229,13 +259,16 @@ impl Experiment {
     }
 
     /// An experiment of overrides alone.
-    pub fn from_overrides(overrides: &[String]) -> Result<Self> {
+    ///
+    /// # Errors
+    /// If one of them is not understood.
+    pub fn from_overrides(overrides: &[Override]) -> Result<Self> {
         Self::from_table(Table::new(), overrides)
     }
 
-    fn from_table(mut table: Table, overrides: &[String]) -> Result<Self> {
-        for text in overrides {
-            set(&mut table, text)?;
+    fn from_table(mut table: Table, overrides: &[Override]) -> Result<Self> {
+        for one in overrides {
+            one.clone().apply(&mut table);
         }
         let experiment = Self::deserialize(table)
             .map_err(|e| Error::Experiment(e.to_string().trim().replace('\n', " ")))?;
@@ -247,6 +280,7 @@ impl Experiment {
     pub fn check(&self) -> Result<()> {
         let bad = |message: String| Err(Error::Experiment(message));
         self.sampling.check()?;
+        self.prompts.date()?;
         Budget::from(self.budget).check()?;
         if self.run.batch == 0 || self.run.repeats == 0 || self.run.max_new_tokens == 0 {
             return bad(format!(
@@ -272,9 +306,11 @@ impl Experiment {
     pub fn decoders(&self) -> Result<Vec<Self>> {
         let mut base = self.clone();
         base.compare.clear();
+        // A rule belongs to a draft: what is compared with is the target's own law.
         let plain = Self {
             draft: Named::default(),
             budget: Budget::OFF.into(),
+            verifier: VerifierSpec::default(),
             ..base.clone()
         };
         let whole = |e: toml::ser::Error| Error::Experiment(e.to_string());
@@ -316,27 +352,97 @@ fn merge(table: &mut Table, over: Table) {
     }
 }
 
-/// Applies one `a.b=value`; the value is TOML where it parses as such, else a text.
-pub(crate) fn set(table: &mut Table, text: &str) -> Result<()> {
-    let form = || Error::Experiment(format!("override `{text}` is not of the form key=value"));
-    let (path, value) = text.split_once('=').ok_or_else(form)?;
-    let value = value.trim();
-    let parsed = format!("v = {value}")
-        .parse::<Table>()
-        .ok()
-        .and_then(|mut t| t.remove("v"));
-    let mut value = parsed.unwrap_or_else(|| Value::String(value.into()));
-    let keys: Vec<&str> = path.trim().split('.').collect();
-    if keys.iter().any(|k| k.is_empty()) {
-        return Err(form());
+/// One field of an experiment and the value it gets. The value travels as it is, never as text that is parsed again.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Override {
+    keys: Vec<String>,
+    value: Value,
+}
+
+impl Override {
+    /// A field by its path, as `run.seed`.
+    pub fn new(path: &str, value: impl Into<Value>) -> Self {
+        Self {
+            keys: path.split('.').map(str::to_string).collect(),
+            value: value.into(),
+        }
     }
-    for key in keys.into_iter().rev() {
-        value = Value::Table(Table::from_iter([(key.to_string(), value)]));
+
+    /// A field that is a whole number.
+    pub fn number(path: &str, value: u64) -> Self {
+        Self::new(path, wide::value(value))
     }
-    if let Value::Table(over) = value {
-        merge(table, over);
+
+    /// `a.b=value`, as users write it; the value is TOML where it parses as such, else a text.
+    ///
+    /// # Errors
+    /// If it is not of that form.
+    pub fn parse(text: &str) -> Result<Self> {
+        let form = || Error::Experiment(format!("override `{text}` is not of the form key=value"));
+        let (path, value) = text.split_once('=').ok_or_else(form)?;
+        let value = value.trim();
+        let parsed = format!("v = {value}")
+            .parse::<Table>()
+            .ok()
+            .filter(|t| t.len() == 1)
+            .and_then(|mut t| t.remove("v"));
+        let found = Self::new(path.trim(), parsed.unwrap_or_else(|| value.into()));
+        match found.keys.iter().any(String::is_empty) {
+            true => Err(form()),
+            false => Ok(found),
+        }
     }
-    Ok(())
+
+    /// Those of `--set`.
+    ///
+    /// # Errors
+    /// If one is not of the form key=value.
+    pub fn parse_all(texts: &[String]) -> Result<Vec<Self>> {
+        texts.iter().map(|text| Self::parse(text)).collect()
+    }
+
+    /// Lays the value on a table.
+    pub(crate) fn apply(self, table: &mut Table) {
+        let mut value = self.value;
+        for key in self.keys.into_iter().rev() {
+            value = Value::Table(Table::from_iter([(key, value)]));
+        }
+        if let Value::Table(over) = value {
+            merge(table, over);
+        }
+    }
+}
+
+/// Whole numbers of 64 bits in TOML, whose own have 63 and a sign.
+mod wide {
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use toml::Value;
+
+    pub(super) fn value(number: u64) -> Value {
+        match i64::try_from(number) {
+            Ok(number) => Value::Integer(number),
+            Err(_) => Value::String(number.to_string()),
+        }
+    }
+
+    pub(super) fn serialize<S: Serializer>(number: &u64, to: S) -> Result<S::Ok, S::Error> {
+        value(*number).serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
+        let found = Value::deserialize(from)?;
+        let number = match &found {
+            Value::Integer(number) => u64::try_from(*number).ok(),
+            Value::String(text) => text.trim().parse().ok(),
+            _ => None,
+        };
+        number.ok_or_else(|| {
+            D::Error::custom(format!(
+                "{found} is no whole number of 64 bits without sign"
+            ))
+        })
+    }
 }
 
 #[cfg(test)]
@@ -344,8 +450,8 @@ mod tests {
     use super::*;
 
     fn load(overrides: &[&str]) -> Result<Experiment> {
-        let overrides: Vec<String> = overrides.iter().map(|s| s.to_string()).collect();
-        Experiment::from_overrides(&overrides)
+        let parse = |s: &&str| Override::parse(s);
+        Experiment::from_overrides(&overrides.iter().map(parse).collect::<Result<Vec<_>>>()?)
     }
 
     #[test]
@@ -365,6 +471,74 @@ mod tests {
     }
 
     #[test]
+    fn values_pass_through_as_they_are() {
+        for text in [
+            "it's",
+            "a\"b",
+            "e\u{301}",
+            "a\\b",
+            "x\ny = 1",
+            "[run]",
+            "1",
+            "true",
+            "\u{1F600}",
+            "# no",
+        ] {
+            let e = Experiment::from_overrides(&[Override::new("target.model", text)]).expect(text);
+            assert_eq!(e.target.model, text);
+            let again: Table = e.to_toml().expect("toml").parse().expect("parses");
+            assert_eq!(Experiment::from_table(again, &[]).expect("same"), e);
+        }
+        for text in [
+            "it's",
+            "a\"b",
+            "e\u{301}",
+            "C:\\models\\x",
+            "a b # c",
+            "x\nrun.seed = 1",
+        ] {
+            let e = load(&[&format!("target.model={text}")]).expect(text);
+            assert_eq!(e.target.model, text, "a value that is no TOML is a text");
+        }
+        for seed in [0, 7, i64::MAX as u64, 1 << 63, u64::MAX] {
+            let e =
+                Experiment::from_overrides(&[Override::number("run.seed", seed)]).expect("a seed");
+            assert_eq!(e.run.seed, seed);
+            let again: Table = e.to_toml().expect("toml").parse().expect("parses");
+            assert_eq!(
+                Experiment::from_table(again, &[]).expect("same").run.seed,
+                seed
+            );
+            assert_eq!(
+                load(&[&format!("run.seed={seed}")]).expect("set").run.seed,
+                seed
+            );
+        }
+        assert!(
+            load(&["run.seed=-1"]).is_err() && load(&["run.seed=18446744073709551616"]).is_err()
+        );
+    }
+
+    #[test]
+    fn plain_decoding_does_not_inherit_a_drafts_rule() {
+        let e = load(&[
+            "draft.name=ngram",
+            "verifier.name=typical",
+            "verifier.lossy=true",
+        ])
+        .expect("valid");
+        let decoders = e.decoders().expect("decoders");
+        assert_eq!(
+            (&*decoders[0].verifier.name, decoders[0].verifier.lossy),
+            ("auto", false)
+        );
+        assert_eq!(
+            (&*decoders[1].verifier.name, decoders[1].verifier.lossy),
+            ("typical", true)
+        );
+    }
+
+    #[test]
     fn what_is_misspelt_or_out_of_range_is_named() {
         for (set, word) in [
             ("run.repaets=3", "repaets"),
@@ -375,6 +549,7 @@ mod tests {
             ("target.weights=q3", "q3"),
             ("nonsense", "key=value"),
             ("=3", "key=value"),
+            ("prompts.date=yesterday", "prompts.date"),
         ] {
             let error = load(&[set])
                 .err()

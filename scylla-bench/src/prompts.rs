@@ -1,11 +1,10 @@
-//! Prompt sets: JSONL rows `{id, category, turns or prompt}`, Spec-Bench's form included.
+//! Prompt sets: what users say, out of any file of conversations.
 
 use std::path::Path;
 
-use serde::Deserialize;
-use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use crate::data::conversations::{self, Conversation};
 use crate::{Error, Result};
 
 /// Name of the set that comes with the project.
@@ -20,17 +19,10 @@ pub struct Prompt {
     pub id: String,
     /// Its task.
     pub category: String,
+    /// What the system message says, where there is one.
+    pub system: Option<String>,
     /// What the user says, turn by turn; each later one follows the model's own answers.
     pub turns: Vec<String>,
-}
-
-#[derive(Deserialize)]
-struct Row {
-    id: Option<Value>,
-    question_id: Option<Value>,
-    category: Option<String>,
-    turns: Option<Vec<String>>,
-    prompt: Option<String>,
 }
 
 /// Part of a prompt set: dev to choose by, test to report on. It depends on the id alone.
@@ -42,56 +34,35 @@ pub fn part_of(id: &str) -> &'static str {
     }
 }
 
-/// Reads a set by name or file.
+/// Reads a set by name or file; see [`conversations`] for the forms it may have. Of a conversation that holds answers, the
+/// user's turns are taken: the model gives answers of its own.
+///
+/// # Errors
+/// If the file cannot be read, or a row is not understood.
 pub fn load(set: &str) -> Result<Vec<Prompt>> {
-    if set == CORE {
-        return parse(CORE_ROWS, Path::new("the core prompt set"));
-    }
-    let path = Path::new(set);
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    let text = String::from_utf8(bytes).map_err(|e| {
-        Error::file(
-            path,
-            format!("not UTF-8 from byte {} on", e.utf8_error().valid_up_to()),
-        )
-    })?;
-    parse(&text, path)
+    let found = match set {
+        CORE => conversations::parse(CORE_ROWS, Path::new("the core prompt set"))?,
+        path => conversations::read(Path::new(path))?,
+    };
+    Ok(found.into_iter().map(Prompt::from).collect())
 }
 
-fn parse(text: &str, path: &Path) -> Result<Vec<Prompt>> {
-    let mut prompts: Vec<Prompt> = Vec::new();
-    for (i, line) in text
-        .lines()
-        .enumerate()
-        .filter(|(_, l)| !l.trim().is_empty())
-    {
-        let bad = |message: String| Error::file(path, format!("line {}: {message}", i + 1));
-        let row: Row = serde_json::from_str(line).map_err(|e| bad(format!("not a prompt: {e}")))?;
-        let id = match row.id.or(row.question_id) {
-            Some(Value::String(id)) => id,
-            Some(Value::Number(id)) => id.to_string(),
-            _ => return Err(bad("needs an `id` or `question_id`".into())),
+impl From<Conversation> for Prompt {
+    fn from(from: Conversation) -> Self {
+        let mut prompt = Self {
+            id: from.id,
+            category: from.task.unwrap_or_else(|| "all".into()),
+            system: None,
+            turns: Vec::new(),
         };
-        let turns = match (row.turns, row.prompt) {
-            (Some(turns), _) if !turns.is_empty() => turns,
-            (None, Some(prompt)) => vec![prompt],
-            _ => return Err(bad("needs `turns` (not empty) or `prompt`".into())),
-        };
-        if turns.iter().any(|t| t.trim().is_empty()) {
-            return Err(bad(format!("prompt `{id}` has an empty turn")));
+        for message in from.messages {
+            match message.role {
+                "system" => prompt.system = Some(message.content),
+                "user" => prompt.turns.push(message.content),
+                _ => {}
+            }
         }
-        if prompts.iter().any(|p| p.id == id) {
-            return Err(bad(format!("id `{id}` occurs twice")));
-        }
-        prompts.push(Prompt {
-            id,
-            category: row.category.unwrap_or_else(|| "all".into()),
-            turns,
-        });
-    }
-    match prompts.is_empty() {
-        true => Err(Error::file(path, "holds no prompt")),
-        false => Ok(prompts),
+        prompt
     }
 }
 
@@ -151,44 +122,6 @@ mod tests {
             .filter(|p| p.turns[0].split_whitespace().count() > 380)
             .count();
         assert!(long >= 6, "{long} long prompts");
-    }
-
-    #[test]
-    fn both_forms_of_rows_are_read() {
-        let text = r#"{"question_id": 81, "category": "writing", "turns": ["a", "b"]}
-{"id": "x", "prompt": "c"}"#;
-        let prompts = parse(text, Path::new("x")).expect("parses");
-        assert_eq!((prompts[0].id.as_str(), prompts[0].turns.len()), ("81", 2));
-        assert_eq!(prompts[1].category, "all");
-    }
-
-    #[test]
-    fn a_wrong_row_is_named_by_its_line() {
-        for (text, word) in [
-            ("", "holds no prompt"),
-            ("{}", "line 1: needs an `id`"),
-            ("{\"id\":1}", "needs `turns`"),
-            ("{\"id\":1,\"turns\":[]}", "needs `turns`"),
-            ("{\"id\":1,\"prompt\":\" \"}", "empty turn"),
-            (
-                "{\"id\":1,\"prompt\":\"a\"}\n{\"id\":1,\"prompt\":\"a\"}",
-                "line 2: id `1` occurs twice",
-            ),
-            ("nonsense", "line 1: not a prompt"),
-        ] {
-            let error = parse(text, Path::new("x")).expect_err(word).to_string();
-            assert!(error.contains(word), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_file_that_is_not_utf8_is_refused_with_the_place() {
-        let file = tempfile::NamedTempFile::new().expect("file");
-        std::fs::write(file.path(), b"{\"id\":\xff}").expect("write");
-        let error = load(&file.path().to_string_lossy())
-            .expect_err("refused")
-            .to_string();
-        assert!(error.contains("not UTF-8 from byte 6"), "{error}");
     }
 
     #[test]

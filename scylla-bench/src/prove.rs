@@ -1,18 +1,22 @@
 //! Proofs of rules on tables of probabilities: cases from a file, trees as the rule wants them.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
 use scylla_core::chance::Seeded;
 use scylla_core::draw;
+use scylla_core::files::read_text;
 use scylla_core::plugin::{Chance, Verifier};
 use scylla_core::sampling::Sampling;
 use scylla_core::table::{Law, TableDraft, TableRows};
 use scylla_core::tree::{Budget, Drawing, Tree};
-use scylla_verify::prove::{Proof, drawn_by, prove};
+use scylla_verify::prove::{Proof, drawn_by, prove_watched};
 use serde::Deserialize;
 
+use crate::stats::{chi_square_tail, pearson};
 use crate::{Error, Result};
 
 /// Tables of p and q over a small vocabulary, and the trees to draw.
@@ -40,6 +44,35 @@ pub struct Shape {
     pub children: Option<BTreeMap<String, Vec<u32>>>,
     /// Siblings drawn at every node of each depth.
     pub siblings_per_level: Option<Vec<usize>>,
+}
+
+/// Told the share that is done, from 0 to 1; may break off.
+pub type Watch<'a> = &'a mut dyn FnMut(f64) -> ControlFlow<()>;
+
+/// With which probability the bound on a distance that was sampled holds.
+const CONFIDENCE: f64 = 0.99;
+
+/// What sampling found about a rule on one case.
+#[derive(Debug, Clone)]
+pub struct Sampled {
+    /// Share of the cycles that committed each sequence.
+    pub law: BTreeMap<Vec<u32>, f64>,
+    /// Mean tokens committed, bonus included.
+    pub expected_committed: f64,
+    /// Cycles run.
+    pub cycles: usize,
+    /// Probability with which the bound below holds.
+    pub confidence: f64,
+    /// Total variation between the sample and the target's joint law; above 0 for an exact rule too.
+    pub tv: f64,
+    /// Bound on the total variation between the rule's law and the target's.
+    pub tv_at_most: f64,
+    /// Pearson's statistic against the target's law; absent where that is a single sequence.
+    pub chi_square: Option<f64>,
+    /// Its degrees of freedom.
+    pub degrees: Option<usize>,
+    /// Probability of a statistic at least this large under the target's law.
+    pub p_value: Option<f64>,
 }
 
 /// How the trees of a proof are drawn.
@@ -94,7 +127,7 @@ pub fn load(path: &Path) -> Result<Vec<Case>> {
     struct File {
         cases: Vec<Case>,
     }
-    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+    let text = read_text(path)?;
     let file: File = serde_json::from_str(&text)
         .map_err(|e| Error::file(path, format!("not a file of cases: {e}")))?;
     for case in &file.cases {
@@ -210,23 +243,30 @@ impl Case {
         }
     }
 
+    /// How the trees are drawn, and the children of each node by its depth; `None` for the fixed tree.
+    fn widths(&self, proposals: Proposals) -> Result<Option<(Drawing, Vec<usize>)>> {
+        Ok(match proposals {
+            Proposals::Fixed => None,
+            Proposals::Chain => Some((Drawing::Independent, vec![1; self.depth])),
+            Proposals::WithoutReplacement => Some((
+                Drawing::WithoutReplacement,
+                self.siblings("rrs_without_replacement")?,
+            )),
+            Proposals::Independent => {
+                Some((Drawing::Independent, self.siblings("specinfer_multistep")?))
+            }
+        })
+    }
+
     /// Hands the case's drawer of trees to `with`.
     fn drawing<T>(
         &self,
         proposals: Proposals,
         with: impl FnOnce(&mut Drawer<'_>) -> scylla_core::Result<T>,
     ) -> Result<T> {
-        let (drawing, widths) = match proposals {
-            Proposals::Fixed => {
-                let tree = self.fixed_tree()?;
-                return Ok(with(&mut |_| Ok(tree.clone()))?);
-            }
-            Proposals::Chain => (Drawing::Independent, vec![1; self.depth]),
-            Proposals::WithoutReplacement => (
-                Drawing::WithoutReplacement,
-                self.siblings("rrs_without_replacement")?,
-            ),
-            Proposals::Independent => (Drawing::Independent, self.siblings("specinfer_multistep")?),
+        let Some((drawing, widths)) = self.widths(proposals)? else {
+            let tree = self.fixed_tree()?;
+            return Ok(with(&mut |_| Ok(tree.clone()))?);
         };
         let mut draft = TableDraft::new(Self::law(&self.q), drawing);
         let budget = Budget {
@@ -242,11 +282,151 @@ impl Case {
         Ok(with(&mut drawn_by(&mut draft, 0, budget, &sampling))?)
     }
 
+    /// Ways in which the case's trees can be drawn; each is verified in every way in turn.
+    ///
+    /// # Errors
+    /// If the case has no such trees.
+    pub fn trees(&self, proposals: Proposals) -> Result<f64> {
+        let Some((drawing, widths)) = self.widths(proposals)? else {
+            return Ok(1.0);
+        };
+        let levels = widths.len().min(self.depth);
+        Ok(self.ways(&mut Vec::new(), drawing, &widths[..levels]))
+    }
+
+    /// Ways to draw what is below a node.
+    fn ways(&self, prefix: &mut Vec<u32>, drawing: Drawing, widths: &[usize]) -> f64 {
+        let Some((&width, below)) = widths.split_first() else {
+            return 1.0;
+        };
+        let q = self.q.get(&key(prefix)).map_or(&[][..], |row| row);
+        let mut children = Vec::new();
+        for (token, _) in q.iter().enumerate().filter(|(_, q)| **q > 0.0) {
+            prefix.push(token as u32);
+            children.push(self.ways(prefix, drawing, below));
+            prefix.pop();
+        }
+        if drawing == Drawing::Independent {
+            return children.iter().sum::<f64>().powi(width as i32);
+        }
+        // Ordered choices of distinct children: the elementary symmetric polynomial, times the orders.
+        let width = width.min(children.len());
+        let mut chosen = vec![0.0; width + 1];
+        chosen[0] = 1.0;
+        for ways in children {
+            for n in (1..=width).rev() {
+                chosen[n] += chosen[n - 1] * ways;
+            }
+        }
+        (1..=width).fold(chosen[width], |ways, n| ways * n as f64)
+    }
+
     /// Proves a rule on this case, by enumeration.
-    pub fn prove(&self, rule: &dyn Verifier, proposals: Proposals) -> Result<Proof> {
+    ///
+    /// # Errors
+    /// What drawing and the rule report, and where `watch` breaks off.
+    pub fn prove(
+        &self,
+        rule: &dyn Verifier,
+        proposals: Proposals,
+        watch: Watch<'_>,
+    ) -> Result<Proof> {
         let target = self.target(rule);
-        self.drawing(proposals, |draw| {
-            prove(rule, draw, &target, 0, self.vocab, self.depth)
+        let stopped = Cell::new(false);
+        let proof = self.drawing(proposals, |draw| {
+            let mut mass = 0.0;
+            let mut draw = |chance: &mut dyn Chance| match stopped.get() {
+                true => Err(scylla_core::Error::Invalid("broken off".into())),
+                false => draw(chance),
+            };
+            let mut told = |p: f64| {
+                mass += p;
+                stopped.set(watch(mass).is_break());
+            };
+            prove_watched(
+                rule, &mut draw, &target, 0, self.vocab, self.depth, &mut told,
+            )
+        });
+        match stopped.get() {
+            true => Err(Error::Interrupted(format!(" in case `{}`", self.name))),
+            false => proof,
+        }
+    }
+
+    /// Tests a rule on this case, where its trees are too many to enumerate: `cycles` cycles with the generator that
+    /// decodes, each continued by plain sampling to the full depth.
+    ///
+    /// # Errors
+    /// As [`Case::prove`].
+    pub fn sample(
+        &self,
+        rule: &dyn Verifier,
+        proposals: Proposals,
+        cycles: usize,
+        seed: u64,
+        watch: Watch<'_>,
+    ) -> Result<Sampled> {
+        let target = self.target(rule);
+        let n = cycles as f64;
+        let (mut law, mut joint) = (BTreeMap::new(), BTreeMap::new());
+        let done = self.drawing(proposals, |draw| {
+            let mut chance = Seeded::new(seed, 0);
+            for cycle in 0..cycles {
+                if cycle % 1024 == 0 && watch(cycle as f64 / n).is_break() {
+                    return Ok(false);
+                }
+                chance.at(cycle);
+                let tree = draw(&mut chance)?;
+                let rows = TableRows {
+                    law: &target,
+                    history: &[],
+                    tree: &tree,
+                };
+                let verdict = rule.verify(&tree, &rows, &mut chance)?;
+                verdict.check(&tree, self.vocab)?;
+                let mut tokens: Vec<u32> = verdict.path.iter().map(|&n| tree.tokens[n]).collect();
+                tokens.push(verdict.bonus);
+                *law.entry(tokens.clone()).or_insert(0.0) += 1.0 / n;
+                while tokens.len() <= self.depth {
+                    let before: Vec<u32> =
+                        std::iter::once(0).chain(tokens.iter().copied()).collect();
+                    tokens.push(chance.pick(&target(&before))? as u32);
+                }
+                *joint.entry(tokens).or_insert(0u64) += 1;
+            }
+            Ok(true)
+        })?;
+        if !done {
+            return Err(Error::Interrupted(format!(" in case `{}`", self.name)));
+        }
+        let cells: Vec<(f64, f64)> = sequences(self.vocab, self.depth + 1)
+            .map(|tokens| {
+                let before = |i: usize| [&[0], &tokens[..i]].concat();
+                let p: f64 = (0..tokens.len())
+                    .map(|i| target(&before(i))[tokens[i] as usize])
+                    .product();
+                (p * n, joint.get(&tokens).copied().unwrap_or(0) as f64)
+            })
+            .collect();
+        let distance = cells.iter().map(|(e, s)| (e - s).abs()).sum::<f64>() / 2.0 / n;
+        // The distance of a sample from its own law is at most sqrt(K / n) / 2 in the mean (Cauchy and Schwarz), and exceeds
+        // its mean by sqrt(ln(1 / delta) / 2 n) with probability delta at most (McDiarmid).
+        let spread =
+            (cells.len() as f64 / n).sqrt() / 2.0 + (-(1.0 - CONFIDENCE).ln() / (2.0 * n)).sqrt();
+        let test = pearson(cells.into_iter(), n);
+        Ok(Sampled {
+            expected_committed: law
+                .iter()
+                .map(|(t, p): (&Vec<u32>, &f64)| t.len() as f64 * p)
+                .sum(),
+            law,
+            cycles,
+            confidence: CONFIDENCE,
+            tv: distance,
+            tv_at_most: (distance + spread).min(1.0),
+            chi_square: test.map(|t| t.0),
+            degrees: test.map(|t| t.1),
+            p_value: test.map(|t| chi_square_tail(t.0, t.1)),
         })
     }
 

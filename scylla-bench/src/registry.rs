@@ -19,12 +19,20 @@ use crate::{Error, Result, Session, drafts};
 pub struct DraftContext<'a> {
     /// Sizes of the target.
     pub target: TargetShape,
-    /// Its sha256.
-    pub target_hash: String,
     /// The draft's weights, where some were given: a directory, a file, or a hub id.
     pub dir: Option<PathBuf>,
     /// The loaded target.
     pub session: &'a Session,
+}
+
+impl DraftContext<'_> {
+    /// Sha256 of the target, computed when first asked for.
+    ///
+    /// # Errors
+    /// If its files cannot be read any more.
+    pub fn target_hash(&self) -> Result<&str> {
+        self.session.target_hash()
+    }
 }
 
 type MakeDraft =

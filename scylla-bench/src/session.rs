@@ -1,7 +1,7 @@
 //! A loaded target with its tokenizer, and the decoders made for it.
 
+use std::cell::OnceCell;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use scylla_core::assets::{self, OnProgress};
@@ -9,10 +9,10 @@ use scylla_core::decode::{Event, Job, Output, Parts, Settings, decode};
 use scylla_core::kernels::Pool;
 use scylla_core::model::{Ends, LoadOptions, Loaded, ModelFiles, load, parse_device};
 use scylla_core::plugin::{DraftModel, Fixed, Verifier};
-use scylla_core::text::{Message, Tokenizer, eos_of_model};
+use scylla_core::text::{Message, Tokenizer, eos_of_model, no_tokenizer};
 
 use crate::environment::{Environment, commit, cpu};
-use crate::experiment::Experiment;
+use crate::experiment::{Experiment, Prompts};
 use crate::registry::{DraftContext, Registry};
 use crate::{Error, Result};
 
@@ -24,12 +24,14 @@ pub struct Session {
     pub tokenizer: Option<Tokenizer>,
     /// Ids that end a sequence.
     pub eos: Vec<u32>,
-    /// Where it runs.
-    pub environment: Environment,
-    /// Its directory or file.
-    pub path: PathBuf,
+    /// Its files.
+    pub files: ModelFiles,
     /// How it is held and run.
     pub options: LoadOptions,
+    /// What the user should know of it.
+    pub notes: Vec<String>,
+    device: String,
+    hash: OnceCell<String>,
 }
 
 /// A draft and a rule, made for a session's target.
@@ -55,52 +57,130 @@ impl Session {
         };
         // The weights first: what the tokenizer needs for a moment only then lies above them, and is given back.
         let target = load(&files, &options)?;
-        let tokenizer = Tokenizer::of_model(&files)?;
-        let eos = match &tokenizer {
-            Some(tokenizer) => tokenizer.eos().to_vec(),
+        let mut tokenizer = Tokenizer::of_model(&files)?;
+        let prompts = &experiment.prompts;
+        let named = Some(prompts.template.as_str()).filter(|name| !name.is_empty());
+        let mut notes = files.notes.clone();
+        let eos = match &mut tokenizer {
+            Some(tokenizer) => {
+                tokenizer.choose_template(named, prompts.date()?)?;
+                if !prompts.raw && tokenizer.template_lacks_bos() {
+                    notes.push(
+                        "the chat template puts no BOS in front, so conversations begin without one, as with transformers; \
+                         raw prompts get it"
+                            .into(),
+                    );
+                }
+                tokenizer.eos().to_vec()
+            }
             None => eos_of_model(&files)?,
         };
         Ok(Self {
-            environment: Environment {
-                commit: commit(),
-                cpu: cpu(),
-                simd: format!("{:?}", scylla_core::kernels::Level::detect()).to_lowercase(),
-                threads: options.thread_count(),
-                device: experiment.run.device.clone(),
-                dtypes: target.forms.iter().map(|f| (*f).into()).collect(),
-                target_hash: assets::hash_model(&path)?,
-            },
             target,
             tokenizer,
             eos,
-            path,
+            files,
             options,
+            notes,
+            device: experiment.run.device.clone(),
+            hash: OnceCell::new(),
+        })
+    }
+
+    /// Sha256 of the target, computed when first asked for.
+    ///
+    /// # Errors
+    /// If its files cannot be read any more.
+    pub fn target_hash(&self) -> Result<&str> {
+        if self.hash.get().is_none() {
+            let _ = self.hash.set(assets::hash_model(&self.files)?);
+        }
+        Ok(self.hash.get().map_or("", String::as_str))
+    }
+
+    /// Where it runs.
+    ///
+    /// # Errors
+    /// If the target's files cannot be read any more.
+    pub fn environment(&self) -> Result<Environment> {
+        Ok(Environment {
+            commit: commit(),
+            cpu: cpu(),
+            simd: format!("{:?}", scylla_core::kernels::Level::detect()).to_lowercase(),
+            threads: self.options.thread_count(),
+            device: self.device.clone(),
+            dtypes: self.target.forms.iter().map(|f| (*f).into()).collect(),
+            target_hash: self.target_hash()?.to_string(),
         })
     }
 
     /// The tokenizer, or an error that says what else to do.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
         self.tokenizer.as_ref().ok_or_else(|| {
-            Error::Experiment("this model has no tokenizer; give token ids (--prompt-ids)".into())
+            Error::Experiment(format!(
+                "this model has no tokenizer; give token ids (--prompt-ids). {}",
+                no_tokenizer(&self.files)
+            ))
         })
     }
 
-    /// Token ids of a conversation, through the chat template; `raw` takes the last text as it is.
-    pub fn prompt(&self, messages: &[Message], raw: bool) -> Result<Vec<u32>> {
+    /// Token ids of a conversation, through the chat template; where the experiment says so, the last text as it is, or with
+    /// special tokens in a text as text.
+    ///
+    /// # Errors
+    /// If there is no tokenizer or template, or the template refuses the conversation.
+    pub fn prompt(&self, messages: &[Message], how: &Prompts) -> Result<Vec<u32>> {
         let tokenizer = self.tokenizer()?;
-        let text = match tokenizer.template() {
-            _ if raw => messages
-                .last()
-                .map(|m| m.content.clone())
-                .unwrap_or_default(),
-            Some(template) => template.render(messages)?,
-            None => {
-                return Err(Error::Experiment(
-                    "this model has no chat template; use --raw (prompts.raw = true)".into(),
-                ));
-            }
+        if how.raw {
+            let text = messages.last().map_or("", |m| &m.content);
+            return Ok(match how.literal {
+                true => tokenizer.encode_literal(text)?,
+                false => tokenizer.encode(text)?,
+            });
+        }
+        let Some(template) = tokenizer.template() else {
+            let names = tokenizer.template_names();
+            return Err(Error::Experiment(match names.is_empty() {
+                true => "this model has no chat template; use --raw (prompts.raw = true)".into(),
+                false => format!(
+                    "this model has several chat templates and none called default; choose one of them (--set prompts.template=NAME): {}",
+                    names.join(", ")
+                ),
+            }));
         };
-        Ok(tokenizer.encode(&text)?)
+        // What stands around a text that is taken as it is is the template's own business here.
+        Ok(match how.literal {
+            true => tokenizer.encode_conversation_literally(messages)?,
+            false => tokenizer.encode_plain(&template.render(messages)?)?,
+        })
+    }
+
+    /// Checks that a prompt leaves room for an answer.
+    ///
+    /// # Errors
+    /// Says what to set if it does not.
+    pub fn check_length(&self, prompt: &[u32]) -> Result<()> {
+        let (positions, most) = (
+            self.target.model.shape().context,
+            self.target.config.context,
+        );
+        if prompt.len() < positions {
+            return Ok(());
+        }
+        let usual = match self.options.context {
+            0 if positions < most => ", which is taken unless another is asked for",
+            _ => "",
+        };
+        let advice = match positions < most {
+            true => {
+                format!("a longer one can be asked for: --set target.context=N, at most {most}")
+            }
+            false => "the model was made for no longer one".into(),
+        };
+        Err(Error::Experiment(format!(
+            "the prompt has {} tokens, which leave no room for an answer in the context of {positions}{usual}; {advice}",
+            prompt.len()
+        )))
     }
 
     /// Tokens the tokenizer knows; without one, the target's vocabulary.
@@ -114,9 +194,8 @@ impl Session {
         match self.target.shared() {
             Some((ends, pool)) => Ok((ends.clone(), Arc::clone(pool))),
             None => {
-                let files = ModelFiles::open(&self.path)?;
                 let pool = Pool::new(self.options.thread_count());
-                Ok((Ends::open(&files, &self.options)?, Arc::new(pool)))
+                Ok((Ends::open(&self.files, &self.options)?, Arc::new(pool)))
             }
         }
     }
@@ -126,7 +205,6 @@ impl Session {
         let spec = &experiment.draft;
         let context = DraftContext {
             target: self.target.model.shape(),
-            target_hash: self.environment.target_hash.clone(),
             dir: spec.dir.clone(),
             session: self,
         };
@@ -163,7 +241,7 @@ impl Session {
         }
     }
 
-    /// Decodes jobs.
+    /// Decodes jobs; without any, only what can be known beforehand is checked.
     pub fn decode(
         &mut self,
         decoder: &mut Decoder,

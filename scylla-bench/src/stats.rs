@@ -79,6 +79,23 @@ pub fn alpha_by_rank<'a>(cycles: impl Iterator<Item = &'a Cycle>) -> Vec<Vec<f64
     rates
 }
 
+/// Pearson's statistic and its degrees of freedom over cells (expected, seen) of `n` draws: those expected at least five
+/// times, and all others as one cell, which joins the rarest where it is expected fewer times. `None` where that leaves a
+/// single cell.
+pub fn pearson(cells: impl Iterator<Item = (f64, f64)>, n: f64) -> Option<(f64, usize)> {
+    let mut cells: Vec<(f64, f64)> = cells.filter(|(expected, _)| *expected >= 5.0).collect();
+    let sums = |(e, s): (f64, f64), cell: &(f64, f64)| (e + cell.0, s + cell.1);
+    let (expected, seen) = cells.iter().fold((0.0, 0.0), sums);
+    let others = (n - expected, n - seen);
+    let rarest = cells.iter_mut().min_by(|a, b| a.0.total_cmp(&b.0));
+    match rarest {
+        Some(rarest) if others.0 < 5.0 => *rarest = sums(*rarest, &others),
+        _ => cells.push(others),
+    }
+    let term = |&(expected, seen): &(f64, f64)| (seen - expected).powi(2) / expected;
+    (cells.len() > 1).then(|| (cells.iter().map(term).sum(), cells.len() - 1))
+}
+
 /// Probability that a chi-square variable with `degrees` degrees of freedom is at least `x`.
 pub fn chi_square_tail(x: f64, degrees: usize) -> f64 {
     if x.is_nan() || degrees == 0 {

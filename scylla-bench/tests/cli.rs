@@ -9,7 +9,7 @@ use candle_core::quantized::GgmlDType;
 use common::Place;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
-use scylla_tests::{Tiny, write_gguf};
+use scylla_tests::{Tiny, byte_level_tokenizer, write_gguf};
 use serde_json::Value;
 
 /// Arguments of `generate` on the tiny model, unless another target is given.
@@ -291,20 +291,7 @@ fn a_broken_cached_default_model_is_not_used() {
 
 /// A model with a tokenizer, so that text prompts work: byte-level, without merges.
 fn with_tokenizer(place: &Place) {
-    let mut vocab = serde_json::Map::new();
-    for (i, byte) in (b'!'..=b'~').enumerate() {
-        vocab.insert((byte as char).to_string(), i.into());
-    }
-    vocab.insert("\u{120}".into(), 94.into());
-    vocab.insert("\u{10a}".into(), 95.into());
-    let tokenizer = serde_json::json!({
-        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
-        "post_processor": null,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
-        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []}
-    });
+    let tokenizer = byte_level_tokenizer(&[]);
     std::fs::write(place.path("model/tokenizer.json"), tokenizer.to_string()).expect("write");
     let config = serde_json::json!({"chat_template": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"});
     std::fs::write(
@@ -452,7 +439,7 @@ fn bench_answers_bad_input() {
             &["--set", "draft.name=x", "--set", "compare=[]"],
             "unknown draft `x`",
         ),
-        (&["--set", "target.context=16"], "context of 16"),
+        (&["--set", "target.context=8"], "context of 8"),
         (
             &["--set", "target.context=100000"],
             "longer than the model's 256",

@@ -299,3 +299,178 @@ fn recorded_acceptance_gives_the_best_static_tree() {
     let error = place.refused(&["inspect", "quality", "model", "--text", "prompts.jsonl"]);
     assert!(error.contains("no tokenizer"), "{error}");
 }
+
+/// A target deep enough for EAGLE-3's own taps, and how a draft in `draft` decodes for it.
+fn eagle3_place() -> (Place, Tiny) {
+    let place = Place::new();
+    // Few tokens, so that a random draft is right now and then.
+    let tiny = Tiny {
+        layers: 8,
+        vocab: 18,
+        ..Tiny::default()
+    };
+    scylla_tests::write_hf(
+        &tiny,
+        &place.dir.path().join("model"),
+        safetensors::Dtype::F32,
+        1,
+    );
+    (place, tiny)
+}
+
+/// Ids, and nodes and accepted tokens of each cycle.
+fn decoded(place: &Place, draft: &TinyDraft) -> (Value, Vec<(Value, Value)>) {
+    draft.write(&place.dir.path().join("draft"));
+    let found = place.json(&generate("eagle3:draft", &TREE));
+    let cycles = found["cycles"].as_array().expect("cycles").iter();
+    let cycles = cycles
+        .map(|c| (c["nodes"].clone(), c["accepted"].clone()))
+        .collect();
+    (found["ids"].clone(), cycles)
+}
+
+type Edit<'a> = &'a dyn Fn(&mut TinyDraft);
+
+#[test]
+fn eagle3_files_that_the_engines_load_are_the_same_draft() {
+    let (place, tiny) = eagle3_place();
+    let draft = |edit: Edit<'_>| {
+        let mut draft = TinyDraft::new(&tiny, "eagle3", json!({}), 7);
+        edit(&mut draft);
+        draft
+    };
+    let good = decoded(&place, &draft(&|_| {}));
+    let rename = |to: fn(&str) -> String| {
+        move |d: &mut TinyDraft| d.tensors.iter_mut().for_each(|t| t.name = to(&t.name))
+    };
+    let first = rename(|n| n.replace("midlayer.", "layers.0."));
+    let model = rename(|n| format!("model.{}", n.replace("midlayer.", "layers.0.")));
+    let narrow = |d: &mut TinyDraft| {
+        let d2t = d.tensor("d2t");
+        let value = |b: &[u8]| i64::from_le_bytes(b.try_into().expect("eight bytes")) as i32;
+        d2t.bytes = d2t
+            .bytes
+            .chunks_exact(8)
+            .flat_map(|b| value(b).to_le_bytes())
+            .collect();
+        d2t.dtype = safetensors::Dtype::I32;
+    };
+    let copies = |d: &mut TinyDraft| {
+        for name in ["verifier_lm_head.weight", "verifier_norm.weight"] {
+            let mut copy = d.tensor("norm.weight").clone();
+            copy.name = name.into();
+            d.tensors.push(copy);
+        }
+    };
+    let edits: [(&str, Edit<'_>); 6] = [
+        ("without t2d", &|d| d.tensors.retain(|t| t.name != "t2d")),
+        ("t2d alone", &|d| d.tensors.retain(|t| t.name != "d2t")),
+        ("d2t in 32 bits", &narrow),
+        ("layers.0", &first),
+        ("model.layers.0", &model),
+        ("copies of the target's", &copies),
+    ];
+    for (name, edit) in edits {
+        assert_eq!(decoded(&place, &draft(edit)), good, "{name}");
+    }
+    let out = place.run(&generate("eagle3:draft", &TREE));
+    assert!(String::from_utf8_lossy(&out.stderr).contains("verifier_lm_head.weight"));
+    for (edit, word) in [
+        (
+            &(|d: &mut TinyDraft| d.tensors.retain(|t| !["d2t", "t2d"].contains(&&*t.name)))
+                as Edit<'_>,
+            "d2t",
+        ),
+        (&|d| d.tensor("d2t").dtype = safetensors::Dtype::F64, "d2t"),
+        (
+            &|d| d.tensors.retain(|t| t.name != "lm_head.weight"),
+            "lm_head.weight",
+        ),
+        (
+            &|d| {
+                let mut twice = d.tensor("norm.weight").clone();
+                twice.name = "model.norm.weight".into();
+                d.tensors.push(twice);
+            },
+            "under two names",
+        ),
+        (
+            &|d| {
+                let mut other = d.tensor("norm.weight").clone();
+                other.name = "mask_hidden".into();
+                d.tensors.push(other);
+            },
+            "mask_hidden",
+        ),
+    ] {
+        draft(edit).write(&place.dir.path().join("draft"));
+        let message = place.refused(&generate("eagle3:draft", &TREE));
+        assert!(message.contains(word), "no `{word}` in: {message}");
+    }
+}
+
+#[test]
+fn an_eagle3_layer_that_adds_nothing_changes_nothing_and_one_that_does_does() {
+    let (place, tiny) = eagle3_place();
+    let one = TinyDraft::new(&tiny, "eagle3", json!({}), 7);
+    let base = decoded(&place, &one);
+    let second = |silent: bool| {
+        let mut two = TinyDraft::new(&tiny, "eagle3", json!({}), 7);
+        two.config["num_hidden_layers"] = json!(2);
+        let other = TinyDraft::new(&tiny, "scylla", json!({}), 8);
+        for mut tensor in other
+            .tensors
+            .into_iter()
+            .filter(|t| t.name.starts_with("layers.1."))
+        {
+            if silent && (tensor.name.contains("o_proj") || tensor.name.contains("down_proj")) {
+                tensor.bytes.fill(0);
+            }
+            two.tensors.push(tensor);
+        }
+        decoded(&place, &two)
+    };
+    assert_eq!(second(true), base);
+    let louder = second(false);
+    assert_eq!(louder.0, base.0, "greedy output is the target's");
+    assert_ne!(louder.1, base.1);
+    let out = place.run(&[
+        "export",
+        "--draft",
+        "eagle3:draft",
+        "--target",
+        "model",
+        "--format",
+        "eagle3",
+        "--output",
+        "out",
+        "--dtype",
+        "as-is",
+    ]);
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(
+        out.status.success() && said.contains("several layers"),
+        "{said}"
+    );
+    let again = place.json(&generate("eagle3:out", &TREE));
+    assert_eq!(
+        again["cycles"].as_array().map(Vec::len),
+        Some(louder.1.len())
+    );
+}
+
+#[test]
+fn an_eagle3_file_without_a_head_has_the_targets_where_the_vocabularies_are_one() {
+    let (place, tiny) = eagle3_place();
+    let mut draft = TinyDraft::new(&tiny, "eagle3", json!({"draft_vocab_size": tiny.vocab}), 7);
+    draft
+        .tensors
+        .retain(|t| !["d2t", "t2d"].contains(&&*t.name));
+    let bytes = std::fs::read(place.path("model/model.safetensors")).expect("read");
+    let file = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
+    let head = file.tensor("lm_head.weight").expect("head").data().to_vec();
+    draft.tensor("lm_head.weight").bytes = head;
+    let with = decoded(&place, &draft);
+    draft.tensors.retain(|t| t.name != "lm_head.weight");
+    assert_eq!(decoded(&place, &draft), with);
+}

@@ -136,6 +136,117 @@ fn a_model_is_fetched_once_by_its_id_and_then_needs_no_network() {
     }
 }
 
+/// A cache as huggingface_hub leaves it: one commit, and a reference to it.
+fn cached(hub: &Path, commit: &str, reference: &str, content: &str) {
+    let folder = hub.join("models--owner--name");
+    let snapshot = folder.join("snapshots").join(commit);
+    std::fs::create_dir_all(&snapshot).expect("create");
+    write_hf(&Tiny::default(), &snapshot, Dtype::F32, 1);
+    let reference = folder.join("refs").join(reference);
+    std::fs::create_dir_all(reference.parent().expect("parent")).expect("create");
+    std::fs::write(reference, content).expect("write");
+}
+
+#[test]
+fn a_cache_that_huggingface_hub_filled_needs_no_network() {
+    let commit = "0123456789abcdef0123456789abcdef01234567";
+    let place = tempfile::tempdir().expect("dir");
+    let hub = place.path().join("hf/hub");
+    let line = format!("{commit}\n");
+    cached(&hub, commit, "main", &line); // copied by hand, with an end of line
+    cached(&hub, commit, "refs/pr/7", commit);
+    let run = |id: &str, more: &[(&str, &str)]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_scylla"));
+        command
+            .args([
+                "generate",
+                "--target",
+                id,
+                "--prompt-ids",
+                "5,6",
+                "--max-new-tokens",
+                "4",
+                "--json",
+            ])
+            .env("HF_HOME", place.path().join("hf"))
+            .env("SCYLLA_CACHE", place.path().join("cache"))
+            .env("HF_ENDPOINT", "http://127.0.0.1:9");
+        for key in [
+            "HF_HUB_OFFLINE",
+            "SCYLLA_OFFLINE",
+            "TRANSFORMERS_OFFLINE",
+            "HF_HUB_CACHE",
+            "HUGGINGFACE_HUB_CACHE",
+        ] {
+            command.env_remove(key);
+        }
+        command.envs(more.iter().copied()).output().expect("starts")
+    };
+    let said = |out: &Output| String::from_utf8_lossy(&out.stderr).into_owned();
+    let first = ids(&run("owner/name", &[("HF_HUB_OFFLINE", "1")]));
+    for word in ["ON", "yes", "True"] {
+        assert_eq!(ids(&run("owner/name", &[("HF_HUB_OFFLINE", word)])), first);
+    }
+    let by_commit = format!("owner/name@{commit}");
+    for id in [&*by_commit, "owner/name@refs/pr/7"] {
+        assert_eq!(ids(&run(id, &[("HF_HUB_OFFLINE", "1")])), first, "{id}");
+    }
+    let moved = place.path().join("elsewhere");
+    std::fs::rename(&hub, &moved).expect("rename");
+    let moved = moved.to_string_lossy().into_owned();
+    for key in ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"] {
+        assert_eq!(
+            ids(&run(
+                "owner/name",
+                &[(key, &moved), ("HF_HUB_OFFLINE", "1")]
+            )),
+            first,
+            "{key}"
+        );
+    }
+    // With the network on and down: told, file by file, and decoded.
+    let down = run("owner/name", &[("HF_HUB_CACHE", &moved)]);
+    assert_eq!(ids(&down), first);
+    assert!(
+        said(&down).contains("tokenizer.json") && said(&down).contains("taken as not there"),
+        "{}",
+        said(&down)
+    );
+    // What huggingface_hub has noted as absent is not asked for.
+    let noted = Path::new(&moved)
+        .join("models--owner--name/.no_exist")
+        .join(commit);
+    std::fs::create_dir_all(&noted).expect("create");
+    std::fs::write(noted.join("tokenizer.json"), "").expect("write");
+    let down = run("owner/name", &[("HF_HUB_CACHE", &moved)]);
+    assert!(
+        !said(&down).contains("tokenizer.json of"),
+        "{}",
+        said(&down)
+    );
+    // A false value is no order to stay offline.
+    for word in ["false", "0", "no", "off", ""] {
+        let out = run(
+            "owner/other",
+            &[("HF_HUB_OFFLINE", word), ("HF_HUB_CACHE", &moved)],
+        );
+        assert!(
+            said(&out).contains("could not be fetched"),
+            "{word}: {}",
+            said(&out)
+        );
+    }
+    let out = run(
+        "owner/other",
+        &[("HF_HUB_OFFLINE", "1"), ("HF_HUB_CACHE", &moved)],
+    );
+    assert!(
+        said(&out).contains("switched off") && said(&out).contains("models--owner--other"),
+        "{}",
+        said(&out)
+    );
+}
+
 #[test]
 fn a_download_that_breaks_off_is_finished_by_the_next_call() {
     let place = tempfile::tempdir().expect("dir");

@@ -1,10 +1,13 @@
 //! `scylla prove`: laws against golden values, and what scripts rely on.
 
+use std::path::Path;
 use std::process::{Command, Output};
 
 use scylla_bench::Registry;
 use scylla_bench::prove::{Proposals, load};
+use scylla_core::plugin::{Chance, TargetRows, Verdict, Verifier};
 use scylla_core::sampling::Sampling;
+use scylla_core::tree::{Drawing, Tree};
 use scylla_tests::golden;
 use serde_json::{Value, json};
 
@@ -29,7 +32,9 @@ fn laws_equal_the_golden_ones() {
         for (i, case) in load(&path).expect("cases").iter().enumerate() {
             let name = format!("{rule}, {}", case.name);
             let proof = case
-                .prove(verifier.as_ref(), Proposals::of_rule(rule))
+                .prove(verifier.as_ref(), Proposals::of_rule(rule), &mut |_| {
+                    std::ops::ControlFlow::Continue(())
+                })
                 .expect("proof");
             let expected = &raw["cases"][i]["rules"][key];
             let law = expected["law"].as_array().expect("law");
@@ -214,5 +219,130 @@ fn a_test_on_a_model_that_could_show_nothing_is_refused() {
             .expect("starts");
         let said = String::from_utf8_lossy(&out.stderr);
         assert!(!out.status.success() && said.contains(word), "{said}");
+    }
+}
+
+/// Looks at no tree and commits one token, without chance.
+struct Blind;
+
+impl Verifier for Blind {
+    fn name(&self) -> &str {
+        "blind"
+    }
+    fn exact_for(&self, _: Drawing, _: usize, _: &Sampling) -> bool {
+        false
+    }
+    fn verify(
+        &self,
+        _: &Tree,
+        _: &dyn TargetRows,
+        _: &mut dyn Chance,
+    ) -> scylla_core::Result<Verdict> {
+        Ok(Verdict {
+            path: Vec::new(),
+            bonus: 0,
+        })
+    }
+}
+
+#[test]
+fn the_trees_said_beforehand_are_those_that_are_drawn() {
+    let cases = load(Path::new(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../assets/cases/tables.json"
+    )))
+    .expect("cases");
+    for case in &cases {
+        for proposals in [
+            Proposals::Chain,
+            Proposals::Fixed,
+            Proposals::WithoutReplacement,
+            Proposals::Independent,
+        ] {
+            let said = case.trees(proposals).expect("trees");
+            if said > 1e5 {
+                continue; // beyond a test's patience
+            }
+            let go_on = &mut |_: f64| std::ops::ControlFlow::Continue(());
+            let drawn = case
+                .prove(&Blind, proposals, go_on)
+                .expect("proof")
+                .branches;
+            assert_eq!(said, drawn as f64, "{}, {proposals:?}", case.name);
+        }
+    }
+}
+
+/// Two siblings on three levels over four tokens.
+fn large_case() -> Value {
+    let row = |prefix: &str, i: usize| {
+        let weight = |t: usize| 1.0 + ((prefix.len() * 7 + i * 3 + t * t) % 5) as f64;
+        let sum: f64 = (0..4).map(weight).sum();
+        (0..4).map(|t| weight(t) / sum).collect::<Vec<f64>>()
+    };
+    let table = |levels: usize, i: usize| {
+        let mut rows = serde_json::Map::new();
+        let mut prefixes = vec![String::new()];
+        for _ in 0..levels {
+            let mut next = Vec::new();
+            for prefix in &prefixes {
+                rows.insert(prefix.clone(), serde_json::json!(row(prefix, i)));
+                let separator = if prefix.is_empty() { "" } else { "," };
+                next.extend((0..4).map(|t| format!("{prefix}{separator}{t}")));
+            }
+            prefixes = next;
+        }
+        rows
+    };
+    let shape = serde_json::json!({"siblings_per_level": [2, 2, 2]});
+    serde_json::json!({"cases": [{"name": "large", "vocab": 4, "depth": 3, "p": table(4, 0), "q": table(3, 1),
+        "rules": {"rrs_without_replacement": shape, "specinfer_multistep": shape}}]})
+}
+
+#[test]
+fn what_is_beyond_reach_is_said_at_once_and_sampled_with_a_stated_confidence() {
+    let cases = large_case();
+    let out = prove(&cases, "rrs-without-replacement", &[]);
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success());
+    // 12 pairs of leaves, 12 * 12^2 below each of a pair, 12 * 1728^2 in all.
+    for word in ["35831808", "`large`", "--sample", "--exhaustive"] {
+        assert!(said.contains(word), "no `{word}` in: {said}");
+    }
+    for (rule, exact) in [
+        ("rrs-without-replacement", true),
+        ("traversal", true),
+        ("typical", false),
+    ] {
+        let more = [
+            "--sample",
+            "40000",
+            "--seed",
+            "3",
+            "--set",
+            "proposal=rrs-without-replacement",
+        ];
+        let out = prove(&cases, rule, &more);
+        assert!(
+            out.status.success(),
+            "{}",
+            String::from_utf8_lossy(&out.stderr)
+        );
+        let found: Value = serde_json::from_slice(&out.stdout).expect("JSON");
+        let case = &found["cases"][0];
+        let bound = &case["sampled"];
+        assert_eq!(
+            (&bound["cycles"], &bound["confidence"]),
+            (&40000.into(), &0.99.into())
+        );
+        let (tv, most) = (
+            case["tv_to_target"].as_f64().expect("tv"),
+            bound["tv_at_most"].as_f64().expect("bound"),
+        );
+        // sqrt(256 / 40000) / 2 + sqrt(ln 100 / 80000)
+        assert!((most - tv - 0.0475871).abs() < 1e-6, "{tv} {most}");
+        let p = bound["p_value"].as_f64().expect("p");
+        // The seed is fixed, so this is no matter of chance.
+        assert_eq!(p > 1e-3, exact, "{rule}: p = {p}");
     }
 }

@@ -61,12 +61,34 @@ pub enum Error {
         /// How its trees are drawn.
         proposals: String,
     },
+    /// A rule that would change the law even where nothing is drafted.
+    #[error(
+        "rule `{rule}` does not sample at temperature {temperature}: even without a draft, and for the first token of every answer, \
+         it would decode otherwise than the target; choose another rule (`auto` chooses one) or say lossy = true"
+    )]
+    NotSampling {
+        /// The rule.
+        rule: String,
+        /// The temperature asked for.
+        temperature: f64,
+    },
     /// Something could not be fetched.
     #[error("{0}")]
     Fetch(String),
     /// candle's own error.
-    #[error(transparent)]
+    #[error("{}", without_trace(.0))]
     Candle(#[from] candle_core::Error),
+}
+
+/// What a candle error says, without the stack trace that it carries where RUST_BACKTRACE is set.
+fn without_trace(error: &candle_core::Error) -> String {
+    use candle_core::Error as E;
+    match error {
+        E::WithBacktrace { inner, .. } => without_trace(inner),
+        E::WithPath { inner, path } => format!("{}: {}", path.display(), without_trace(inner)),
+        E::Context { inner, context } => format!("{context}: {}", without_trace(inner)),
+        other => other.to_string(),
+    }
 }
 
 impl Error {

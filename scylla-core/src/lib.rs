@@ -9,6 +9,8 @@ pub mod assets;
 pub mod chance;
 pub mod decode;
 pub mod draw;
+pub mod files;
+mod guard;
 pub mod kernels;
 pub mod model;
 pub mod plugin;
@@ -18,3 +20,4 @@ pub mod text;
 pub mod tree;
 
 pub use error::{Error, Result};
+pub use guard::quiet;

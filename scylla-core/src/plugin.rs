@@ -4,6 +4,7 @@
 //! that rules are proved on the very code that decodes.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use candle_core::Tensor;
 
@@ -46,18 +47,53 @@ pub struct Matrix {
 
 #[derive(Debug, Clone)]
 enum Data {
-    Host(Vec<f32>),
+    /// Values from `first` on, `rows` of them; several matrices may share them.
+    Host {
+        values: Arc<Vec<f32>>,
+        first: usize,
+        rows: usize,
+    },
     Device(Tensor),
 }
 
 impl Matrix {
     /// Rows on the host, one after the other.
+    ///
+    /// # Panics
+    /// If the values are no whole rows of `columns`.
     pub fn host(data: Vec<f32>, columns: usize) -> Self {
-        debug_assert!(columns > 0 && data.len().is_multiple_of(columns));
-        Self {
-            columns,
-            data: Data::Host(data),
-        }
+        let rows = data.len().checked_div(columns).unwrap_or(0);
+        let mut parts = Self::parts(data, columns, &[rows]);
+        parts.swap_remove(0)
+    }
+
+    /// Matrices of so many rows each, one after the other in the same memory.
+    ///
+    /// # Panics
+    /// If the values are not that many rows of `columns`.
+    pub fn parts(data: Vec<f32>, columns: usize, counts: &[usize]) -> Vec<Self> {
+        let total: usize = counts.iter().sum();
+        assert!(
+            columns > 0 && data.len() == total * columns,
+            "{} values are not {total} rows of {columns}",
+            data.len()
+        );
+        let values = Arc::new(data);
+        let mut next = 0;
+        let part = |&rows: &usize| {
+            let first = next;
+            next += rows * columns;
+            let values = Arc::clone(&values);
+            Self {
+                columns,
+                data: Data::Host {
+                    values,
+                    first,
+                    rows,
+                },
+            }
+        };
+        counts.iter().map(part).collect()
     }
 
     /// Rows of a two-dimensional f32 tensor.
@@ -72,7 +108,7 @@ impl Matrix {
     /// Number of rows.
     pub fn rows(&self) -> usize {
         match &self.data {
-            Data::Host(v) => v.len() / self.columns,
+            Data::Host { rows, .. } => *rows,
             Data::Device(t) => t.dim(0).unwrap_or(0),
         }
     }
@@ -83,7 +119,10 @@ impl Matrix {
             return Err(Error::Invalid(format!("row {row} of {}", self.rows())));
         }
         Ok(match &self.data {
-            Data::Host(v) => Cow::Borrowed(&v[row * self.columns..(row + 1) * self.columns]),
+            Data::Host { values, first, .. } => {
+                let at = first + row * self.columns;
+                Cow::Borrowed(&values[at..at + self.columns])
+            }
             Data::Device(t) => Cow::Owned(t.get(row)?.to_vec1()?),
         })
     }
@@ -91,7 +130,11 @@ impl Matrix {
     /// All rows, row-major.
     pub fn all(&self) -> Result<Cow<'_, [f32]>> {
         Ok(match &self.data {
-            Data::Host(v) => Cow::Borrowed(v),
+            Data::Host {
+                values,
+                first,
+                rows,
+            } => Cow::Borrowed(&values[*first..first + rows * self.columns]),
             Data::Device(t) => Cow::Owned(t.flatten_all()?.to_vec1()?),
         })
     }
@@ -99,18 +142,19 @@ impl Matrix {
     /// The column of the largest value among the first `limit` of each row asked for; ties go to the lowest.
     ///
     /// # Errors
-    /// If a row holds NaN.
+    /// If a row holds NaN, or its largest value is not finite.
     pub fn argmax(&self, rows: &[usize], limit: usize) -> Result<Vec<u32>> {
         rows.iter()
             .map(|&row| crate::sampling::argmax(&self.row(row)?[..limit.min(self.columns)]))
             .collect()
     }
 
-    /// All rows, without a copy where they are on the host.
-    pub fn into_host(self) -> Result<Vec<f32>> {
+    /// The memory behind the matrix, where it is on the host and no other matrix shares it any more: what it holds may
+    /// be more than these rows, and is done with.
+    pub fn into_memory(self) -> Option<Vec<f32>> {
         match self.data {
-            Data::Host(v) => Ok(v),
-            Data::Device(t) => Ok(t.flatten_all()?.to_vec1()?),
+            Data::Host { values, .. } => Arc::try_unwrap(values).ok(),
+            Data::Device(_) => None,
         }
     }
 }
@@ -303,7 +347,9 @@ impl Verdict {
 pub trait Verifier {
     /// Its name, as the registry and messages print it.
     fn name(&self) -> &str;
-    /// Whether the committed tokens follow the target's law exactly, for trees drawn this way and this wide.
+    /// Whether the committed tokens follow the target's law exactly, for trees drawn this way and with at most `width`
+    /// children a node. A width of 0 asks for trees of their root alone, however drawn: plain decoding, and the first
+    /// token after every prompt.
     fn exact_for(&self, drawing: Drawing, width: usize, sampling: &Sampling) -> bool;
     /// Accepts a path of the tree and draws the bonus.
     fn verify(

@@ -104,7 +104,6 @@ impl Sampling {
         let inside = &logits[..limit.min(logits.len())];
         if self.is_greedy() {
             let best = argmax(inside)? as usize;
-            finite(inside[best])?;
             out.clear();
             out.resize(logits.len(), 0.0);
             out[best] = 1.0;
@@ -169,9 +168,10 @@ fn finite(max: f32) -> Result<f64> {
 /// The index of the largest value; ties go to the lowest.
 ///
 /// # Errors
-/// If a value is NaN, or there is none.
+/// If a value is NaN, the largest is not finite, or there is none: as [`Sampling::distribution`] refuses them.
 pub fn argmax(values: &[f32]) -> Result<u32> {
     let best = best_of(values)?;
+    finite(best)?;
     let mut at = 0;
     // A block at a time: comparing a whole block without branches is many times faster than stopping early.
     for block in values.chunks(256) {

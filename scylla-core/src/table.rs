@@ -47,6 +47,10 @@ impl TableTarget {
     }
 }
 
+fn lost(what: &str, index: usize) -> Error {
+    Error::Invalid(format!("{what} {index} does not exist"))
+}
+
 impl TargetModel for TableTarget {
     fn open(&mut self, slot: Slot) -> Result<()> {
         self.slots.resize(self.slots.len().max(slot + 1), None);
@@ -70,8 +74,11 @@ impl TargetModel for TableTarget {
             for (i, &token) in rows.tokens.iter().enumerate() {
                 let parent = match rows.parents {
                     [] => i.checked_sub(1).map(|above| first + above),
-                    parents => parents[i],
+                    parents => *parents.get(i).ok_or_else(|| lost("parent of row", i))?,
                 };
+                if parent.is_some_and(|parent| parent >= pending.len()) {
+                    return Err(lost("parent of row", i));
+                }
                 pending.push((token, parent));
             }
             let wanted = rows.want.of(rows.tokens.len())?;
@@ -88,7 +95,14 @@ impl TargetModel for TableTarget {
                     .copied()
                     .chain(path.into_iter().rev())
                     .collect();
-                values.extend(law(&before).into_iter().map(|p| p.ln() as f32));
+                let row = law(&before);
+                if row.len() != vocab {
+                    return Err(Error::Invalid(format!(
+                        "the law has {} tokens after {before:?}, expected {vocab}",
+                        row.len()
+                    )));
+                }
+                values.extend(row.into_iter().map(|p| p.ln() as f32));
             }
             logits.push(Matrix::host(values, vocab));
         }
@@ -100,7 +114,9 @@ impl TargetModel for TableTarget {
 
     fn commit(&mut self, slot: Slot, path: &[usize]) -> Result<()> {
         let (committed, pending) = self.slot(slot)?;
-        committed.extend(path.iter().map(|&row| pending[row].0));
+        for &row in path {
+            committed.push(pending.get(row).ok_or_else(|| lost("row", row))?.0);
+        }
         pending.clear();
         Ok(())
     }
@@ -202,7 +218,10 @@ impl DraftModel for TableDraft {
 
     fn observe(&mut self, committed: &[Committed<'_>]) -> Result<()> {
         for c in committed {
-            self.slots[c.slot].extend_from_slice(c.tokens);
+            let tokens = self.slots.get_mut(c.slot);
+            tokens
+                .ok_or_else(|| lost("slot", c.slot))?
+                .extend_from_slice(c.tokens);
         }
         Ok(())
     }
@@ -210,7 +229,10 @@ impl DraftModel for TableDraft {
     fn propose(&mut self, requests: &mut [Request<'_>]) -> Result<Vec<Tree>> {
         requests
             .iter_mut()
-            .map(|r| self.grow(&self.slots[r.slot], r))
+            .map(|r| {
+                let before = self.slots.get(r.slot).filter(|tokens| !tokens.is_empty());
+                self.grow(before.ok_or_else(|| lost("slot", r.slot))?, r)
+            })
             .collect()
     }
 }

@@ -276,6 +276,13 @@ impl Tree {
                 budget.levels()
             ));
         }
+        let widest = self.width();
+        if widest > budget.width {
+            return bad(format!(
+                "{widest} children of one node in a budget of width {}",
+                budget.width
+            ));
+        }
         if self.drawing != Drawing::Deterministic {
             let mut expanded = self.parents[1..].to_vec();
             expanded.sort_unstable();
@@ -403,6 +410,10 @@ mod tests {
         assert!(check(&Tree::chain(8, &[1])).contains("expected root 9"));
         assert!(check(&Tree::chain(9, &[1, 2, 3])).contains("budget of 3"));
         assert!(check(&Tree::chain(9, &[10])).contains("vocabulary of 10"));
+        let mut wide = Tree::root(9);
+        wide.push(0, 1);
+        wide.push(0, 2);
+        assert!(check(&wide).contains("budget of width 1"));
         let mut backwards = Tree::chain(9, &[1, 2]);
         backwards.parents[1] = 2;
         assert!(check(&backwards).contains("before its parent"));
@@ -420,6 +431,8 @@ mod tests {
         assert!(check(&drawn).contains("mass outside the vocabulary"));
         drawn.q = vec![Some(vec![0.5, f64::NAN].into()), None];
         assert!(check(&drawn).contains("sums to NaN"));
+        let budget = Budget { width: 2, ..budget };
+        let check = |t: &Tree| t.check(9, 10, budget).expect_err("refused").to_string();
         let mut twice = Tree::root(9);
         twice.push(0, 1);
         twice.push(0, 1);

@@ -42,6 +42,22 @@ pub fn prove(
     vocab: usize,
     depth: usize,
 ) -> Result<Proof> {
+    prove_watched(rule, draw, target, root, vocab, depth, &mut |_| {})
+}
+
+/// The same; `on_branch` is told the probability of each way, which sum to 1. To break off, `draw` returns an error.
+///
+/// # Errors
+/// As [`prove`].
+pub fn prove_watched(
+    rule: &dyn Verifier,
+    draw: &mut dyn FnMut(&mut dyn Chance) -> Result<Tree>,
+    target: &Law,
+    root: u32,
+    vocab: usize,
+    depth: usize,
+    on_branch: &mut dyn FnMut(f64),
+) -> Result<Proof> {
     let mut law = BTreeMap::new();
     let mut branches = 0;
     let cycle = |chance: &mut dyn Chance| {
@@ -66,6 +82,7 @@ pub fn prove(
     };
     enumerate(cycle, |probability, tokens| {
         branches += 1;
+        on_branch(probability);
         *law.entry(tokens).or_insert(0.0) += probability;
     })?;
     Ok(Proof {
@@ -115,8 +132,9 @@ fn distance(
     vocab: usize,
     depth: usize,
 ) -> Result<f64> {
-    let count = u32::try_from(depth + 1)
+    let count = u32::try_from(depth)
         .ok()
+        .and_then(|depth| depth.checked_add(1))
         .and_then(|n| vocab.checked_pow(n))
         .filter(|&count| count <= MOST);
     if count.is_none() {

@@ -14,7 +14,10 @@ use scylla_core::model::{
 use scylla_core::plugin::TargetModel;
 
 pub use drafts::{DraftTensor, TinyDraft};
-pub use tiny::{Tiny, write_gguf, write_hf, write_sentencepiece_gguf};
+pub use tiny::{
+    LETTERS, Tiny, byte_level_tokenizer, write_gguf, write_gguf_with, write_hf,
+    write_sentencepiece_gguf, write_split_gguf,
+};
 
 /// The folder of golden values, named by `SCYLLA_GOLDEN`; without it a test prints why it is skipped.
 pub fn golden(test: &str) -> Option<PathBuf> {
@@ -29,7 +32,7 @@ pub fn golden(test: &str) -> Option<PathBuf> {
 
 /// The default model, fetched if need be; without network a test prints why it is skipped.
 pub fn default_model(test: &str) -> Option<PathBuf> {
-    let fetched = cache_dir().and_then(|cache| DEFAULT_MODEL.fetch(&cache, &mut |_, _| {}));
+    let fetched = cache_dir().and_then(|cache| DEFAULT_MODEL.fetch(&cache, &mut |_| {}));
     match fetched {
         Ok(path) => Some(path),
         Err(e) => {
@@ -56,7 +59,9 @@ pub fn backends(files: &ModelFiles, weights: WeightForm) -> Vec<(String, Box<dyn
     if cfg!(feature = "cuda") {
         devices.push("cuda");
     }
-    for device in devices {
+    // Forms that candle's devices have not are refused there.
+    let refused = matches!(weights, WeightForm::Bf16 | WeightForm::Q4);
+    for device in devices.into_iter().filter(|_| !refused) {
         let model = DeviceModel::load(files, &options(device, 1)).expect("loads");
         all.push((format!("candle on {device}"), Box::new(model)));
     }

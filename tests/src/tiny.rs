@@ -1,7 +1,7 @@
 //! Random tiny models, written as Hugging Face directories and as GGUF files.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
@@ -182,6 +182,46 @@ pub fn write_hf(tiny: &Tiny, dir: &Path, dtype: Dtype, shards: usize) {
 
 /// Writes a GGUF file; matrices in `dtype`, Llama q and k rows in GGUF's interleaved order.
 pub fn write_gguf(tiny: &Tiny, path: &Path, dtype: GgmlDType) {
+    write_gguf_with(tiny, path, dtype, &[]);
+}
+
+/// The same with more metadata, or other values of some.
+pub fn write_gguf_with(tiny: &Tiny, path: &Path, dtype: GgmlDType, more: &[(&str, Value)]) {
+    let (metadata, tensors) = gguf(tiny, dtype, more);
+    write(path, &metadata, &tensors);
+}
+
+/// The same in two files, the tensors shared out; returns the first.
+pub fn write_split_gguf(tiny: &Tiny, dir: &Path, dtype: GgmlDType) -> PathBuf {
+    let (metadata, tensors) = gguf(tiny, dtype, &[]);
+    let (left, right) = tensors.split_at(tensors.len() / 2);
+    let at = |i: usize| dir.join(format!("model-{i:05}-of-00002.gguf"));
+    for (no, part) in [left, right].into_iter().enumerate() {
+        let mut split = if no == 0 {
+            metadata.clone()
+        } else {
+            Vec::new()
+        };
+        split.extend([
+            ("split.no".to_string(), Value::U16(no as u16)),
+            ("split.count".to_string(), Value::U16(2)),
+            (
+                "split.tensors.count".to_string(),
+                Value::I32(tensors.len() as i32),
+            ),
+        ]);
+        write(&at(no + 1), &split, part);
+    }
+    at(1)
+}
+
+type Metadata = Vec<(String, Value)>;
+
+fn gguf(
+    tiny: &Tiny,
+    dtype: GgmlDType,
+    more: &[(&str, Value)],
+) -> (Metadata, Vec<(String, QTensor)>) {
     let tensors: Vec<(String, QTensor)> = tiny
         .weights()
         .into_iter()
@@ -210,7 +250,7 @@ pub fn write_gguf(tiny: &Tiny, path: &Path, dtype: GgmlDType) {
         .collect();
     let arch = tiny.family;
     let size = |name: &str, v: usize| (format!("{arch}.{name}"), Value::U32(v as u32));
-    let metadata = vec![
+    let mut metadata = vec![
         (
             "general.architecture".to_string(),
             Value::String(arch.into()),
@@ -232,7 +272,11 @@ pub fn write_gguf(tiny: &Tiny, path: &Path, dtype: GgmlDType) {
         ),
         (format!("{arch}.rope.freq_base"), Value::F32(10000.0)),
     ];
-    write(path, &metadata, &tensors);
+    for (key, value) in more {
+        metadata.retain(|(known, _)| known != key);
+        metadata.push((key.to_string(), value.clone()));
+    }
+    (metadata, tensors)
 }
 
 fn write(path: &Path, metadata: &[(String, Value)], tensors: &[(String, QTensor)]) {
@@ -273,6 +317,33 @@ fn gguf_name(name: &str) -> String {
         name = name.replace(a, b);
     }
     name
+}
+
+/// Tokens that [`byte_level_tokenizer`] has before its special ones.
+pub const LETTERS: usize = 97;
+
+/// A `tokenizer.json` over printable ASCII, space and line end, byte by byte but for one merge (`ab`), with these special
+/// tokens behind.
+pub fn byte_level_tokenizer(special: &[&str]) -> serde_json::Value {
+    let mut vocab = serde_json::Map::new();
+    for (i, byte) in (b'!'..=b'~').enumerate() {
+        vocab.insert((byte as char).to_string(), i.into());
+    }
+    for (i, token) in ["\u{120}", "\u{10a}", "ab"].iter().enumerate() {
+        vocab.insert(token.to_string(), (94 + i).into());
+    }
+    let added = special.iter().enumerate().map(|(i, token)| {
+        serde_json::json!({"id": LETTERS + i, "content": token, "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false, "special": true})
+    });
+    serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added.collect::<Vec<_>>(), "normalizer": null,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        "post_processor": null,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": [["a", "b"]]}
+    })
 }
 
 /// Writes a GGUF file that holds only a small SentencePiece tokenizer beside a model's shape.
@@ -336,6 +407,10 @@ pub fn write_sentencepiece_gguf(path: &Path) {
         ("llama.block_count".into(), Value::U32(1)),
         ("llama.attention.head_count".into(), Value::U32(1)),
         ("llama.context_length".into(), Value::U32(64)),
+        (
+            "llama.attention.layer_norm_rms_epsilon".into(),
+            Value::F32(1e-5),
+        ),
     ];
     let table =
         Tensor::zeros((tokens.len(), 32), candle_core::DType::F32, &Device::Cpu).expect("zeros");

@@ -428,14 +428,25 @@ fn wrong_checkpoints_are_refused_naming_key_expected_and_found() {
             "found shape [64, 32]",
         ],
     );
-    let typed = refused("eagle3", |d| d.tensor("t2d").dtype = Dtype::U8);
-    check(&typed, &["t2d", "BOOL", "U8"]);
+    let typed = refused("eagle3", |d| d.tensor("t2d").dtype = Dtype::I8);
+    check(&typed, &["t2d", "BOOL", "I8"]);
     let hidden = refused("eagle", |d| d.config["hidden_size"] = json!(64));
     check(&hidden, &["hidden_size", "64", "32, the target's"]);
     let vocab = refused("eagle", |d| d.config["vocab_size"] = json!(31));
     check(&vocab, &["vocab_size", "31", "30, the target's"]);
     let layers = refused("eagle3", |d| d.config["num_hidden_layers"] = json!(2));
+    check(
+        &layers,
+        &["layers.1.self_attn.q_proj.weight", "no such tensor"],
+    );
+    let layers = refused("eagle", |d| d.config["num_hidden_layers"] = json!(2));
     check(&layers, &["num_hidden_layers", "2", "expected 1"]);
+    let flag = refused("eagle3", |d| {
+        d.config["norm_before_residual"] = json!("yes")
+    });
+    check(&flag, &["norm_before_residual", "\"yes\"", "true or false"]);
+    let unknown = refused("eagle3", |d| d.config["parallel_heads"] = json!(4));
+    check(&unknown, &["parallel_heads", "may change the model"]);
     let draft_vocab = refused("eagle3", |d| d.config["draft_vocab_size"] = json!(31));
     check(&draft_vocab, &["draft_vocab_size", "31", "1..=30"]);
 
@@ -456,7 +467,9 @@ fn wrong_checkpoints_are_refused_naming_key_expected_and_found() {
     });
     check(&huge, &["1152921504606846976 hidden states"]);
     let deep = refused("scylla", |d| d.config["num_hidden_layers"] = json!(1 << 24));
-    check(&deep, &["num_hidden_layers", "16777216"]);
+    check(&deep, &["number of layers 16777216"]);
+    let deep = refused("scylla", |d| d.config["num_hidden_layers"] = json!(4000));
+    check(&deep, &["num_hidden_layers", "4000"]);
     let other = refused("speculators", |d| {
         d.config["speculators_model_type"] = json!("eagle")
     });

@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
-use safetensors::Dtype;
+use proptest::prelude::*;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
 use scylla_core::Error;
 use scylla_core::model::{LoadOptions, ModelFiles, WeightForm, load};
 use scylla_core::plugin::{SlotRows, Step, Want};
@@ -102,6 +104,8 @@ fn gguf_gives_the_model_of_the_directory() {
             (GgmlDType::Q4K, 0.5),
             (GgmlDType::Q4_1, 0.5),
             (GgmlDType::Q4_0, 0.5),
+            (GgmlDType::Q5_0, 0.3),
+            (GgmlDType::Q5_1, 0.3),
         ] {
             write_gguf(&tiny, &path, dtype);
             for form in [WeightForm::AsIs, WeightForm::F32] {
@@ -122,26 +126,185 @@ fn a_file_that_says_it_has_no_vocabulary_is_a_model_without_tokenizer() {
 }
 
 #[test]
-fn an_element_type_the_kernels_do_not_know_is_named() {
+fn a_tensor_type_that_is_not_read_is_named_with_its_tensor_and_those_that_are() {
     let dir = tempfile::tempdir().expect("dir");
     let path = dir.path().join("model.gguf");
-    write_gguf(
-        &Tiny {
-            hidden: 256,
-            heads: 8,
-            head_dim: 32,
-            ffn: 256,
+    write_gguf(&Tiny::default(), &path, GgmlDType::F32);
+    let bytes = std::fs::read(&path).expect("read");
+    let name = b"blk.0.attn_q.weight";
+    let at = bytes
+        .windows(name.len())
+        .position(|w| w == name)
+        .expect("the tensor");
+    // Behind the name: the number of dimensions, two of them, and the type.
+    let kind = at + name.len() + 4 + 16;
+    for (number, named) in [
+        (23u32, "IQ4_XS"),
+        (39, "MXFP4"),
+        (9, "Q8_1"),
+        (99, "unknown"),
+    ] {
+        let mut other = bytes.clone();
+        other[kind..kind + 4].copy_from_slice(&number.to_le_bytes());
+        std::fs::write(&path, other).expect("write");
+        let error = refusal(&path);
+        for word in [
+            "model.gguf",
+            "blk.0.attn_q.weight",
+            &number.to_string(),
+            named,
+            "Q4_K",
+            "Q8_0",
+        ] {
+            assert!(error.contains(word), "no `{word}` in: {error}");
+        }
+    }
+}
+
+/// A model with one more tensor.
+fn with_tensor(dir: &Path, name: &str) -> Result<ModelFiles, Error> {
+    write_hf(&Tiny::default(), dir, Dtype::F32, 1);
+    let path = dir.join("model.safetensors");
+    let bytes = std::fs::read(&path).expect("read");
+    let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let new = [0; 16];
+    let view = TensorView::new(Dtype::F32, vec![4], &new).expect("view");
+    let written =
+        safetensors::serialize(file.iter().chain([(name, view)]), None).expect("serialize");
+    std::fs::write(&path, written).expect("write");
+    ModelFiles::open(dir)
+}
+
+proptest! {
+    /// The law of files: a tensor is part of the model, or known to change nothing, or refused by name.
+    #[test]
+    fn a_tensor_added_to_a_file_is_used_listed_or_refused(
+        prefix in "(model\\.|)",
+        layer in "(layers\\.[0-3]\\.|)",
+        part in "(self_attn\\.|mlp\\.|)",
+        name in "(q_proj|o_proj|down_proj|q_norm|inv_freq|rotary_emb|lm_head|embed_tokens|norm|input_layernorm|score|bias)",
+        end in "(\\.weight|\\.bias|\\.inv_freq|\\.qweight|\\.weight_scale|_2|)",
+    ) {
+        let name = format!("{prefix}{layer}{part}{name}{end}");
+        let dir = tempfile::tempdir().expect("dir");
+        write_hf(&Tiny::default(), dir.path(), Dtype::F32, 1);
+        let own = ModelFiles::open(dir.path()).expect("opens").config.tensors();
+        prop_assume!(!own.contains(&name));
+        let listed = [".rotary_emb.inv_freq", "self_attn.bias", "self_attn.masked_bias"];
+        match with_tensor(dir.path(), &name) {
+            Ok(_) => prop_assert!(listed.iter().any(|end| name.ends_with(end)), "{name} was passed over"),
+            Err(e) => prop_assert!(e.to_string().contains(&name), "{name}: {e}"),
+        }
+    }
+}
+
+#[test]
+fn a_model_reads_every_tensor_that_it_says_it_is_made_of() {
+    for (family, tied) in [("llama", false), ("llama", true), ("qwen2", false)] {
+        let tiny = Tiny {
+            family,
+            tied,
             ..Tiny::default()
-        },
-        &path,
-        GgmlDType::Q2K,
-    );
-    let files = ModelFiles::open(&path).expect("opens");
-    let error = load(&files, &LoadOptions::default())
-        .err()
-        .expect("refused")
-        .to_string();
-    assert!(error.contains("Q2K"), "{error}");
+        };
+        let dir = tempfile::tempdir().expect("dir");
+        write_hf(&tiny, dir.path(), Dtype::F32, 1);
+        let path = dir.path().join("model.safetensors");
+        let bytes = std::fs::read(&path).expect("read");
+        let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+        for name in ModelFiles::open(dir.path())
+            .expect("opens")
+            .config
+            .tensors()
+        {
+            let others = file.iter().filter(|(other, _)| *other != name);
+            let written = safetensors::serialize(others, None).expect("serialize");
+            std::fs::write(&path, written).expect("write");
+            let error = refusal(dir.path());
+            assert!(
+                error.contains(&name) && error.contains("no such tensor"),
+                "{name}: {error}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_head_beside_a_tied_one_is_its_copy_or_refused() {
+    let tiny = Tiny::default();
+    for (same, seed) in [(true, tiny.seed), (false, tiny.seed)] {
+        let dir = tempfile::tempdir().expect("dir");
+        write_hf(&Tiny { seed, ..tiny }, dir.path(), Dtype::F32, 1);
+        let config = dir.path().join("config.json");
+        let text = std::fs::read_to_string(&config).expect("read");
+        let tied = text.replace(
+            "\"tie_word_embeddings\":false",
+            "\"tie_word_embeddings\":true",
+        );
+        assert_ne!(tied, text);
+        std::fs::write(&config, tied).expect("write");
+        if same {
+            let path = dir.path().join("model.safetensors");
+            let bytes = std::fs::read(&path).expect("read");
+            let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+            let table = file.tensor("model.embed_tokens.weight").expect("table");
+            let others = file.iter().filter(|(name, _)| *name != "lm_head.weight");
+            let written = safetensors::serialize(others.chain([("lm_head.weight", table)]), None);
+            std::fs::write(&path, written.expect("serialize")).expect("write");
+            assert!(ModelFiles::open(dir.path()).is_ok());
+        } else {
+            let error = refusal(dir.path());
+            assert!(
+                error.contains("lm_head.weight") && error.contains("tie_word_embeddings"),
+                "{error}"
+            );
+        }
+    }
+}
+
+#[test]
+fn listing_and_shards_agree_and_no_tensor_is_in_two() {
+    let dir = tempfile::tempdir().expect("dir");
+    write_hf(&Tiny::default(), dir.path(), Dtype::F32, 2);
+    let listing = dir.path().join("model.safetensors.index.json");
+    let text = std::fs::read_to_string(&listing).expect("read");
+    let mut json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let map = json["weight_map"].as_object_mut().expect("map");
+    let file = map["lm_head.weight"].as_str().expect("file").to_string();
+    let other = if file.contains("00001") {
+        file.replace("00001-of", "00002-of")
+    } else {
+        file.replace("00002-of", "00001-of")
+    };
+    map.insert("lm_head.weight".into(), other.into());
+    std::fs::write(&listing, json.to_string()).expect("write");
+    assert!(refusal(dir.path()).contains("lm_head.weight"));
+    json["weight_map"]["lm_head.weight"] = file.into();
+    json["weight_map"]["model.extra"] = json["weight_map"]["lm_head.weight"].clone();
+    std::fs::write(&listing, json.to_string()).expect("write");
+    assert!(refusal(dir.path()).contains("model.extra"));
+    std::fs::write(&listing, text).expect("write");
+    let first = dir.path().join("model-00001-of-00002.safetensors");
+    std::fs::copy(&first, dir.path().join("model-00002-of-00002.safetensors")).expect("copy");
+    assert!(refusal(dir.path()).contains("is also in"));
+    assert!(scylla_core::model::Shards::open_files(&[]).is_err());
+}
+
+#[test]
+fn weights_that_are_not_finite_are_refused_by_name() {
+    let dir = tempfile::tempdir().expect("dir");
+    for value in [f32::NAN, f32::NEG_INFINITY] {
+        write_hf(&Tiny::default(), dir.path(), Dtype::F32, 1);
+        let path = dir.path().join("model.safetensors");
+        let mut bytes = std::fs::read(&path).expect("read");
+        let end = bytes.len() - 4;
+        bytes[end..].copy_from_slice(&value.to_le_bytes());
+        std::fs::write(&path, bytes).expect("write");
+        let error = refusal(dir.path());
+        assert!(
+            error.contains("tensor `") && error.contains("NaN or infinity"),
+            "{error}"
+        );
+    }
 }
 
 /// Opening and loading, whichever fails first.

@@ -411,17 +411,26 @@ fn a_rule_that_is_not_exact_for_the_draft_is_refused_naming_both() {
 #[test]
 fn settings_and_prompts_out_of_range_are_refused() {
     let mut target = model(&Tiny::default(), WeightForm::F32, 1);
+    // Settings are refused as a whole, a prompt alone.
     let mut refused = |prompt: Vec<u32>, settings: Settings| {
-        run(
+        let jobs = jobs(&[prompt]);
+        match run(
             target.as_mut(),
             None,
             &Greedy,
             Budget::OFF,
-            &jobs(&[prompt]),
+            &jobs,
             &settings,
-        )
-        .expect_err("refused")
-        .to_string()
+        ) {
+            Err(e) => e.to_string(),
+            Ok(outputs) => {
+                assert_eq!(
+                    (outputs[0].finish, &outputs[0].ids[..]),
+                    (Finish::Failed, &[][..])
+                );
+                outputs[0].failed.clone().expect("a reason")
+            }
+        }
     };
     let ok = Settings::default;
     assert!(refused(vec![], ok()).contains("prompt 0 is empty"));

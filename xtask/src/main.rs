@@ -13,8 +13,10 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   bench [ARGS]    build in release mode, fetch the default model if it is missing, and run `scylla bench ARGS`
   test            everything that must hold: format, clippy, docs, tests, and the licence check where installed
   prove [CYCLES]  chi-square of every rule on the default model, CYCLES (default 10000) on each of two prefixes
-  sound           the tests of the kernels under Miri (portable path) and AddressSanitizer (the best path here);
-                  needs a nightly toolchain with the component miri
+  sound [--inputs N] [--seed S] [--only fuzz|kernels]
+                  changed files of every format read in processes with limits (N of each, 10000 unless said otherwise), then
+                  the tests of the kernels under Miri (portable path) and AddressSanitizer (the best path here), which
+                  need a nightly toolchain with the component miri
   compare [...]   beside llama.cpp, candle-transformers and, where installed, PyTorch, on the same files, prompts and threads;
                   `compare --help` lists its options
 ";
@@ -25,10 +27,10 @@ fn main() -> ExitCode {
     let done = match args.first().map(String::as_str) {
         Some("bench") => bench(rest),
         Some("test") => test(),
-        Some("sound") => sound(),
+        Some("sound") => sound(rest),
         Some("prove") => prove::run(rest),
         Some("compare") if rest.iter().any(|a| a == "--help") => {
-            print!("{}", compare::USAGE);
+            let _ = std::io::Write::write_all(&mut std::io::stdout(), compare::USAGE.as_bytes());
             Ok(())
         }
         Some("compare") => compare::run(rest),
@@ -69,9 +71,47 @@ fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// Runs what looks for unsound code: files from outside, and the kernels.
+fn sound(args: &[String]) -> Result<()> {
+    let (mut inputs, mut seed, mut only) = ("10000".to_string(), "0".to_string(), String::new());
+    let mut args = args.iter();
+    while let Some(option) = args.next() {
+        let to = match option.as_str() {
+            "--inputs" => &mut inputs,
+            "--seed" => &mut seed,
+            "--only" => &mut only,
+            other => bail!("unknown option `{other}` of sound; known: --inputs, --seed, --only"),
+        };
+        match args.next() {
+            Some(value) => to.clone_from(value),
+            None => bail!("{option} needs a value"),
+        }
+    }
+    if !["", "fuzz", "kernels"].contains(&only.as_str()) {
+        bail!("--only {only}: expected fuzz or kernels");
+    }
+    if only != "kernels" {
+        // With the checks of a development build: sums that overflow, and what is asserted.
+        let example = [
+            "run",
+            "--package",
+            "scylla-tests",
+            "--example",
+            "fuzz",
+            "--",
+            "all",
+        ];
+        run(cargo().args(example).args([inputs, seed]))?;
+    }
+    match only.as_str() {
+        "fuzz" => Ok(()),
+        _ => kernels(),
+    }
+}
+
 /// Runs the tests of the kernels, where unsafe code is, with every access checked: by Miri on the portable path, which
 /// shares slices, pools and pointers with the others, and by AddressSanitizer on the instructions of this processor.
-fn sound() -> Result<()> {
+fn kernels() -> Result<()> {
     let tests = ["--package", "scylla-core", "--lib"];
     // Cargo hands its own path on; the one that chooses a toolchain is in PATH.
     let nightly = |words: &[&str]| {

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor, Var};
 use clap::Args;
 use multilevel_ot::{IGNORED, Space, bytes};
-use scylla_core::assets::{resolve, write_atomically};
+use scylla_core::assets::resolve;
+use scylla_core::files;
 use scylla_core::model::ModelFiles;
 use scylla_core::plugin::{AlignContext, AnswerLogits};
 use scylla_core::text::Tokenizer;
@@ -15,7 +16,7 @@ use toml::Table;
 
 use super::{print_json, print_text, with_download};
 use crate::aligners::AlignerContext;
-use crate::experiment::set;
+use crate::experiment::Override;
 use crate::{Error, Registry, Result};
 
 #[derive(Args)]
@@ -217,7 +218,7 @@ impl Align {
     pub(super) fn run(self, registry: &Registry) -> Result<()> {
         let mut settings = Table::new();
         for text in &self.set {
-            set(&mut settings, text)?;
+            Override::parse(text)?.apply(&mut settings);
         }
         if let Some(mode) = &self.mode {
             settings.insert("mode".into(), toml::Value::String(mode.clone()));
@@ -274,7 +275,7 @@ impl Align {
             let tensors = HashMap::from([("grad_student_logits", gradient)]);
             let bytes = safetensors::serialize(tensors, None)
                 .map_err(|e| Error::file(path, e.to_string()))?;
-            write_atomically(path, &bytes)?;
+            files::write(path, &bytes)?;
         }
         let notes: Map<String, Value> = (loss.notes.iter())
             .map(|(name, value)| (name.to_string(), json!(value)))

@@ -5,9 +5,9 @@ use std::sync::atomic::AtomicBool;
 
 use clap::Args;
 
-use super::{ModelOptions, Progress, print_json, print_text, with_download};
-use crate::experiment::Experiment;
-use crate::{Error, Registry, Result, Session, bench, table};
+use super::{ModelOptions, Progress, open_session, print_json, print_text, say, warn};
+use crate::experiment::{Experiment, Override};
+use crate::{Error, Registry, Result, bench, table};
 
 #[derive(Args)]
 pub(super) struct Bench {
@@ -26,9 +26,9 @@ pub(super) struct Bench {
 impl Bench {
     pub(super) fn run(self, registry: &Registry, stop: &AtomicBool) -> Result<()> {
         let mut overrides = self.model.overrides();
-        overrides.extend(self.set);
+        overrides.extend(Override::parse_all(&self.set)?);
         let experiment = Experiment::load(self.experiment.as_deref(), &overrides)?;
-        let mut session = with_download(|p| Session::open(&experiment, p))?;
+        let mut session = open_session(&experiment)?;
         let mut progress = Progress::new("decoding", false);
         let summary = bench::run(
             registry,
@@ -45,13 +45,27 @@ impl Bench {
             print_json(&summary)?;
         } else {
             print_text(&table::summary(&summary))?;
-            eprintln!("results in {}", summary.output.display());
+            if summary.unwritten.is_empty() {
+                say(&format!("results in {}", summary.output.display()));
+            }
+        }
+        for skipped in &summary.skipped {
+            warn(&format!("left out: {skipped}"));
+        }
+        if !summary.unwritten.is_empty() {
+            return Err(Error::Experiment(format!(
+                "the summary above was not kept: {}",
+                summary.unwritten.join("; ")
+            )));
         }
         match summary.interrupted {
             true => Err(Error::Interrupted(format!(
                 "; what was done is in {}",
                 summary.output.display()
             ))),
+            false if summary.rows.iter().all(|row| row.tokens == 0) => Err(Error::Experiment(
+                "no prompt could be decoded; the reasons are above".into(),
+            )),
             false => Ok(()),
         }
     }

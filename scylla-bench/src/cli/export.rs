@@ -8,7 +8,7 @@ use scylla_core::model::{ModelFiles, WeightForm};
 use scylla_draft::checkpoint::{self, Checkpoint, Family, Format, Precision};
 use serde::Serialize;
 
-use super::{print_json, with_download};
+use super::{print_json, say, with_download};
 use crate::{Error, Result};
 
 #[derive(Args)]
@@ -93,7 +93,7 @@ impl Export {
             }
             _ => Vec::new(),
         };
-        let hash = hash_model(&target)?;
+        let hash = hash_model(&files)?;
         let embedding = || {
             let shape = [c.vocab, c.hidden];
             let table = files
@@ -120,13 +120,13 @@ impl Export {
         };
         let written = checkpoint::export(&export, &self.output)?;
         for note in &written.notes {
-            eprintln!("note: {note}");
+            say(&format!("note: {note}"));
         }
         if written.rounded > 0 {
-            eprintln!(
+            say(&format!(
                 "note: {} values were rounded to bf16; --dtype as-is keeps them",
                 written.rounded
-            );
+            ));
         }
         if self.json {
             return print_json(&Report {

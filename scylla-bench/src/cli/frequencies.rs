@@ -1,13 +1,13 @@
 //! `scylla inspect frequencies`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
-use scylla_core::assets::{resolve, write_atomically};
-use scylla_core::model::ModelFiles;
-use scylla_core::text::Tokenizer;
+use scylla_core::files::read_text;
+use scylla_core::text::{Tokenizer, no_tokenizer};
 
-use super::with_download;
+use super::inspect::open;
+use super::{say, warn};
 use crate::{Error, Result};
 
 #[derive(Args)]
@@ -43,25 +43,33 @@ fn pieces(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
+/// Counts the tokens of a text, all of them or none.
+fn count(path: &Path, tokenizer: &Tokenizer, counts: &mut [u64]) -> Result<()> {
+    let text = read_text(path)?;
+    let mut found = Vec::new();
+    for piece in pieces(&text) {
+        found.extend(tokenizer.encode_plain(piece)?);
+    }
+    for id in found {
+        if let Some(count) = counts.get_mut(id as usize) {
+            *count += 1;
+        }
+    }
+    Ok(())
+}
+
 impl Frequencies {
     pub(super) fn run(self) -> Result<()> {
-        let path = with_download(|p| Ok(resolve(&self.model, p)?))?;
-        let files = ModelFiles::open(&path)?;
-        let tokenizer = Tokenizer::of_model(&files)?.ok_or_else(|| {
-            Error::file(
-                &path,
-                "this model has no tokenizer, so nothing can be counted",
-            )
-        })?;
+        let files = open(&self.model)?;
+        let tokenizer =
+            Tokenizer::of_model(&files)?.ok_or_else(|| Error::Experiment(no_tokenizer(&files)))?;
         let mut counts = vec![0u64; tokenizer.size()];
+        let mut left_out = 0;
         for path in &self.text {
-            let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-            for piece in pieces(&text) {
-                for id in tokenizer.encode_plain(piece)? {
-                    if let Some(count) = counts.get_mut(id as usize) {
-                        *count += 1;
-                    }
-                }
+            // One text that cannot be read does not undo the counting of the others.
+            if let Err(e) = count(path, &tokenizer, &mut counts) {
+                warn(&format!("left out: {e}"));
+                left_out += 1;
             }
         }
         // A generated text ends, whatever a file says; so the ends come first.
@@ -74,13 +82,22 @@ impl Frequencies {
         order.sort_by_key(|&id| (std::cmp::Reverse(rank(id)), id));
         let line = |&id: &usize| format!("{id} {}\n", counts[id]);
         let lines: String = order.iter().map(line).collect();
-        write_atomically(&self.output, lines.as_bytes())?;
+        scylla_core::files::write(&self.output, lines.as_bytes())?;
         let (all, seen): (u64, usize) = (
             counts.iter().sum(),
             counts.iter().filter(|&&c| c > 0).count(),
         );
-        eprintln!("{all} tokens, {seen} different ones of {}", counts.len());
-        Ok(())
+        say(&format!(
+            "{all} tokens, {seen} different ones of {}",
+            counts.len()
+        ));
+        match left_out {
+            0 => Ok(()),
+            n => Err(Error::Experiment(format!(
+                "{n} of {} texts were left out of the counts",
+                self.text.len()
+            ))),
+        }
     }
 }
 

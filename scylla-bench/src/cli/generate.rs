@@ -1,18 +1,18 @@
 //! `scylla generate`
 
-use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
 use scylla_core::decode::{Cycle, Event, Finish, Job, Phases};
+use scylla_core::files::read_text;
 use scylla_core::text::Message;
 use serde::Serialize;
 
-use super::{ModelOptions, print_json, with_download};
-use crate::experiment::Experiment;
-use crate::{Error, Registry, Result, Session};
+use super::{ModelOptions, open_session, print_json, print_some, print_text, say};
+use crate::experiment::{Experiment, Override};
+use crate::{Error, Registry, Result};
 
 #[derive(Args)]
 #[command(group = clap::ArgGroup::new("input").required(true))]
@@ -38,6 +38,9 @@ pub(super) struct Generate {
     /// Without the chat template
     #[arg(long)]
     raw: bool,
+    /// Special tokens in the prompt are text, not special
+    #[arg(long)]
+    literal: bool,
     /// Limit of new tokens
     #[arg(long, default_value_t = 256)]
     max_new_tokens: usize,
@@ -79,26 +82,32 @@ struct Answer {
 
 impl Generate {
     fn experiment(&self) -> Result<Experiment> {
-        let mut set = self.model.overrides();
-        set.push(format!("target.model={:?}", self.target));
+        let text = |key: &str, v: &str| Override::new(key, v);
+        let size = |key: &str, v: usize| Override::number(key, v as u64);
         let (draft, dir) = match self.draft.split_once(':') {
             Some((name, dir)) => (name, Some(dir)),
             None => (self.draft.as_str(), None),
         };
-        set.push(format!("draft.name={draft:?}"));
-        set.extend(dir.map(|d| format!("draft.dir={d:?}")));
-        set.extend(self.rule.as_ref().map(|r| format!("verifier.name={r:?}")));
-        set.push(format!("run.max_new_tokens={}", self.max_new_tokens));
-        set.extend(
+        let mut set = self.model.overrides();
+        set.extend([
+            text("target.model", &self.target),
+            text("draft.name", draft),
+            size("run.max_new_tokens", self.max_new_tokens),
+            Override::new("run.ignore_eos", self.ignore_eos),
+            Override::new("prompts.raw", self.raw),
+            Override::new("prompts.literal", self.literal),
+        ]);
+        let given = [
+            dir.map(|v| text("draft.dir", v)),
+            self.rule.as_ref().map(|v| text("verifier.name", v)),
             self.temperature
-                .map(|v| format!("sampling.temperature={v:?}")),
-        );
-        set.extend(self.top_k.map(|v| format!("sampling.top_k={v}")));
-        set.extend(self.top_p.map(|v| format!("sampling.top_p={v:?}")));
-        set.extend(self.seed.map(|v| format!("run.seed={v}")));
-        set.push(format!("run.ignore_eos={}", self.ignore_eos));
-        set.push(format!("prompts.raw={}", self.raw));
-        set.extend(self.set.iter().cloned());
+                .map(|v| Override::new("sampling.temperature", v)),
+            self.top_k.map(|v| size("sampling.top_k", v)),
+            self.top_p.map(|v| Override::new("sampling.top_p", v)),
+            self.seed.map(|v| Override::number("run.seed", v)),
+        ];
+        set.extend(given.into_iter().flatten());
+        set.extend(Override::parse_all(&self.set)?);
         Experiment::from_overrides(&set)
     }
 
@@ -112,12 +121,11 @@ impl Generate {
         }
         let text = match (&self.prompt, &self.prompt_file) {
             (Some(text), _) => text.clone(),
+            // The end of the last line belongs to the file, not to the prompt.
             (None, Some(path)) => {
-                let bytes = std::fs::read(path).map_err(Error::io(path))?;
-                String::from_utf8(bytes).map_err(|e| {
-                    let at = e.utf8_error().valid_up_to();
-                    Error::file(path, format!("not UTF-8 from byte {at} on"))
-                })?
+                let text = read_text(path)?;
+                let line = text.strip_suffix('\n').unwrap_or(&text);
+                line.strip_suffix('\r').unwrap_or(line).to_string()
             }
             (None, None) => String::new(),
         };
@@ -148,7 +156,7 @@ impl Generate {
             experiment.budget.width,
             experiment.verifier.settings.clone(),
         )?;
-        let mut session = with_download(|p| Session::open(&experiment, p))?;
+        let mut session = open_session(&experiment)?;
         let prompt = match input {
             Input::Ids(ids) => ids,
             Input::Text(content) => {
@@ -156,28 +164,23 @@ impl Generate {
                     role: "user",
                     content,
                 };
-                session.prompt(&[message], experiment.prompts.raw)?
+                session.prompt(&[message], &experiment.prompts)?
             }
         };
+        session.check_length(&prompt)?;
         let mut decoder = session.decoder(registry, &experiment)?;
         let settings = session.settings(&experiment);
         let jobs = [Job {
             prompt: prompt.clone(),
             sequence: 0,
         }];
-        let stream = !self.json;
+        // What became of standard output: whether somebody still reads, or why it cannot be written to.
+        let mut told = Ok(true);
         let mut on_event = |event: Event<'_>| {
-            if let (true, Event::Tokens { text, .. }) = (stream, &event) {
-                let mut out = std::io::stdout().lock();
-                if out
-                    .write_all(text.as_bytes())
-                    .and_then(|()| out.flush())
-                    .is_err()
-                {
-                    return ControlFlow::Break(());
-                }
+            if let (false, Event::Tokens { text, .. }) = (self.json, &event) {
+                told = print_some(text);
             }
-            match stop.load(Ordering::Relaxed) {
+            match stop.load(Ordering::Relaxed) || !matches!(told, Ok(true)) {
                 true => ControlFlow::Break(()),
                 false => ControlFlow::Continue(()),
             }
@@ -185,7 +188,13 @@ impl Generate {
         let output = session
             .decode(&mut decoder, &jobs, &settings, &mut on_event)?
             .remove(0);
-        if self.json {
+        if !told? {
+            return Ok(()); // the reader has left
+        }
+        let failed = output.failed.clone();
+        if failed.is_some() && output.ids.is_empty() {
+            // Nothing to show.
+        } else if self.json {
             print_json(&Answer {
                 prompt_ids: prompt,
                 tau: output.tau(),
@@ -196,25 +205,27 @@ impl Generate {
                 timings_ms: output.ms,
             })?;
         } else {
-            if session.tokenizer.is_none() {
-                print!("{:?}", output.ids);
-            }
-            println!();
+            let ids = match session.tokenizer {
+                None => format!("{:?}\n", output.ids),
+                Some(_) => "\n".into(),
+            };
+            print_text(&ids)?;
             let speed = output.cycles.iter().map(|c| c.committed).sum::<usize>() as f64
                 / output.ms.decode()
                 * 1e3;
-            eprintln!(
+            say(&format!(
                 "[{} tokens, {:?}; prefill {:.0} ms, decode {:.1} tokens/s, tau {:.2}]",
                 output.ids.len(),
                 output.finish,
                 output.ms.prefill,
                 if speed.is_finite() { speed } else { 0.0 },
                 output.tau().unwrap_or(1.0)
-            );
+            ));
         }
-        match stop.load(Ordering::Relaxed) {
-            true => Err(Error::Interrupted(String::new())),
-            false => Ok(()),
+        match failed {
+            Some(message) => Err(Error::Experiment(message)),
+            None if stop.load(Ordering::Relaxed) => Err(Error::Interrupted(String::new())),
+            None => Ok(()),
         }
     }
 }

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
-use scylla_core::assets::{hash_model, resolve, write_atomically};
+use scylla_core::assets::{hash_model, resolve};
+use scylla_core::files;
 use scylla_core::model::{LoadOptions, ModelFiles, load, parse_device};
 use scylla_core::plugin::{SlotRows, Step, Tap, Want};
 use scylla_core::text::Tokenizer;
@@ -87,9 +88,14 @@ impl Inspect {
     }
 }
 
-fn open(spec: &str) -> Result<ModelFiles> {
+pub(super) fn open(spec: &str) -> Result<ModelFiles> {
     let path = with_download(|p| Ok(resolve(spec, p)?))?;
-    Ok(ModelFiles::open(&path)?)
+    let files = ModelFiles::open(&path)?;
+    files
+        .notes
+        .iter()
+        .for_each(|note| super::say(&format!("note: {note}")));
+    Ok(files)
 }
 
 impl Model {
@@ -110,9 +116,12 @@ impl Model {
             tied: c.tied,
             cache_values_per_position: c.cache_values(1),
             tokenizer_size: tokenizer.as_ref().map(Tokenizer::size),
-            eos: scylla_core::text::eos_of_model(&files)?,
+            eos: match &tokenizer {
+                Some(tokenizer) => tokenizer.eos().to_vec(),
+                None => scylla_core::text::eos_of_model(&files)?,
+            },
             chat_template: tokenizer.as_ref().is_some_and(|t| t.template().is_some()),
-            sha256: hash_model(&files.path)?,
+            sha256: hash_model(&files)?,
             path: files.path.clone(),
         };
         if self.json {
@@ -207,7 +216,7 @@ impl Forward {
         }
         let whole = safetensors::serialize(tensors, None)
             .map_err(|e| Error::file(&self.output, e.to_string()))?;
-        Ok(write_atomically(&self.output, &whole)?)
+        Ok(files::write(&self.output, &whole)?)
     }
 }
 

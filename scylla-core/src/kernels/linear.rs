@@ -8,6 +8,7 @@ use candle_core::quantized::GgmlDType;
 use super::dense::{self, Dense};
 use super::quant::{self, Activations, BLOCK, Bits, BlockOf, Quant};
 use super::{Pool, SharedOut, TILE};
+use crate::model::gguf_types;
 use crate::{Error, Result};
 
 /// A weight `[N, K]` in one of the forms the kernels multiply with, sixteen columns of its product side by side.
@@ -33,6 +34,32 @@ fn element(dtype: GgmlDType, b: &[u8]) -> f32 {
     }
 }
 
+/// Whether all values of whole blocks are finite; of quantised ones, their scales and offsets.
+pub(crate) fn is_finite(dtype: GgmlDType, bytes: &[u8]) -> bool {
+    /// Whether the units' exponents, looked at through `mask`, are nowhere all ones.
+    fn all<const N: usize>(bytes: &[u8], mask: [u8; N]) -> bool {
+        let (units, _) = bytes.as_chunks::<N>();
+        let bad = |u: &[u8; N]| (0..N).all(|i| u[i] & mask[i] == mask[i]);
+        !units.iter().fold(false, |any, u| any | bad(u))
+    }
+    const HALF: [u8; 2] = [0, 0x7C];
+    let halves = |places: &[usize]| {
+        let mut blocks = bytes.chunks_exact(dtype.type_size());
+        blocks.all(|b| places.iter().all(|&at| all(&b[at..at + 2], HALF)))
+    };
+    match dtype {
+        GgmlDType::F32 => all(bytes, [0, 0, 0x80, 0x7F]),
+        GgmlDType::F16 => all(bytes, HALF),
+        GgmlDType::BF16 => all(bytes, [0x80, 0x7F]),
+        GgmlDType::Q4_0 | GgmlDType::Q5_0 | GgmlDType::Q8_0 => halves(&[0]),
+        GgmlDType::Q4_1 | GgmlDType::Q5_1 | GgmlDType::Q4K | GgmlDType::Q5K => halves(&[0, 2]),
+        GgmlDType::Q2K => halves(&[80, 82]),
+        GgmlDType::Q3K => halves(&[108]),
+        GgmlDType::Q6K => halves(&[208]),
+        GgmlDType::Q8_1 | GgmlDType::Q8K => true,
+    }
+}
+
 impl Weight {
     /// Takes GGUF data that is at hand. The length of `bytes` was checked by the caller.
     pub fn from_gguf(dtype: GgmlDType, bytes: &[u8], n: usize, k: usize) -> Result<Self> {
@@ -41,7 +68,10 @@ impl Weight {
     }
 
     /// Reads GGUF data row by row; the inner error is that of the reader. f16 is widened, which is exact; Q4_K keeps
-    /// its 4 bits with scales rounded to half precision; Q5_K and Q6_K become Q8_0.
+    /// its 4 bits with scales rounded to half precision; Q2_K, Q3_K, Q5_0, Q5_1, Q5_K and Q6_K become Q8_0.
+    ///
+    /// # Errors
+    /// If the type is none of these, a row is no whole number of its blocks, or a value or scale is not finite.
     pub fn read(
         dtype: GgmlDType,
         n: usize,
@@ -51,22 +81,36 @@ impl Weight {
         let form = match dtype {
             GgmlDType::F32 | GgmlDType::F16 => Form::F32(Dense::new(n, k)),
             GgmlDType::BF16 => Form::Bf16(Dense::new(n, k)),
-            GgmlDType::Q8_0 | GgmlDType::Q5K | GgmlDType::Q6K => {
-                Form::Quant(Quant::new(Bits::Eight, n, k))
-            }
+            GgmlDType::Q8_0
+            | GgmlDType::Q5_0
+            | GgmlDType::Q5_1
+            | GgmlDType::Q2K
+            | GgmlDType::Q3K
+            | GgmlDType::Q5K
+            | GgmlDType::Q6K => Form::Quant(Quant::new(Bits::Eight, n, k)),
             GgmlDType::Q4_0 => Form::Quant(Quant::new(Bits::Four, n, k)),
             GgmlDType::Q4_1 | GgmlDType::Q4K => Form::Quant(Quant::new(Bits::FourWithOffset, n, k)),
             other => {
                 return Err(Error::Unsupported(format!(
-                    "GGUF tensor type {other:?}; supported: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K"
+                    "GGUF tensor type {other:?}; supported: {}",
+                    gguf_types()
                 )));
             }
         };
+        if !k.is_multiple_of(dtype.block_size()) {
+            return Err(Error::Invalid(format!(
+                "rows of {k} values are no whole blocks of {}",
+                dtype.block_size()
+            )));
+        }
         let mut weight = Self { n, k, form };
         let mut row = vec![0; k / dtype.block_size() * dtype.type_size()];
         for r in 0..n {
             if let Err(e) = from.read_exact(&mut row) {
                 return Ok(Err(e));
+            }
+            if !is_finite(dtype, &row) {
+                return Err(Error::Invalid(format!("row {r} holds NaN or infinity")));
             }
             weight.set_stored(r, dtype, &row)?;
         }
@@ -110,8 +154,12 @@ impl Weight {
     }
 
     /// A matrix of `k` columns in single precision.
+    ///
+    /// # Panics
+    /// If the values are no whole rows.
     pub fn f32(values: &[f32], k: usize) -> Self {
         let n = values.len().checked_div(k).unwrap_or(0);
+        assert!(n * k == values.len(), "no whole rows of {k} values");
         let mut w = Dense::new(n, k);
         for (row, values) in values.chunks_exact(k.max(1)).enumerate() {
             w.set_row(row, values.iter().copied());
@@ -162,18 +210,30 @@ impl Weight {
         self.reform(Form::Bf16(Dense::new(self.n, self.k)))
     }
 
-    /// The same in Q8_0; `K` must be a multiple of 32.
-    pub fn to_q8_0(&self) -> Self {
-        self.reform(Form::Quant(Quant::new(Bits::Eight, self.n, self.k)))
+    /// The same in Q8_0.
+    ///
+    /// # Errors
+    /// If `K` is no multiple of 32.
+    pub fn to_q8_0(&self) -> Result<Self> {
+        self.quantised(Bits::Eight)
     }
 
-    /// The same in 4 bits with a scale and an offset per 32; `K` must be a multiple of 32.
-    pub fn to_q4(&self) -> Self {
-        self.reform(Form::Quant(Quant::new(
-            Bits::FourWithOffset,
-            self.n,
-            self.k,
-        )))
+    /// The same in 4 bits with a scale and an offset per 32.
+    ///
+    /// # Errors
+    /// If `K` is no multiple of 32.
+    pub fn to_q4(&self) -> Result<Self> {
+        self.quantised(Bits::FourWithOffset)
+    }
+
+    fn quantised(&self, bits: Bits) -> Result<Self> {
+        match self.k.is_multiple_of(BLOCK) {
+            true => Ok(self.reform(Form::Quant(Quant::new(bits, self.n, self.k)))),
+            false => Err(Error::Invalid(format!(
+                "a weight of {} columns is no whole blocks of {BLOCK}",
+                self.k
+            ))),
+        }
     }
 
     /// Bytes that a product reads.
@@ -214,8 +274,13 @@ impl Weight {
     }
 
     /// The listed rows, in that order and in the same form.
+    ///
+    /// # Panics
+    /// If there is no such row.
     pub fn rows(&self, rows: &[u32]) -> Self {
         let (n, k) = (rows.len(), self.k);
+        let inside = rows.iter().all(|&row| (row as usize) < self.n);
+        assert!(inside, "a row outside the {} there are", self.n);
         let pairs = rows.iter().map(|&row| row as usize).enumerate();
         let form = match &self.form {
             Form::F32(w) => {
@@ -295,8 +360,17 @@ impl Linear {
     }
 
     /// One layer whose outputs are those of `layers`, one after the other; all take the same input.
-    pub fn join(layers: Vec<Self>) -> Self {
+    ///
+    /// # Errors
+    /// If they take inputs of different sizes.
+    pub fn join(layers: Vec<Self>) -> Result<Self> {
         let k = layers.first().map_or(0, |l| l.k);
+        if let Some(other) = layers.iter().find(|l| l.k != k) {
+            return Err(Error::Invalid(format!(
+                "layers over {k} and over {} inputs cannot be joined",
+                other.k
+            )));
+        }
         let n = layers.iter().map(|l| l.n).sum();
         let any_bias = layers.iter().any(|l| l.bias.is_some());
         let mut bias = Vec::new();
@@ -314,12 +388,12 @@ impl Linear {
                 parts.extend(rest);
             }
         }
-        Self {
+        Ok(Self {
             parts,
             bias: any_bias.then_some(bias),
             k,
             n,
-        }
+        })
     }
 
     /// The same with its weights where they shall stay, in large pages where the system has them: to be called once,
@@ -347,6 +421,9 @@ impl Linear {
     }
 
     /// Writes `[M, N]` to `out` for `x` `[M, K]`.
+    ///
+    /// # Errors
+    /// If the lengths do not fit the layer.
     pub fn forward(
         &self,
         pool: &Pool,
@@ -354,7 +431,17 @@ impl Linear {
         scratch: &mut Scratch,
         out: &mut [f32],
     ) -> Result<()> {
-        debug_assert_eq!(x.len() / self.k, out.len() / self.n);
+        let rows = x.len().checked_div(self.k).unwrap_or(0);
+        let biased = self.bias.as_ref().map_or(self.n, Vec::len);
+        if x.len() != rows * self.k || out.len() != rows * self.n || biased != self.n {
+            return Err(Error::Invalid(format!(
+                "{} values in and {} out, with {biased} biases, for a layer from {} to {}",
+                x.len(),
+                out.len(),
+                self.k,
+                self.n
+            )));
+        }
         let any = |of: fn(&Form) -> bool| self.parts.iter().any(|p| of(&p.form));
         if any(|f| matches!(f, Form::Quant(_))) {
             scratch.activations.fill(pool, x, self.k);
@@ -387,6 +474,8 @@ impl Linear {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::quantized::QTensor;
+    use candle_core::{Device, Tensor};
     use proptest::prelude::*;
 
     fn values(n: usize, seed: u64) -> Vec<f32> {
@@ -435,8 +524,8 @@ mod tests {
         let gguf = |dtype, bytes: &[u8]| Weight::from_gguf(dtype, bytes, n, k).expect("gguf");
         vec![
             (wide.to_bf16(), BF16),
-            (wide.to_q8_0(), 8e-3),
-            (wide.to_q4(), 8e-3),
+            (wide.to_q8_0().expect("blocks"), 8e-3),
+            (wide.to_q4().expect("blocks"), 8e-3),
             (gguf(GgmlDType::Q4_1, &q4_1(w)), 8e-3),
             (gguf(GgmlDType::Q4_0, &q4_0(w)), 8e-3),
             (wide, 1e-6),
@@ -521,7 +610,10 @@ mod tests {
             let whole = k % 32 == 0;
             let mut all = vec![(wide.to_bf16(), BF16), (Weight::f32(&w, k), 1e-6)];
             if whole {
-                all.extend([(wide.to_q8_0(), 8e-3), (wide.to_q4(), 8e-3)]);
+                all.extend([
+                    (wide.to_q8_0().expect("blocks"), 8e-3),
+                    (wide.to_q4().expect("blocks"), 8e-3),
+                ]);
             }
             for (weight, tolerance) in all {
                 let (exact, form) = (weight.to_f32(), weight.form());
@@ -552,8 +644,6 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore = "candle quantises with instructions Miri does not know")]
     fn super_blocks_are_laid_out_anew_within_their_rounding() {
-        use candle_core::quantized::QTensor;
-        use candle_core::{Device, Tensor};
         let (n, k) = (5, 512);
         let w = values(n * k, 9);
         let tensor = Tensor::from_vec(w, (n, k), &Device::Cpu).expect("tensor");
@@ -561,6 +651,10 @@ mod tests {
             (GgmlDType::Q4K, 2e-3),
             (GgmlDType::Q5K, 8e-3),
             (GgmlDType::Q6K, 8e-3),
+            (GgmlDType::Q5_0, 8e-3),
+            (GgmlDType::Q5_1, 8e-3),
+            (GgmlDType::Q3K, 8e-3),
+            (GgmlDType::Q2K, 8e-3),
         ] {
             let stored = QTensor::quantize(&tensor, dtype).expect("quantise");
             let expected = stored.dequantize(&Device::Cpu).expect("widen");
@@ -593,8 +687,9 @@ mod tests {
             Linear::new(f(Weight::f32(&parts[i], k)), bias)
         };
         let f32w: fn(Weight) -> Weight = |w| w;
-        let q8: fn(Weight) -> Weight = |w| w.to_q8_0();
-        let joined = Linear::join(vec![layer(0, f32w), layer(1, f32w), layer(2, q8)]);
+        let q8: fn(Weight) -> Weight = |w| w.to_q8_0().expect("blocks");
+        let joined =
+            Linear::join(vec![layer(0, f32w), layer(1, f32w), layer(2, q8)]).expect("joins");
         assert_eq!(joined.weights().len(), 2);
         let out = forward(&joined, &x, 1);
         let separate = [
@@ -625,10 +720,75 @@ mod tests {
 
     #[test]
     fn an_unknown_form_is_refused_with_the_known_ones() {
-        let error = Weight::from_gguf(GgmlDType::Q2K, &[], 1, 256)
+        let error = Weight::from_gguf(GgmlDType::Q8_1, &[], 1, 256)
             .err()
             .expect("refused")
             .to_string();
-        assert!(error.contains("Q2K") && error.contains("Q4_1"), "{error}");
+        assert!(error.contains("Q8_1") && error.contains("Q4_1"), "{error}");
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "candle quantises with instructions Miri does not know")]
+    fn values_and_scales_that_are_not_finite_are_refused_in_every_form() {
+        let (n, k) = (3, 256);
+        let tensor = Tensor::from_vec(values(n * k, 9), (n, k), &Device::Cpu).expect("tensor");
+        for dtype in [
+            GgmlDType::F32,
+            GgmlDType::F16,
+            GgmlDType::BF16,
+            GgmlDType::Q4_0,
+            GgmlDType::Q4_1,
+            GgmlDType::Q5_0,
+            GgmlDType::Q5_1,
+            GgmlDType::Q8_0,
+            GgmlDType::Q2K,
+            GgmlDType::Q3K,
+            GgmlDType::Q4K,
+            GgmlDType::Q5K,
+            GgmlDType::Q6K,
+        ] {
+            let stored = QTensor::quantize(&tensor, dtype).expect("quantise");
+            let bytes = stored.data().expect("bytes").into_owned();
+            assert!(Weight::from_gguf(dtype, &bytes, n, k).is_ok(), "{dtype:?}");
+            let widened = |bytes: &[u8]| {
+                let wide = dtype
+                    .from_data(Cow::Owned(bytes.to_vec()))
+                    .dequantize(n * k);
+                let wide = wide.expect("widens");
+                let all = wide.as_slice::<f32>().expect("values");
+                all.iter().all(|v| v.is_finite())
+            };
+            // Whatever byte is set to an exponent of ones: refused exactly where a value is not finite.
+            for at in 0..bytes.len() {
+                let mut broken = bytes.clone();
+                broken[at] = 0x7F;
+                if at > 0 {
+                    broken[at - 1] |= 0x80;
+                }
+                let (taken, finite) = (
+                    Weight::from_gguf(dtype, &broken, n, k).is_ok(),
+                    widened(&broken),
+                );
+                // A scale that is infinite beside quants of zero gives NaN; there is no block without others.
+                assert_eq!(taken, finite, "{dtype:?} at {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn sizes_that_do_not_fit_are_refused_in_release_builds_too() {
+        let narrow = Weight::f32(&values(2 * 40, 1), 40);
+        assert!(narrow.to_q8_0().is_err() && narrow.to_q4().is_err());
+        let layer = |k: usize| Linear::new(Weight::f32(&values(2 * k, 1), k), None);
+        assert!(Linear::join(vec![layer(40), layer(64)]).is_err());
+        let (pool, mut scratch) = (Pool::new(1), Scratch::default());
+        for (x, out) in [(39, 2), (40, 3), (80, 2), (41, 2)] {
+            let (x, mut out) = (vec![0.0; x], vec![0.0; out]);
+            assert!(
+                layer(40)
+                    .forward(&pool, &x, &mut scratch, &mut out)
+                    .is_err()
+            );
+        }
     }
 }

@@ -4,14 +4,35 @@
 //! microseconds before they yield, and yield for a while before they park: sleeping at each barrier is too
 //! slow, and endless spinning starves whoever shares the machine.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, TryLockError};
 use std::thread::{JoinHandle, Thread};
 
 const SPINS: u32 = 4_000;
 const YIELDS: u32 = 64;
+
+thread_local! {
+    /// Whether this thread is inside a body of some pool.
+    static INSIDE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Marks the thread as inside a body, until dropped.
+struct Mark(bool);
+
+impl Mark {
+    fn set() -> Self {
+        Self(INSIDE.replace(true))
+    }
+}
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        INSIDE.set(self.0);
+    }
+}
 
 /// The work of one call: a type-erased closure.
 #[derive(Clone, Copy)]
@@ -123,7 +144,8 @@ impl Pool {
 
     /// Calls `body` with disjoint ranges that cover `0..items`, at most `grain` items each, on all threads.
     ///
-    /// The ranges are handed out in turn, so the split never decides a result, only who computes it.
+    /// The ranges are handed out in turn, so the split never decides a result, only who computes it. A body may use
+    /// pools itself, this one included: where a pool is at work already, the body's thread works alone.
     pub fn ranges(&self, items: usize, grain: usize, body: impl Fn(Range<usize>) + Sync) {
         let grain = grain.max(1);
         self.hand_out(items, grain, |start| items.min(start + grain), body);
@@ -170,8 +192,15 @@ impl Pool {
             // SAFETY: `data` points at the `F` that `run` holds on its stack until every worker has left.
             unsafe { (*data.cast::<F>())() }
         }
-        // A poisoned lock only says that an earlier body panicked; the pool itself is at rest then.
-        let turn = self.turn.lock().unwrap_or_else(|e| e.into_inner());
+        // Who is inside a body must not wait for a pool that may be waiting for that body: it works alone then.
+        let turn = match self.turn.try_lock() {
+            Ok(turn) => turn,
+            // A poisoned lock only says that an earlier body panicked; the pool itself is at rest then.
+            Err(TryLockError::Poisoned(turn)) => turn.into_inner(),
+            Err(TryLockError::WouldBlock) if INSIDE.get() => return body(),
+            Err(TryLockError::WouldBlock) => self.turn.lock().unwrap_or_else(|e| e.into_inner()),
+        };
+        let mark = Mark::set();
         let shared = &*self.shared;
         // SAFETY: the gate is closed and empty (the previous `run` waited for it), so no worker reads `work`.
         unsafe {
@@ -189,7 +218,7 @@ impl Pool {
         shared.gate.close();
         wait_until(|| shared.gate.is_empty(), std::thread::yield_now);
         let worker_panicked = shared.panicked.swap(false, Ordering::Relaxed);
-        drop(turn);
+        drop((mark, turn));
         if let Err(payload) = own {
             resume_unwind(payload);
         }
@@ -229,6 +258,7 @@ fn wait_until(ready: impl Fn() -> bool, idle: impl Fn()) {
 }
 
 fn worker(shared: &Shared) {
+    let _mark = Mark::set(); // all it ever runs are bodies
     let mut seen = 0;
     loop {
         wait_until(
@@ -296,6 +326,21 @@ mod tests {
         gate.open();
         assert!(!gate.enter(call), "of the call before");
         assert!(gate.enter(call + 1));
+    }
+
+    #[test]
+    fn a_pool_used_inside_a_body_of_pools_does_not_hang() {
+        let (a, b) = (Pool::new(3), Pool::new(2));
+        let sum = AtomicUsize::new(0);
+        let items = if cfg!(miri) { 4 } else { 40 };
+        a.ranges(items, 1, |_| {
+            b.ranges(items, 1, |_| {
+                a.ranges(items, 1, |r| {
+                    sum.fetch_add(r.len(), Ordering::Relaxed);
+                });
+            });
+        });
+        assert_eq!(sum.load(Ordering::Relaxed), items * items * items);
     }
 
     #[test]

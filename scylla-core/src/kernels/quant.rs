@@ -162,7 +162,7 @@ impl BlockOf {
 impl Quant {
     /// An empty matrix `[N, K]`, to be filled block by block; `K` is a multiple of 32.
     pub(super) fn new(bits: Bits, n: usize, k: usize) -> Self {
-        debug_assert!(k.is_multiple_of(BLOCK));
+        assert!(k.is_multiple_of(BLOCK));
         let blocks = n.div_ceil(TILE) * (k / BLOCK);
         let offsets = match bits {
             Bits::FourWithOffset => blocks,
@@ -180,7 +180,7 @@ impl Quant {
 
     /// Appends the rows of `other`; this one's tiles are whole.
     pub(super) fn append(&mut self, other: Self) {
-        debug_assert!(self.n.is_multiple_of(TILE) && self.k == other.k && self.bits == other.bits);
+        assert!(self.n.is_multiple_of(TILE) && self.k == other.k && self.bits == other.bits);
         self.n += other.n;
         self.lines.own().extend_from_slice(&other.lines);
         self.scales.own().extend_from_slice(&other.scales);

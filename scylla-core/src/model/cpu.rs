@@ -37,7 +37,7 @@ impl Weights for Held<'_> {
             .files
             .source
             .tensor(name, &[n, k], &self.files.config)?;
-        Ok(self.options.weights.apply(weight))
+        self.options.weights.apply(weight)
     }
     fn vector(&self, name: &str, n: usize) -> Result<Vec<f32>> {
         self.files.source.vector(name, n, &self.files.config)
@@ -129,27 +129,14 @@ impl CpuModel {
                 &mut logits,
             )?;
         }
-        if let [_] = counts[..] {
-            return Ok(vec![Matrix::host(logits, vocab)]);
-        }
-        let mut rest = &logits[..];
-        let mut split = |count: usize| {
-            let (mine, others) = rest.split_at(count * vocab);
-            rest = others;
-            Matrix::host(mine.to_vec(), vocab)
-        };
-        Ok(counts.iter().map(|&count| split(count)).collect())
+        Ok(Matrix::parts(logits, vocab, &counts))
     }
 }
 
-/// Copies `[M, H]` apart into one matrix per slot.
+/// One matrix per slot of `[M, H]`.
 fn per_slot(step: &Step<'_>, values: &[f32], h: usize) -> Vec<Matrix> {
-    let mut first = 0;
-    let mut split = |n: usize| {
-        first += n;
-        Matrix::host(values[(first - n) * h..first * h].to_vec(), h)
-    };
-    step.slots.iter().map(|s| split(s.tokens.len())).collect()
+    let counts: Vec<usize> = step.slots.iter().map(|s| s.tokens.len()).collect();
+    Matrix::parts(values.to_vec(), h, &counts)
 }
 
 impl TargetModel for CpuModel {
@@ -205,8 +192,12 @@ impl TargetModel for CpuModel {
 
     /// Logits only: they are the large ones.
     fn recycle(&mut self, forward: Forward) {
-        let host = forward.logits.into_iter().map(Matrix::into_host);
-        self.spare = host.flatten().max_by_key(Vec::capacity);
+        // All slots' share one memory: it is free with the last of them.
+        self.spare = forward
+            .logits
+            .into_iter()
+            .filter_map(Matrix::into_memory)
+            .last();
     }
 
     fn shape(&self) -> TargetShape {

@@ -61,9 +61,19 @@ pub struct DeviceModel {
 }
 
 impl DeviceModel {
-    /// Loads the weights in the form the options ask for.
+    /// Loads the weights in the form the options ask for: blocks as the file stores them, or Q8_0, or single precision,
+    /// to which dense weights are widened.
+    ///
+    /// # Errors
+    /// If the form is another one, which would be single precision without a word.
     pub fn load(files: &ModelFiles, options: &LoadOptions) -> Result<Self> {
         let c = &files.config;
+        if matches!(options.weights, WeightForm::Bf16 | WeightForm::Q4) {
+            return Err(Error::Unsupported(format!(
+                "weights in form {} on a device that runs through candle; supported there: as-is, f32, q8_0",
+                options.weights
+            )));
+        }
         let device = options.device.clone();
         let positions = options.positions(c)?;
         let vector = |name: &str, n: usize| -> Result<Tensor> {

@@ -4,6 +4,11 @@ mod config;
 mod cpu;
 mod device;
 mod ends;
+mod gguf;
+mod gguf_config;
+mod hf;
+mod known;
+mod rope;
 mod slots;
 mod source;
 mod stack;
@@ -17,11 +22,14 @@ pub use config::{ModelConfig, RopeScaling};
 pub use cpu::CpuModel;
 pub use device::DeviceModel;
 pub use ends::Ends;
+pub(crate) use gguf::supported as gguf_types;
+pub use gguf::{Gguf, Value};
 pub use slots::Rows;
-pub(crate) use source::shard_names;
-pub use source::{Gguf, Raw, Shards, Source};
+pub(crate) use source::shards_of;
+pub use source::{Raw, Shards, Source};
 pub use stack::{CpuStack, Layer, Weights};
 
+use crate::files::read_text;
 use crate::kernels::{CacheForm, Pool, Weight};
 use crate::plugin::TargetModel;
 use crate::{Error, Result};
@@ -29,20 +37,20 @@ use crate::{Error, Result};
 /// The form in which weights are held.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum WeightForm {
-    /// As the file stores them (f16 is widened to f32 on a CPU).
+    /// As the file stores them (f16 is widened to f32 on a CPU; on other devices dense weights are).
     #[default]
     #[serde(rename = "as-is")]
     AsIs,
     /// Single precision.
     #[serde(rename = "f32")]
     F32,
-    /// Rounded to bf16.
+    /// Rounded to bf16; on a CPU only.
     #[serde(rename = "bf16")]
     Bf16,
     /// 8-bit blocks of 32; matrices whose rows are not whole blocks stay as they are.
     #[serde(rename = "q8_0")]
     Q8_0,
-    /// 4-bit blocks of 32 with a scale and an offset; the same.
+    /// 4-bit blocks of 32 with a scale and an offset; the same, on a CPU only.
     #[serde(rename = "q4")]
     Q4,
 }
@@ -79,17 +87,17 @@ impl std::fmt::Display for WeightForm {
 
 impl WeightForm {
     /// Brings a matrix into this form; blocks need rows of whole ones.
-    pub fn apply(self, weight: Weight) -> Weight {
+    pub fn apply(self, weight: Weight) -> Result<Weight> {
         let whole = weight.k.is_multiple_of(32);
-        match (self, weight.form()) {
+        Ok(match (self, weight.form()) {
             (Self::AsIs, _) | (Self::F32, "f32") | (Self::Bf16, "bf16") => weight,
             (Self::Q8_0, "q8_0") | (Self::Q4, "q4") => weight,
             (Self::F32, _) => weight.to_wide(),
             (Self::Bf16, _) => weight.to_bf16(),
-            (Self::Q8_0, _) if whole => weight.to_q8_0(),
-            (Self::Q4, _) if whole => weight.to_q4(),
+            (Self::Q8_0, _) if whole => weight.to_q8_0()?,
+            (Self::Q4, _) if whole => weight.to_q4()?,
             _ => weight,
-        }
+        })
     }
 }
 
@@ -101,15 +109,34 @@ pub struct ModelFiles {
     pub config: ModelConfig,
     /// The weights.
     pub source: Source,
+    /// What the files say that was passed over, for the user to know.
+    pub notes: Vec<String>,
 }
 
 impl ModelFiles {
     /// Opens a Hugging Face directory or a GGUF file. Nothing is read beyond headers.
+    ///
+    /// # Errors
+    /// If a file is not there or not whole, or says something of the model that is neither followed here nor known to
+    /// change nothing; names file, key or tensor.
     pub fn open(path: &Path) -> Result<Self> {
-        let (config, source) = if path.is_dir() {
+        let ((config, notes), source) = if path.is_dir() {
             let file = path.join("config.json");
-            let text = std::fs::read_to_string(&file).map_err(Error::io(&file))?;
-            let config = ModelConfig::from_hf(&text, &file)?;
+            if !file.is_file() {
+                let adapter = path.join("adapter_config.json").is_file();
+                return Err(Error::file(
+                    path,
+                    match adapter {
+                        true => {
+                            "holds an adapter, not a model; merge it into its base model first (peft: merge_and_unload)"
+                        }
+                        false => {
+                            "has no config.json; a model is a directory with config.json and safetensors, or a GGUF file"
+                        }
+                    },
+                ));
+            }
+            let config = ModelConfig::from_hf(&read_text(&file)?, &file)?;
             (config, Source::Safetensors(Shards::open(path)?))
         } else if path.exists() {
             let gguf = Gguf::open(path)?;
@@ -120,13 +147,28 @@ impl ModelFiles {
                 "no such file or directory; a model is a directory with config.json and safetensors, or a GGUF file",
             ));
         };
+        source.check_names(&config)?;
         Ok(Self {
             path: path.to_path_buf(),
             config,
             source,
+            notes,
         })
     }
+
+    /// The files that make up the model: its configuration, where that is one of its own, and its weights.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let config = self.path.join("config.json");
+        let config = self.path.is_dir().then_some(config);
+        config
+            .into_iter()
+            .chain(self.source.files().to_vec())
+            .collect()
+    }
 }
+
+/// Positions a slot holds unless more are asked for.
+pub const USUAL_CONTEXT: usize = 8192;
 
 /// How a model is held and run.
 #[derive(Debug, Clone)]
@@ -154,14 +196,26 @@ impl Default for LoadOptions {
 
 impl LoadOptions {
     /// Positions a slot of this model holds under these options.
+    ///
+    /// # Errors
+    /// If they are more than the model was made for, or than a sliding window of its layers lets a row see.
     pub fn positions(&self, config: &ModelConfig) -> Result<usize> {
-        match self.context {
-            0 => Ok(config.context.min(8192)),
-            n if n <= config.context => Ok(n),
-            n => Err(Error::Invalid(format!(
-                "context {n} is longer than the model's {}",
-                config.context
+        let positions = match self.context {
+            0 => config.context.min(USUAL_CONTEXT),
+            n if n <= config.context => n,
+            n => {
+                return Err(Error::Invalid(format!(
+                    "context {n} is longer than the model's {}",
+                    config.context
+                )));
+            }
+        };
+        match config.window {
+            Some(window) if window < positions => Err(Error::Unsupported(format!(
+                "sliding_window {window} in a context of {positions}: windows are not supported; a context within it is \
+                 (target.context = {window} or less)"
             ))),
+            _ => Ok(positions),
         }
     }
 

@@ -1,16 +1,19 @@
 //! Weight files: safetensors (one or many shards) and GGUF, read tensor by tensor and checked.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::io::{BufReader, Read, Seek, SeekFrom, Take};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Take};
 use std::path::{Path, PathBuf};
 
-use candle_core::quantized::{GgmlDType, gguf_file};
+use candle_core::quantized::GgmlDType;
 use safetensors::tensor::Metadata;
 use safetensors::{Dtype, SafeTensors};
 
-use super::config::{ModelConfig, RopeScaling};
-use crate::kernels::Weight;
+use super::config::ModelConfig;
+use super::gguf::Gguf;
+use super::known;
+use crate::files::{head, parse_json, read_text, refuse_pointer};
+use crate::kernels::{Weight, is_finite};
 use crate::{Error, Result};
 
 /// An open set of weights with Hugging Face names.
@@ -30,11 +33,12 @@ pub struct Raw {
 }
 
 /// Where a tensor lies in its file, checked to lie within it.
-struct Place<'a> {
-    path: &'a Path,
-    dtype: GgmlDType,
-    start: u64,
-    length: usize,
+pub(super) struct Place<'a> {
+    pub(super) name: &'a str,
+    pub(super) path: &'a Path,
+    pub(super) dtype: GgmlDType,
+    pub(super) start: u64,
+    pub(super) length: usize,
 }
 
 impl Place<'_> {
@@ -50,19 +54,48 @@ impl Place<'_> {
         self.reader()?
             .read_exact(&mut bytes)
             .map_err(Error::io(self.path))?;
+        if !is_finite(self.dtype, &bytes) {
+            return Err(self.wrong("finite values".into(), "NaN or infinity".into()));
+        }
         Ok(Raw {
             dtype: self.dtype,
             bytes,
         })
     }
 
+    /// A vector in f32.
+    pub(super) fn vector(&self) -> Result<Vec<f32>> {
+        let n = self.length / self.dtype.type_size() * self.dtype.block_size();
+        Ok(self.weight(&[n])?.to_f32())
+    }
+
     /// Reads into the form the CPU kernels multiply with, piece by piece: no second copy is ever held.
     fn weight(&self, shape: &[usize]) -> Result<Weight> {
         let (n, k) = sizes(shape);
         let mut from = BufReader::with_capacity(1 << 16, self.reader()?);
-        let read = Weight::read(self.dtype, n, k, &mut from);
-        read?.map_err(Error::io(self.path))
+        match Weight::read(self.dtype, n, k, &mut from) {
+            Ok(read) => read.map_err(Error::io(self.path)),
+            Err(Error::Invalid(found)) => Err(self.wrong("finite values".into(), found)),
+            Err(e) => Err(e),
+        }
     }
+
+    fn wrong(&self, expected: String, found: String) -> Error {
+        Error::Tensor {
+            path: self.path.to_path_buf(),
+            tensor: self.name.into(),
+            expected,
+            found,
+        }
+    }
+}
+
+/// A tensor of a safetensors file.
+struct Found<'a> {
+    name: &'a str,
+    path: &'a Path,
+    dtype: Dtype,
+    range: std::ops::Range<usize>,
 }
 
 /// Rows and columns of a matrix; a vector is a row.
@@ -76,6 +109,8 @@ fn sizes(shape: &[usize]) -> (usize, usize) {
 /// Reads the header of a safetensors file: where the data begins, what it holds, and the size of the file.
 #[allow(unsafe_code)]
 fn header(path: &Path) -> Result<(usize, Metadata, usize)> {
+    let begin = head(path, 64)?;
+    refuse_pointer(path, &begin)?;
     let file = File::open(path).map_err(Error::io(path))?;
     // SAFETY: the map is read-only and private, and lives for this function alone. A file that another process
     // shortens meanwhile ends this one with a signal; it cannot make it read other memory.
@@ -94,22 +129,45 @@ pub struct Shards {
 
 impl Shards {
     /// Opens every shard of a model directory.
+    ///
+    /// # Errors
+    /// If the directory holds no weights that are read, or its listing and its shards do not agree.
     pub fn open(dir: &Path) -> Result<Self> {
         let single = dir.join("model.safetensors");
+        if single.is_file() {
+            return Self::open_files(&[single]);
+        }
         let listing = dir.join("model.safetensors.index.json");
-        let names = if single.is_file() || !listing.is_file() {
-            vec![single]
-        } else {
-            shard_names(&listing)?
-                .into_iter()
-                .map(|n| dir.join(n))
-                .collect()
-        };
-        Self::open_files(&names)
+        if !listing.is_file() {
+            return Err(no_weights(dir));
+        }
+        let map = listed(&listing)?;
+        let names = shard_names(&map, &listing)?;
+        let files: Vec<PathBuf> = names.iter().map(|n| dir.join(n)).collect();
+        let shards = Self::open_files(&files)?;
+        for (tensor, file) in &map {
+            let found = shards.index.get(tensor).map(|at| &names[at.0]);
+            if found != Some(file) {
+                return Err(Error::file(
+                    &listing,
+                    match found {
+                        Some(found) => format!("says that {file} holds `{tensor}`; {found} does"),
+                        None => format!("says that {file} holds `{tensor}`; it does not"),
+                    },
+                ));
+            }
+        }
+        Ok(shards)
     }
 
     /// Opens the given files.
+    ///
+    /// # Errors
+    /// If there are none, one is not whole, or two hold a tensor of the same name.
     pub fn open_files(paths: &[PathBuf]) -> Result<Self> {
+        if paths.is_empty() {
+            return Err(Error::Invalid("no weight files were given".into()));
+        }
         let mut shards = Self {
             files: paths.to_vec(),
             index: HashMap::new(),
@@ -126,12 +184,40 @@ impl Shards {
                         found: format!("{size} bytes (truncated?)"),
                     });
                 }
-                shards
-                    .index
-                    .insert(name, (i, info.dtype, info.shape.clone(), range));
+                if let Some((other, ..)) = shards.index.get(&name) {
+                    let message = format!("tensor `{name}` is also in {}", paths[*other].display());
+                    return Err(Error::file(path, message));
+                }
+                let entry = (i, info.dtype, info.shape.clone(), range);
+                shards.index.insert(name, entry);
             }
         }
         Ok(shards)
+    }
+
+    /// The files.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
+    /// The same under other names.
+    ///
+    /// # Errors
+    /// If two tensors get one name.
+    pub fn renamed(self, name: impl Fn(&str) -> String) -> Result<Self> {
+        let mut index = HashMap::with_capacity(self.index.len());
+        for (old, entry) in self.index {
+            let new = name(&old);
+            if index.contains_key(&new) {
+                return Err(Error::file(
+                    &self.files[0],
+                    format!("holds tensor `{new}` under two names, of which one is `{old}`"),
+                ));
+            }
+            index.insert(new, entry);
+        }
+        let files = self.files;
+        Ok(Self { files, index })
     }
 
     /// Whether a tensor is there.
@@ -158,12 +244,14 @@ impl Shards {
 
     /// Type of a tensor, its shape checked.
     pub fn dtype(&self, name: &str, shape: &[usize]) -> Result<Dtype> {
-        Ok(self.find(name, shape)?.1)
+        Ok(self.find(name, shape)?.dtype)
     }
 
     /// Type and bytes of a tensor of any type, as stored.
     pub fn stored(&self, name: &str, shape: &[usize]) -> Result<(Dtype, Vec<u8>)> {
-        let (path, dtype, range) = self.find(name, shape)?;
+        let Found {
+            path, dtype, range, ..
+        } = self.find(name, shape)?;
         let mut file = File::open(path).map_err(Error::io(path))?;
         let mut bytes = vec![0; range.len()];
         file.seek(SeekFrom::Start(range.start as u64))
@@ -178,8 +266,8 @@ impl Shards {
     }
 
     /// File, type and place of a tensor, its shape checked.
-    fn find(&self, name: &str, shape: &[usize]) -> Result<(&Path, Dtype, std::ops::Range<usize>)> {
-        let Some((file, dtype, found, range)) = self.index.get(name) else {
+    fn find(&self, name: &str, shape: &[usize]) -> Result<Found<'_>> {
+        let Some((name, (file, dtype, found, range))) = self.index.get_key_value(name) else {
             return Err(missing(self.files[0].clone(), name, shape));
         };
         let path = &self.files[*file];
@@ -191,12 +279,22 @@ impl Shards {
                 found: format!("shape {found:?}"),
             });
         }
-        Ok((path, *dtype, range.clone()))
+        Ok(Found {
+            name,
+            path,
+            dtype: *dtype,
+            range: range.clone(),
+        })
     }
 
     /// Finds a tensor of floating-point values, its shape checked.
     fn place(&self, name: &str, shape: &[usize]) -> Result<Place<'_>> {
-        let (path, dtype, range) = self.find(name, shape)?;
+        let Found {
+            name,
+            path,
+            dtype,
+            range,
+        } = self.find(name, shape)?;
         let ggml = match dtype {
             Dtype::F32 => GgmlDType::F32,
             Dtype::F16 => GgmlDType::F16,
@@ -211,6 +309,7 @@ impl Shards {
             }
         };
         Ok(Place {
+            name,
             path,
             dtype: ggml,
             start: range.start as u64,
@@ -219,7 +318,7 @@ impl Shards {
     }
 }
 
-fn missing(path: PathBuf, name: &str, shape: &[usize]) -> Error {
+pub(super) fn missing(path: PathBuf, name: &str, shape: &[usize]) -> Error {
     Error::Tensor {
         path,
         tensor: name.into(),
@@ -228,15 +327,51 @@ fn missing(path: PathBuf, name: &str, shape: &[usize]) -> Error {
     }
 }
 
-pub(crate) fn shard_names(listing: &Path) -> Result<Vec<String>> {
+/// What a directory holds instead of weights that are read, and what to do about it.
+fn no_weights(dir: &Path) -> Error {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries
+        .map(|e| e.file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort_unstable();
+    let ending = |ends: &[&str]| names.iter().find(|n| ends.iter().any(|e| n.ends_with(e)));
+    let pickled = ending(&[".bin", ".pt", ".pth", ".ckpt", ".pkl"]);
+    let message = if let Some(name) = ending(&["adapter_model.safetensors"]) {
+        format!(
+            "holds an adapter ({name}), not a model; merge it into its base model first (peft: merge_and_unload)"
+        )
+    } else if let Some(name) = ending(&[".gguf"]) {
+        format!("holds {name} and no model.safetensors; give the path of the GGUF file itself")
+    } else if let Some(name) = pickled {
+        format!(
+            "holds pickled weights ({name}), which run code when loaded and are not read. Convert them once with Python: \
+             from transformers import AutoModelForCausalLM as M; M.from_pretrained('{dir}').save_pretrained('{dir}', safe_serialization=True)",
+            dir = dir.display()
+        )
+    } else if let Some(name) = ending(&[".safetensors"]) {
+        format!(
+            "holds {name}, but no model.safetensors and no model.safetensors.index.json that lists shards"
+        )
+    } else {
+        "holds no model.safetensors, in one file or in shards".into()
+    };
+    Error::file(dir, message)
+}
+
+/// The shard of each tensor, as a listing says.
+fn listed(listing: &Path) -> Result<HashMap<String, String>> {
     #[derive(serde::Deserialize)]
     struct Listing {
         weight_map: HashMap<String, String>,
     }
-    let text = std::fs::read_to_string(listing).map_err(Error::io(listing))?;
-    let parsed: Listing = serde_json::from_str(&text)
+    let json = parse_json(&read_text(listing)?, listing, "a shard listing")?;
+    let parsed: Listing = serde::Deserialize::deserialize(json)
         .map_err(|e| Error::file(listing, format!("not a shard listing: {e}")))?;
-    let mut names: Vec<String> = parsed.weight_map.into_values().collect();
+    Ok(parsed.weight_map)
+}
+
+fn shard_names(map: &HashMap<String, String>, listing: &Path) -> Result<Vec<String>> {
+    let mut names: Vec<String> = map.values().cloned().collect();
     names.sort();
     names.dedup();
     if names.is_empty() {
@@ -255,224 +390,9 @@ pub(crate) fn shard_names(listing: &Path) -> Result<Vec<String>> {
     }
 }
 
-/// A GGUF file: metadata, and tensors read when asked for.
-pub struct Gguf {
-    /// The file.
-    pub path: PathBuf,
-    /// Its metadata and tensor table.
-    pub content: gguf_file::Content,
-    size: u64,
-}
-
-impl Gguf {
-    /// Reads the metadata and checks that every tensor lies within the file.
-    pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io(path))?;
-        let size = file.metadata().map_err(Error::io(path))?.len();
-        let content = gguf_file::Content::read(&mut BufReader::new(file))
-            .map_err(|e| Error::file(path, format!("not a whole GGUF file: {e}")))?;
-        let gguf = Self {
-            path: path.to_path_buf(),
-            content,
-            size,
-        };
-        for name in gguf.content.tensor_infos.keys() {
-            gguf.range(name)?;
-        }
-        Ok(gguf)
-    }
-
-    /// Offset and length of a tensor's bytes.
-    fn range(&self, name: &str) -> Result<(u64, usize)> {
-        let info = &self.content.tensor_infos[name];
-        let dtype = info.ggml_dtype;
-        let bad = |expected: String, found: String| Error::Tensor {
-            path: self.path.clone(),
-            tensor: name.into(),
-            expected,
-            found,
-        };
-        let count = info
-            .shape
-            .dims()
-            .iter()
-            .try_fold(1usize, |a, &d| a.checked_mul(d))
-            .filter(|c| c.is_multiple_of(dtype.block_size()))
-            .ok_or_else(|| {
-                bad(
-                    format!("whole blocks of {dtype:?}"),
-                    format!("{:?}", info.shape),
-                )
-            })?;
-        let bytes = count / dtype.block_size() * dtype.type_size();
-        let start = self.content.tensor_data_offset.saturating_add(info.offset);
-        if start.saturating_add(bytes as u64) > self.size {
-            return Err(bad(
-                format!("{bytes} bytes at offset {start}"),
-                format!("a file of {} bytes (truncated?)", self.size),
-            ));
-        }
-        Ok((start, bytes))
-    }
-
-    /// A metadata value.
-    pub fn value(&self, key: &str) -> Option<&gguf_file::Value> {
-        self.content.metadata.get(key)
-    }
-
-    /// A metadata number of any width.
-    pub fn number(&self, key: &str) -> Option<f64> {
-        use gguf_file::Value::{F32, F64, I8, I16, I32, I64, U8, U16, U32, U64};
-        Some(match self.value(key)? {
-            U8(v) => f64::from(*v),
-            I8(v) => f64::from(*v),
-            U16(v) => f64::from(*v),
-            I16(v) => f64::from(*v),
-            U32(v) => f64::from(*v),
-            I32(v) => f64::from(*v),
-            U64(v) => *v as f64,
-            I64(v) => *v as f64,
-            F32(v) => f64::from(*v),
-            F64(v) => *v,
-            _ => return None,
-        })
-    }
-
-    /// A metadata string.
-    pub fn string(&self, key: &str) -> Option<&str> {
-        self.value(key)
-            .and_then(|v| v.to_string().ok())
-            .map(String::as_str)
-    }
-
-    fn size_of(&self, key: &str) -> Result<usize> {
-        match self.number(key) {
-            Some(v) if v >= 0.0 && v.fract() == 0.0 && v < 1e9 => Ok(v as usize),
-            Some(v) => Err(Error::file(
-                &self.path,
-                format!("metadata `{key}` = {v} is not a size"),
-            )),
-            None => Err(Error::file(
-                &self.path,
-                format!("metadata key `{key}` is missing"),
-            )),
-        }
-    }
-
-    /// The model's shape.
-    pub fn config(&self) -> Result<ModelConfig> {
-        let arch = self
-            .string("general.architecture")
-            .unwrap_or_default()
-            .to_string();
-        if !["llama", "qwen2"].contains(&arch.as_str()) {
-            return Err(Error::Unsupported(format!(
-                "{}: GGUF architecture `{arch}`; supported: llama, qwen2",
-                self.path.display()
-            )));
-        }
-        let key = |name: &str| format!("{arch}.{name}");
-        let scaling = self.string(&key("rope.scaling.type")).unwrap_or("none");
-        let rope_scaling = match scaling {
-            _ if self.content.tensor_infos.contains_key("rope_freqs.weight") => {
-                RopeScaling::Factors(Vec::new()) // read with the other tensors
-            }
-            "none" => RopeScaling::None,
-            "linear" => RopeScaling::Linear {
-                factor: self.number(&key("rope.scaling.factor")).unwrap_or(1.0),
-            },
-            other => {
-                return Err(Error::Unsupported(format!(
-                    "{}: rope scaling `{other}`; supported: none, linear, rope_freqs.weight",
-                    self.path.display()
-                )));
-            }
-        };
-        let context = self.size_of(&key("context_length"))?;
-        if let Some(window) = self.number(&key("attention.sliding_window"))
-            && window > 0.0
-            && (window as usize) < context
-        {
-            return Err(Error::Unsupported(format!(
-                "{}: sliding window {window} is active in a context of {context}",
-                self.path.display()
-            )));
-        }
-        let embedding = self.content.tensor_infos.get("token_embd.weight");
-        let vocab = embedding.and_then(|t| t.shape.dims().first().copied());
-        let (hidden, heads) = (
-            self.size_of(&key("embedding_length"))?,
-            self.size_of(&key("attention.head_count"))?,
-        );
-        let mut config = ModelConfig {
-            vocab: vocab
-                .ok_or_else(|| missing(self.path.clone(), "token_embd.weight", &[hidden]))?,
-            hidden,
-            ffn: self.size_of(&key("feed_forward_length"))?,
-            layers: self.size_of(&key("block_count"))?,
-            heads,
-            kv_heads: self
-                .size_of(&key("attention.head_count_kv"))
-                .unwrap_or(heads),
-            head_dim: match self.number(&key("attention.key_length")) {
-                Some(v) => v as usize,
-                None => hidden.checked_div(heads).unwrap_or(0),
-            },
-            norm_eps: self
-                .number(&key("attention.layer_norm_rms_epsilon"))
-                .unwrap_or(1e-5) as f32,
-            rope_theta: self.number(&key("rope.freq_base")).unwrap_or(10000.0),
-            rope_scaling,
-            context,
-            tied: !self.content.tensor_infos.contains_key("output.weight"),
-            qkv_bias: self.content.tensor_infos.contains_key("blk.0.attn_q.bias"),
-            architecture: arch,
-        };
-        config.check(&self.path)?;
-        if config.qkv_bias && config.architecture == "llama" {
-            return Err(Error::Unsupported(format!(
-                "{}: attention biases in a GGUF file of architecture llama",
-                self.path.display()
-            )));
-        }
-        if matches!(config.rope_scaling, RopeScaling::Factors(_)) {
-            let half = config.head_dim / 2;
-            let place = self.place("rope_freqs.weight", &[half])?;
-            let factors = place.weight(&[half])?.to_f32();
-            if factors.iter().any(|f| !(f.is_finite() && *f > 0.0)) {
-                return Err(Error::file(
-                    &self.path,
-                    "rope_freqs.weight holds a factor that is not positive",
-                ));
-            }
-            config.rope_scaling = RopeScaling::Factors(factors);
-        }
-        Ok(config)
-    }
-
-    /// Finds a tensor, its shape checked.
-    fn place(&self, name: &str, shape: &[usize]) -> Result<Place<'_>> {
-        let Some(info) = self.content.tensor_infos.get(name) else {
-            return Err(missing(self.path.clone(), name, shape));
-        };
-        let dtype = info.ggml_dtype;
-        let columns = shape.last().copied().unwrap_or(1);
-        if info.shape.dims() != shape || !columns.is_multiple_of(dtype.block_size()) {
-            return Err(Error::Tensor {
-                path: self.path.clone(),
-                tensor: name.into(),
-                expected: format!("shape {shape:?}, rows of whole {dtype:?} blocks"),
-                found: format!("{:?}", info.shape.dims()),
-            });
-        }
-        let (start, length) = self.range(name)?;
-        Ok(Place {
-            path: &self.path,
-            dtype,
-            start,
-            length,
-        })
-    }
+/// The shards that a listing names.
+pub(crate) fn shards_of(listing: &Path) -> Result<Vec<String>> {
+    shard_names(&listed(listing)?, listing)
 }
 
 impl Raw {
@@ -549,13 +469,124 @@ impl Source {
     pub fn contains(&self, name: &str) -> bool {
         match self {
             Self::Safetensors(shards) => shards.contains(name),
-            Self::Gguf(gguf) => gguf.content.tensor_infos.contains_key(&gguf_name(name)),
+            Self::Gguf(gguf) => gguf.contains(&gguf_name(name)),
+        }
+    }
+
+    /// The files it is made of.
+    pub fn files(&self) -> &[PathBuf] {
+        match self {
+            Self::Safetensors(shards) => shards.files(),
+            Self::Gguf(gguf) => gguf.files(),
+        }
+    }
+
+    /// Checks that every tensor of the files is one that a model of this shape is made of, or is known to change
+    /// nothing: a tensor that is passed over without a word would make another model of it.
+    ///
+    /// # Errors
+    /// Names the tensor.
+    pub(super) fn check_names(&self, config: &ModelConfig) -> Result<()> {
+        let own = |name: String| match self {
+            Self::Safetensors(_) => name,
+            Self::Gguf(_) => gguf_name(&name),
+        };
+        let mut known: HashSet<String> = config.tensors().into_iter().map(own).collect();
+        if let Self::Gguf(_) = self {
+            known.insert("rope_freqs.weight".into()); // part of the rope
+        }
+        let (names, ignored, path): (Vec<&str>, _, _) = match self {
+            Self::Safetensors(shards) => (shards.names(), known::HF_TENSORS, shards.path()),
+            Self::Gguf(gguf) => (gguf.tensors().collect(), known::GGUF_TENSORS, &*gguf.path),
+        };
+        let strange = |name: &&&str| {
+            !known.contains(**name) && !ignored.iter().any(|(end, _)| name.ends_with(end))
+        };
+        let found = names.iter().filter(strange).min();
+        match found {
+            None => Ok(()),
+            Some(&"lm_head.weight") if config.tied => self.check_copy(path, config),
+            Some(name) => {
+                let quantised = [
+                    ".qweight",
+                    ".qzeros",
+                    ".g_idx",
+                    ".scales",
+                    "_scale",
+                    "_scale_inv",
+                    ".absmax",
+                    ".quant_state",
+                    "weight_packed",
+                    ".SCB",
+                    "weight_format",
+                ];
+                let hint = match quantised
+                    .iter()
+                    .any(|q| names.iter().any(|n| n.contains(q)))
+                {
+                    true => {
+                        "; these weights are quantised (GPTQ, AWQ, FP8 or bitsandbytes): take the model they were made from, or a GGUF file"
+                    }
+                    false => "",
+                };
+                Err(Error::Tensor {
+                    path: path.to_path_buf(),
+                    tensor: (*name).into(),
+                    expected: format!(
+                        "no such tensor in a model of family {}",
+                        config.architecture
+                    ),
+                    found: format!("one that would be left out{hint}"),
+                })
+            }
+        }
+    }
+
+    /// A head beside one that is tied may be a copy of the embedding, and nothing else.
+    fn check_copy(&self, path: &Path, config: &ModelConfig) -> Result<()> {
+        let shape = [config.vocab, config.hidden];
+        let mut readers = Vec::new();
+        for name in ["lm_head.weight", "model.embed_tokens.weight"] {
+            let (place, _) = self.place(name, &shape, config)?;
+            readers.push((
+                place.dtype,
+                BufReader::with_capacity(1 << 20, place.reader()?),
+            ));
+        }
+        let same = readers[0].0 == readers[1].0 && {
+            let (first, second) = readers.split_at_mut(1);
+            equal(&mut first[0].1, &mut second[0].1).map_err(Error::io(path))?
+        };
+        match same {
+            true => Ok(()),
+            false => Err(Error::Tensor {
+                path: path.to_path_buf(),
+                tensor: "lm_head.weight".into(),
+                expected: "a copy of model.embed_tokens.weight, since tie_word_embeddings is true".into(),
+                found: "other values; say tie_word_embeddings = false in config.json if the head is its own".into(),
+            }),
         }
     }
 
     /// A vector in f32.
     pub fn vector(&self, name: &str, len: usize, config: &ModelConfig) -> Result<Vec<f32>> {
         Ok(self.tensor(name, &[len], config)?.to_f32())
+    }
+}
+
+/// Whether two readers give the same bytes.
+fn equal(a: &mut impl BufRead, b: &mut impl BufRead) -> std::io::Result<bool> {
+    loop {
+        let (left, right) = (a.fill_buf()?, b.fill_buf()?);
+        let n = left.len().min(right.len());
+        if n == 0 {
+            return Ok(left.is_empty() && right.is_empty());
+        }
+        if left[..n] != right[..n] {
+            return Ok(false);
+        }
+        a.consume(n);
+        b.consume(n);
     }
 }
 

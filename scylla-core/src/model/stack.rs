@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use super::slots::{RowView, Slots};
 use super::{ModelConfig, Rows};
-use crate::Result;
 use crate::kernels::{
     AttentionRow, CacheForm, KvLayer, Linear, Pool, Scratch, Weight, add, add_rms_norm, attention,
     rms_norm, rope, swiglu,
 };
 use crate::plugin::Slot;
+use crate::{Error, Result};
 
 /// The weights of one decoder layer.
 pub struct Layer {
@@ -67,14 +67,14 @@ impl Layer {
                 linear("self_attn.q_proj", q, input, c.qkv_bias)?,
                 linear("self_attn.k_proj", kv, input, c.qkv_bias)?,
                 linear("self_attn.v_proj", kv, input, c.qkv_bias)?,
-            ])
+            ])?
             .settled(),
             output: linear("self_attn.o_proj", h, q, false)?.settled(),
             ffn_norm: from.vector(&at("post_attention_layernorm.weight"), h)?,
             gate_up: Linear::join(vec![
                 linear("mlp.gate_proj", c.ffn, h, false)?,
                 linear("mlp.up_proj", c.ffn, h, false)?,
-            ])
+            ])?
             .settled(),
             down: linear("mlp.down_proj", h, c.ffn, false)?.settled(),
         })
@@ -216,7 +216,12 @@ impl CpuStack {
         let views = self.slots.begin(rows)?;
         let m = views.iter().map(Vec::len).sum::<usize>();
         let (h, ffn, eps) = (self.config.hidden, self.config.ffn, self.config.norm_eps);
-        debug_assert_eq!(x.len(), m * h);
+        if x.len() != m * h {
+            return Err(Error::Invalid(format!(
+                "{} values for {m} rows of {h}",
+                x.len()
+            )));
+        }
         for layer in 0..self.layers.len() {
             on_layer(layer, x);
             let (l, b) = (&self.layers[layer], &mut self.buffers);

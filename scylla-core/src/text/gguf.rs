@@ -1,6 +1,5 @@
 //! Tokenizers out of GGUF metadata: byte-level BPE ("gpt2") and SentencePiece-style ("llama").
 
-use candle_core::quantized::gguf_file::Value;
 use tokenizers::AddedToken;
 use tokenizers::decoders::byte_fallback::ByteFallback;
 use tokenizers::decoders::byte_level::ByteLevel;
@@ -24,11 +23,11 @@ const USER_DEFINED: u32 = 4;
 
 /// Builds the tokenizer; the flag says whether it is byte-level.
 pub(super) fn build(gguf: &Gguf) -> Result<(tokenizers::Tokenizer, bool)> {
-    let model = gguf.string("tokenizer.ggml.model").unwrap_or_default();
-    let tokens = strings(gguf, "tokenizer.ggml.tokens")?;
+    let model = gguf.text("tokenizer.ggml.model")?.unwrap_or_default();
+    let tokens = gguf.texts("tokenizer.ggml.tokens")?;
     let (mut tokenizer, byte_level) = match model {
-        "gpt2" => (byte_level(gguf, &tokens)?, true),
-        "llama" => (sentencepiece(gguf, &tokens)?, false),
+        "gpt2" => (byte_level(gguf, tokens)?, true),
+        "llama" => (sentencepiece(gguf, tokens)?, false),
         other => {
             return Err(Error::Unsupported(format!(
                 "{}: tokenizer model `{other}`; supported: gpt2, llama",
@@ -36,8 +35,14 @@ pub(super) fn build(gguf: &Gguf) -> Result<(tokenizers::Tokenizer, bool)> {
             )));
         }
     };
-    let types = numbers(gguf, "tokenizer.ggml.token_type")?;
-    let added = tokens.iter().zip(&types).filter_map(|(token, &kind)| {
+    let types = gguf.numbers("tokenizer.ggml.token_type")?;
+    if types.len() != tokens.len() {
+        return Err(broken(
+            gguf,
+            format!("{} types for {} tokens", types.len(), tokens.len()),
+        ));
+    }
+    let added = tokens.iter().zip(types).filter_map(|(token, &kind)| {
         let special = kind as u32 == CONTROL || kind as u32 == UNKNOWN;
         (special || kind as u32 == USER_DEFINED)
             .then(|| AddedToken::from(token.to_string(), special).normalized(false))
@@ -50,7 +55,7 @@ fn broken(gguf: &Gguf, error: impl std::fmt::Display) -> Error {
     Error::file(&gguf.path, format!("tokenizer: {error}"))
 }
 
-fn vocabulary(gguf: &Gguf, tokens: &[&str]) -> Result<Vocab> {
+fn vocabulary(gguf: &Gguf, tokens: &[String]) -> Result<Vocab> {
     let vocab: Vocab = tokens
         .iter()
         .enumerate()
@@ -66,15 +71,16 @@ fn vocabulary(gguf: &Gguf, tokens: &[&str]) -> Result<Vocab> {
     }
 }
 
-fn byte_level(gguf: &Gguf, tokens: &[&str]) -> Result<tokenizers::Tokenizer> {
-    let merges = strings(gguf, "tokenizer.ggml.merges")?
-        .into_iter()
+fn byte_level(gguf: &Gguf, tokens: &[String]) -> Result<tokenizers::Tokenizer> {
+    let merges = gguf
+        .texts("tokenizer.ggml.merges")?
+        .iter()
         .map(|m| match m.split_once(' ') {
             Some((a, b)) => Ok((a.to_string(), b.to_string())),
             None => Err(broken(gguf, format!("merge `{m}` is not a pair"))),
         })
         .collect::<Result<Vec<_>>>()?;
-    let pre = gguf.string("tokenizer.ggml.pre").unwrap_or("gpt-2");
+    let pre = gguf.text("tokenizer.ggml.pre")?.unwrap_or("gpt-2");
     let bpe = BPE::builder()
         .vocab_and_merges(vocabulary(gguf, tokens)?, merges)
         // Llama-3 takes a whole word that is a token as it is.
@@ -124,9 +130,9 @@ fn pre_tokenizer(gguf: &Gguf, pre: &str) -> Result<PreTokenizerWrapper> {
 }
 
 /// SentencePiece BPE: merges in the order of the merged token's score.
-fn sentencepiece(gguf: &Gguf, tokens: &[&str]) -> Result<tokenizers::Tokenizer> {
+fn sentencepiece(gguf: &Gguf, tokens: &[String]) -> Result<tokenizers::Tokenizer> {
     let vocab = vocabulary(gguf, tokens)?;
-    let scores = numbers(gguf, "tokenizer.ggml.scores")?;
+    let scores = gguf.numbers("tokenizer.ggml.scores")?;
     if scores.len() != tokens.len() {
         return Err(broken(
             gguf,
@@ -143,21 +149,19 @@ fn sentencepiece(gguf: &Gguf, tokens: &[&str]) -> Result<tokenizers::Tokenizer> 
         }
     }
     merges.sort_by(|x, y| y.0.total_cmp(&x.0).then((x.1, x.2).cmp(&(y.1, y.2))));
-    let unknown = gguf
-        .number("tokenizer.ggml.unknown_token_id")
-        .unwrap_or(0.0) as usize;
+    let unknown = gguf.id("tokenizer.ggml.unknown_token_id")?.unwrap_or(0);
     let mut builder = BPE::builder()
         .vocab_and_merges(vocab, merges.into_iter().map(|m| m.3).collect())
         .byte_fallback(true)
         .fuse_unk(true);
-    if let Some(token) = tokens.get(unknown) {
+    if let Some(token) = tokens.get(unknown as usize) {
         builder = builder.unk_token(token.to_string());
     }
     let mut tokenizer = tokenizers::Tokenizer::new(builder.build().map_err(|e| broken(gguf, e))?);
     let spaces = Replace::new(" ", "\u{2581}").map_err(|e| broken(gguf, e))?;
     let prefix = gguf
-        .value("tokenizer.ggml.add_space_prefix")
-        .is_none_or(|v| v.to_bool().unwrap_or(true));
+        .flag("tokenizer.ggml.add_space_prefix")?
+        .unwrap_or(true);
     let mut normalizers = Vec::new();
     if prefix {
         normalizers.push(Prepend::new("\u{2581}".into()).into());
@@ -173,36 +177,4 @@ fn sentencepiece(gguf: &Gguf, tokens: &[&str]) -> Result<tokenizers::Tokenizer> 
         Fuse::default().into(),
     ])));
     Ok(tokenizer)
-}
-
-fn array<'a>(gguf: &'a Gguf, key: &str) -> Result<&'a [Value]> {
-    match gguf.value(key) {
-        Some(Value::Array(list)) => Ok(list),
-        Some(_) => Err(broken(gguf, format!("metadata `{key}` is not a list"))),
-        None => Err(broken(gguf, format!("metadata key `{key}` is missing"))),
-    }
-}
-
-fn strings<'a>(gguf: &'a Gguf, key: &str) -> Result<Vec<&'a str>> {
-    let text = |v: &'a Value| match v {
-        Value::String(s) => Ok(s.as_str()),
-        other => Err(broken(
-            gguf,
-            format!("metadata `{key}` holds {other:?}, not a text"),
-        )),
-    };
-    array(gguf, key)?.iter().map(text).collect()
-}
-
-fn numbers(gguf: &Gguf, key: &str) -> Result<Vec<f32>> {
-    let number = |v: &Value| match v {
-        Value::F32(v) => Ok(*v),
-        Value::I32(v) => Ok(*v as f32),
-        Value::U32(v) => Ok(*v as f32),
-        other => Err(broken(
-            gguf,
-            format!("metadata `{key}` holds {other:?}, not a number"),
-        )),
-    };
-    array(gguf, key)?.iter().map(number).collect()
 }

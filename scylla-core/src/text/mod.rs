@@ -2,7 +2,9 @@
 
 mod chat;
 mod gguf;
+mod python;
+mod templates;
 mod tokenizer;
 
 pub use chat::{ChatTemplate, Message};
-pub use tokenizer::{TextStream, Tokenizer, eos_of_model};
+pub use tokenizer::{TextStream, Tokenizer, eos_of_model, no_tokenizer};

@@ -1,5 +1,6 @@
 //! EAGLE-3's own matters: the draft vocabulary and the layers it taps.
 
+use safetensors::Dtype;
 use scylla_core::plugin::{Tap, TargetShape};
 use scylla_core::{Error, Result};
 use serde_json::Value;
@@ -100,46 +101,80 @@ impl Checkpoint {
         }
     }
 
-    /// The draft vocabulary of an EAGLE-3 checkpoint.
+    /// The draft vocabulary of an EAGLE-3 checkpoint, by `d2t`, or by the tokens that `t2d` marks where it stands alone.
     ///
     /// # Errors
     /// If an offset leads outside the target's vocabulary, two lead to one token, or `t2d` says otherwise.
     pub fn draft_ids(&self, known: usize) -> Result<Ids> {
         let (count, vocab) = (self.draft_vocab(), self.config.vocab);
-        if !self.has("d2t") {
-            return Ok(Ids::same(count, known));
-        }
-        let (_, bytes) = self.stored("d2t", &[count])?;
-        let mut targets = Vec::with_capacity(count);
-        for (i, b) in bytes.chunks_exact(8).enumerate() {
-            let offset = i64::from_le_bytes(std::array::from_fn(|k| b[k]));
-            let target = (i as i64).checked_add(offset);
-            match target.and_then(|t| u32::try_from(t).ok()) {
-                Some(t) if (t as usize) < vocab => targets.push(t),
-                _ => {
-                    let expected = format!("offsets that lead into 0..{vocab}");
-                    let found = format!("{offset} at draft id {i}");
-                    return Err(self.wrong("d2t", expected, found));
-                }
+        let marked = match self.has("t2d") {
+            true => Some(self.stored("t2d", &[vocab])?.1),
+            false => None,
+        };
+        let marks = |marked: &[u8]| -> Vec<u32> {
+            let all = marked.iter().zip(0u32..).filter(|(b, _)| **b != 0);
+            all.map(|(_, token)| token).collect()
+        };
+        let targets = match (self.has("d2t"), &marked) {
+            (true, _) => self.mapped()?,
+            (false, Some(marked)) => marks(marked),
+            (false, None) => return Ok(Ids::same(count, known)),
+        };
+        if let Some(marked) = marked {
+            let marks = marks(&marked);
+            let expected = format!("true for exactly the {count} tokens of the draft's vocabulary");
+            if marks.len() != count {
+                return Err(self.wrong("t2d", expected, format!("{} true", marks.len())));
             }
-        }
-        let ids = Ids::mapped(targets, vocab).map_err(|e| {
-            self.wrong("d2t", "a different token for each id".into(), e.to_string())
-        })?;
-        if self.has("t2d") {
-            let (_, marked) = self.stored("t2d", &[vocab])?;
-            let sum = marked.iter().filter(|&&b| b != 0).count();
-            let expected = format!("true for exactly the {count} tokens of d2t");
-            if sum != count {
-                return Err(self.wrong("t2d", expected, format!("{sum} true")));
-            }
-            if let Some(token) = (0..count)
-                .map(|i| ids.target(i))
-                .find(|&t| marked[t as usize] == 0)
-            {
+            if let Some(token) = targets.iter().find(|t| marks.binary_search(t).is_err()) {
                 return Err(self.wrong("t2d", expected, format!("false for token {token}")));
             }
         }
-        Ok(ids)
+        Ids::mapped(targets, vocab)
+            .map_err(|e| self.wrong("d2t", "a different token for each id".into(), e.to_string()))
+    }
+
+    /// The target id of each draft id, by the offsets of `d2t`.
+    fn mapped(&self) -> Result<Vec<u32>> {
+        let vocab = self.config.vocab;
+        let target = |(i, offset): (usize, i64)| {
+            let target = (i as i64)
+                .checked_add(offset)
+                .and_then(|t| u32::try_from(t).ok());
+            target.filter(|&t| (t as usize) < vocab).ok_or_else(|| {
+                let expected = format!("offsets that lead into 0..{vocab}");
+                self.wrong("d2t", expected, format!("{offset} at draft id {i}"))
+            })
+        };
+        self.offsets()?
+            .into_iter()
+            .enumerate()
+            .map(target)
+            .collect()
+    }
+
+    /// The values of `d2t`, of whatever width.
+    pub(super) fn offsets(&self) -> Result<Vec<i64>> {
+        let (dtype, bytes) = self.stored("d2t", &[self.draft_vocab()])?;
+        Ok(match dtype {
+            Dtype::I16 => bytes
+                .as_chunks()
+                .0
+                .iter()
+                .map(|b| i16::from_le_bytes(*b).into())
+                .collect(),
+            Dtype::I32 => bytes
+                .as_chunks()
+                .0
+                .iter()
+                .map(|b| i32::from_le_bytes(*b).into())
+                .collect(),
+            _ => bytes
+                .as_chunks()
+                .0
+                .iter()
+                .map(|b| i64::from_le_bytes(*b))
+                .collect(),
+        })
     }
 }

@@ -53,7 +53,11 @@ impl Family {
         }
         Ok(if architecture == Some(SCYLLA) {
             Self::Scylla
-        } else if eagle3 || shards.contains("midlayer.hidden_norm.weight") {
+        } else if eagle3
+            || FIRST
+                .iter()
+                .any(|p| shards.contains(&format!("{p}.hidden_norm.weight")))
+        {
             Self::Eagle3
         } else {
             Self::Eagle
@@ -94,11 +98,27 @@ impl Entry {
     }
 }
 
-/// Where an EAGLE-3 checkpoint keeps its one layer.
-pub(crate) fn eagle3_prefix(family: Family) -> &'static str {
+/// Both names of an EAGLE-3 checkpoint's first layer.
+const FIRST: [&str; 2] = ["midlayer", "layers.0"];
+
+/// Where an EAGLE-3 checkpoint keeps a layer.
+pub(crate) fn eagle3_prefix(family: Family, layer: usize) -> String {
+    match (family, layer) {
+        (Family::Speculators, _) | (_, 1..) => format!("layers.{layer}"),
+        _ => "midlayer".into(),
+    }
+}
+
+/// Keys that trainers leave in their files and no engine uses: copies of the target's head and norm.
+pub(super) fn passed_over_in(family: Family) -> &'static [&'static str] {
     match family {
-        Family::Speculators => "layers.0",
-        _ => "midlayer",
+        Family::Eagle => &["lm_head.weight"],
+        Family::Scylla => &[],
+        Family::Eagle3 | Family::Speculators => &[
+            "verifier_lm_head.weight",
+            "verifier_norm.weight",
+            "target_lm_head.weight",
+        ],
     }
 }
 
@@ -157,16 +177,24 @@ pub fn entries(checkpoint: &Checkpoint, target: &TargetShape) -> Vec<Entry> {
 fn eagle3(checkpoint: &Checkpoint, target: &TargetShape) -> Vec<Entry> {
     let c = &checkpoint.config;
     let h = c.hidden;
-    let prefix = eagle3_prefix(checkpoint.family);
+    let prefix = eagle3_prefix(checkpoint.family, 0);
     let taps = checkpoint.tap_count();
     let draft_vocab = checkpoint.draft_vocab();
-    let mut all = layer(c, prefix, 2 * h);
+    let mut all = layer(c, &prefix, 2 * h);
+    for i in 1..c.layers {
+        let prefix = eagle3_prefix(checkpoint.family, i);
+        all.extend(layer(c, &prefix, h));
+        all.push(float(format!("{prefix}.input_layernorm.weight"), &[h]));
+    }
+    // The target's head does where the two vocabularies are one.
+    let head = float("lm_head.weight", &[draft_vocab, h]);
+    let own = draft_vocab != c.vocab || h != target.hidden;
     all.extend([
         float("fc.weight", &[h, taps * target.hidden]),
         float(format!("{prefix}.hidden_norm.weight"), &[h]),
         float(format!("{prefix}.input_layernorm.weight"), &[h]),
         float("norm.weight", &[h]),
-        float("lm_head.weight", &[draft_vocab, h]),
+        if own { head } else { head.optional() },
     ]);
     if checkpoint.flag("fc_norm") {
         let norm = |i| float(format!("fc_norm.{i}.weight"), &[target.hidden]);
@@ -179,10 +207,17 @@ fn eagle3(checkpoint: &Checkpoint, target: &TargetShape) -> Vec<Entry> {
         name: name.into(),
         shape: vec![count],
         kinds,
-        // Without a vocabulary of its own a draft needs no maps.
-        optional: draft_vocab == c.vocab,
+        // Without a vocabulary of its own a draft needs no maps, and one follows from the other.
+        optional: draft_vocab == c.vocab
+            || ["d2t", "t2d"]
+                .iter()
+                .any(|m| *m != name && checkpoint.has(m)),
     };
-    all.push(map("d2t", draft_vocab, &[Dtype::I64]));
-    all.push(map("t2d", c.vocab, &[Dtype::BOOL]));
+    all.push(map(
+        "d2t",
+        draft_vocab,
+        &[Dtype::I64, Dtype::I32, Dtype::I16],
+    ));
+    all.push(map("t2d", c.vocab, &[Dtype::BOOL, Dtype::U8]));
     all
 }

@@ -11,6 +11,7 @@ mod layout;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
+use scylla_core::files::{parse_json, read_text};
 use scylla_core::kernels::Weight;
 use scylla_core::model::{ModelConfig, Shards, WeightForm, Weights};
 use scylla_core::plugin::TargetShape;
@@ -21,6 +22,7 @@ pub use eagle3::{default_taps, offsets_of};
 
 pub use export::{Export, Format, Precision, Written, export};
 pub(crate) use layout::eagle3_prefix;
+use layout::passed_over_in;
 pub use layout::{Entry, Family, entries};
 
 /// An opened draft directory: shape, options and weights, nothing read beyond headers.
@@ -33,6 +35,8 @@ pub struct Checkpoint {
     pub config: ModelConfig,
     /// Which network it is.
     pub family: Family,
+    /// What was passed over or taken for granted, for the user to know.
+    pub notes: Vec<String>,
     shards: Shards,
     form: WeightForm,
 }
@@ -51,11 +55,25 @@ impl Checkpoint {
     ) -> Result<Self> {
         refuse_pickle(dir)?;
         let file = dir.join("config.json");
-        let text = std::fs::read_to_string(&file).map_err(Error::io(&file))?;
-        let json: Value = serde_json::from_str(&text)
-            .map_err(|e| Error::file(&file, format!("not a configuration: {e}")))?;
-        let shards = Shards::open(dir)?;
+        let text = read_text(&file)?;
+        let json = parse_json(&text, &file, "a configuration")?;
+        check_options(&json, &file)?;
+        // SGLang takes a leading `model.`, and both engines either name of the first layer.
+        let bare = |name: &str| name.strip_prefix("model.").unwrap_or(name).to_string();
+        let shards = Shards::open(dir)?.renamed(bare)?;
         let family = Family::of(&json, &shards, &file)?;
+        let shards = match family {
+            Family::Eagle3 | Family::Speculators => shards.renamed(|name| {
+                let rest = ["midlayer.", "layers.0."]
+                    .iter()
+                    .find_map(|p| name.strip_prefix(p));
+                match rest {
+                    Some(rest) => format!("{}.{rest}", eagle3_prefix(family, 0)),
+                    None => name.to_string(),
+                }
+            })?,
+            _ => shards,
+        };
         if !families.contains(&family) {
             let known: Vec<String> = families.iter().map(Family::to_string).collect();
             return Err(Error::file(
@@ -67,17 +85,32 @@ impl Checkpoint {
             Some(nested) => nested.to_string(),
             None => text,
         };
-        let config = ModelConfig::from_hf(&shape, &file)?;
-        let checkpoint = Self {
+        let (config, notes) = ModelConfig::from_hf(&shape, &file)?;
+        if let Some(window) = config.window.filter(|&window| window < target.context) {
+            return Err(Error::Unsupported(format!(
+                "{}: sliding_window {window} is shorter than the target's context of {}: windows are not supported; \
+                 a context within it is (target.context = {window} or less)",
+                file.display(),
+                target.context
+            )));
+        }
+        let mut checkpoint = Self {
             dir: dir.to_path_buf(),
             json,
             config,
             family,
+            notes,
             shards,
             form,
         };
         checkpoint.check_sizes(target, &file)?;
         checkpoint.check_keys(target)?;
+        if family == Family::Speculators && checkpoint.json.get("norm_before_residual").is_none() {
+            checkpoint.notes.push(format!(
+                "{}: norm_before_residual is not said and taken as false, as speculators does; vLLM takes it as true",
+                file.display()
+            ));
+        }
         Ok(checkpoint)
     }
 
@@ -104,7 +137,13 @@ impl Checkpoint {
                 return bad("num_hidden_layers", c.layers, expected);
             }
             Family::Scylla => {}
-            _ if c.layers != 1 => return bad("num_hidden_layers", c.layers, "1".into()),
+            Family::Eagle if c.layers != 1 => {
+                return bad("num_hidden_layers", c.layers, "1".into());
+            }
+            _ if c.layers > tensors => {
+                let expected = format!("no more than the file's {tensors} keys");
+                return bad("num_hidden_layers", c.layers, expected);
+            }
             Family::Eagle3 | Family::Speculators => self.check_taps(target)?,
             Family::Eagle => {}
         }
@@ -121,7 +160,7 @@ impl Checkpoint {
     }
 
     /// Compares the keys with the layout's.
-    fn check_keys(&self, target: &TargetShape) -> Result<()> {
+    fn check_keys(&mut self, target: &TargetShape) -> Result<()> {
         let layout = entries(self, target);
         for entry in &layout {
             if !entry.optional || self.has(&entry.name) {
@@ -129,15 +168,31 @@ impl Checkpoint {
                 self.check_entry(entry)?;
             }
         }
+        let mut passed_over = Vec::new();
         for name in self.shards.names() {
-            if !layout.iter().any(|entry| entry.name == name) {
-                return Err(Error::Tensor {
-                    path: self.shards.path().to_path_buf(),
-                    tensor: name.into(),
-                    expected: format!("no such key in {}", self.family),
-                    found: format!("shape {:?}", self.shards.shape(name).unwrap_or_default()),
-                });
+            if layout.iter().any(|entry| entry.name == name)
+                || name.ends_with("rotary_emb.inv_freq")
+            {
+                continue;
             }
+            if passed_over_in(self.family).contains(&name) {
+                passed_over.push(name);
+                continue;
+            }
+            return Err(Error::Tensor {
+                path: self.shards.path().to_path_buf(),
+                tensor: name.into(),
+                expected: format!("no such key in {}", self.family),
+                found: format!("shape {:?}", self.shards.shape(name).unwrap_or_default()),
+            });
+        }
+        if !passed_over.is_empty() {
+            let note = format!(
+                "{}: {} are copies of the target's from training, and passed over",
+                self.shards.path().display(),
+                passed_over.join(", ")
+            );
+            self.notes.push(note);
         }
         Ok(())
     }
@@ -194,11 +249,46 @@ impl Checkpoint {
 
 impl Weights for Checkpoint {
     fn matrix(&self, name: &str, n: usize, k: usize) -> Result<Weight> {
-        Ok(self.form.apply(self.shards.weight(name, &[n, k])?))
+        self.form.apply(self.shards.weight(name, &[n, k])?)
     }
     fn vector(&self, name: &str, n: usize) -> Result<Vec<f32>> {
         Ok(self.shards.weight(name, &[n])?.to_f32())
     }
+}
+
+/// Checks the types of what a configuration says beside the layer's shape.
+fn check_options(json: &Value, file: &Path) -> Result<()> {
+    let flags = [
+        "norm_before_residual",
+        "norm_before_fc",
+        "norm_output",
+        "fc_norm",
+        "input_norm_first",
+        "recur_before_norm",
+    ];
+    let sizes = [
+        "draft_vocab_size",
+        "num_aux_hidden_states",
+        "target_hidden_size",
+    ];
+    let said = |key: &str| json.get(key).filter(|v| !v.is_null());
+    let bad = |key: &str, found: &Value, expected: &str| {
+        Err(Error::file(
+            file,
+            format!("`{key}` is {found}; expected {expected}"),
+        ))
+    };
+    for key in flags {
+        if let Some(found) = said(key).filter(|v| !v.is_boolean()) {
+            return bad(key, found, "true or false");
+        }
+    }
+    for key in sizes {
+        if let Some(found) = said(key).filter(|v| !v.is_u64()) {
+            return bad(key, found, "a size");
+        }
+    }
+    Ok(())
 }
 
 /// Pickle runs code when it is loaded, so it is never read.

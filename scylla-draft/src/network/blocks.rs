@@ -158,7 +158,7 @@ impl Reduced {
             normed: Vec::new(),
             scratch: Scratch::default(),
         };
-        Ok(Feature::new(body, positions))
+        Ok(Feature::new(body, positions).noting(from.notes.clone()))
     }
 }
 

@@ -176,12 +176,10 @@ impl Network for DraftLm {
             taps: &[],
         })?;
         logits.clear();
-        for rows in found.logits {
-            match logits.is_empty() {
-                true => *logits = rows.into_host()?,
-                false => logits.extend_from_slice(&rows.all()?),
-            }
+        for rows in &found.logits {
+            logits.extend_from_slice(&rows.all()?);
         }
+        self.model.recycle(found);
         Ok(())
     }
 }

@@ -1,6 +1,8 @@
 //! EAGLE-3 (arXiv:2503.01840): three taps of the target reduced by `fc`, one decoder layer over
 //! `cat(norm(embed(x_{t+1})), norm(g))`, a vocabulary and a head of its own.
 //!
+//! Of several layers, those behind the first are plain: input norm, H wide.
+//!
 //! Options of the configuration, all off by default: `norm_before_residual` begins the residual stream with the normed
 //! feature; EAGLE-3.1's `fc_norm` norms each tap and `norm_before_fc` all of them together before `fc`, and
 //! `norm_output` lets the state recur after the final norm.
@@ -8,10 +10,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use scylla_core::Result;
 use scylla_core::kernels::{Linear, Scratch, rms_norm};
 use scylla_core::model::{CpuStack, Layer, Rows, Weights};
 use scylla_core::plugin::Tap;
+use scylla_core::{Error, Result};
 
 use super::blocks::{Embedding, Head, layer_bytes};
 use super::feature::capacity;
@@ -64,10 +66,24 @@ pub fn load(
         true => Some(from.vector("input_norm.weight", width)?),
         false => None,
     };
-    let prefix = eagle3_prefix(from.family);
+    let prefix = eagle3_prefix(from.family, 0);
     let ids = from.draft_ids(shared.known)?;
-    let head = from.matrix("lm_head.weight", ids.columns, h)?;
-    let layer = Layer::read(&from, prefix, c, 2 * h, false)?;
+    let head = match from.has("lm_head.weight") {
+        true => Head::own(from.matrix("lm_head.weight", ids.columns, h)?, ids, shared)?,
+        false if (0..ids.columns).any(|i| ids.target(i) as usize != i) => {
+            return Err(Error::file(
+                dir,
+                "no lm_head.weight, and d2t puts the vocabulary into another order than the target's head has",
+            ));
+        }
+        false => Head::of_target(shared)?,
+    };
+    let layers = (0..c.layers).map(|i| match i {
+        0 => Layer::read(&from, &prefix, c, 2 * h, false),
+        // Those behind the first are plain decoder layers, as vLLM and speculators run them.
+        _ => Layer::read(&from, &eagle3_prefix(from.family, i), c, h, true),
+    });
+    let layers = layers.collect::<Result<_>>()?;
     let positions = shared.target.context;
     let pool = Arc::clone(&shared.pool);
     let body = Eagle3 {
@@ -83,15 +99,15 @@ pub fn load(
         hidden_norm: from.vector(&format!("{prefix}.hidden_norm.weight"), h)?,
         norm_before_residual: from.flag("norm_before_residual"),
         norm_output: from.flag("norm_output"),
-        stack: CpuStack::new(c.clone(), vec![layer], capacity(positions), pool),
+        stack: CpuStack::new(c.clone(), layers, capacity(positions), pool),
         norm: from.vector("norm.weight", h)?,
-        head: Head::own(head, ids, shared)?,
+        head,
         embedded: Vec::new(),
         normed: Vec::new(),
         joined: Vec::new(),
         scratch: Scratch::default(),
     };
-    Ok(Feature::new(body, positions))
+    Ok(Feature::new(body, positions).noting(from.notes))
 }
 
 impl Body for Eagle3 {

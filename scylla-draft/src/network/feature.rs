@@ -65,6 +65,7 @@ pub struct Feature<B> {
     body: B,
     /// Positions a slot holds beside nodes.
     positions: usize,
+    notes: Vec<String>,
     slots: HashMap<Slot, Sequence>,
     features: Vec<f32>,
     projected: Vec<f32>,
@@ -78,12 +79,18 @@ impl<B: Body> Feature<B> {
         Self {
             body,
             positions,
+            notes: Vec::new(),
             slots: HashMap::new(),
             features: Vec::new(),
             projected: Vec::new(),
             states: Vec::new(),
             tokens: Vec::new(),
         }
+    }
+
+    /// The same, with what the user should know of its files.
+    pub fn noting(self, notes: Vec<String>) -> Self {
+        Self { notes, ..self }
     }
 
     /// State of a slot's last committed row `[H]`, and those of the nodes forwarded since `[., H]`.
@@ -147,6 +154,10 @@ impl<B: Body> Feature<B> {
 impl<B: Body> Network for Feature<B> {
     fn taps(&self) -> Vec<Tap> {
         self.body.taps().to_vec()
+    }
+
+    fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     fn ids(&self) -> &Ids {

@@ -42,6 +42,10 @@ pub struct Nodes<'a> {
 pub trait Network: Send {
     /// Hidden states it wants with each committed position.
     fn taps(&self) -> Vec<Tap>;
+    /// What the user should know of its files.
+    fn notes(&self) -> &[String] {
+        &[]
+    }
     /// The ids it proposes among.
     fn ids(&self) -> &Ids;
     /// Bytes of weights that one step reads, the head included and embeddings not.

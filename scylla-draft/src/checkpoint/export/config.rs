@@ -145,6 +145,13 @@ fn eagle3_fields(what: &Export<'_>, all: &mut Map<String, Value>, notes: &mut Ve
             "norm_before_residual is true: vLLM and speculators follow it, SGLang does not".into(),
         );
     }
+    if from.config.layers > 1 {
+        notes.push(
+            "several layers: vLLM and speculators norm what enters the later ones by input_layernorm, as here; SGLang by a hidden_norm, \
+             which this network has not, and would draft worse"
+                .into(),
+        );
+    }
     for key in ["fc_norm", "norm_output"] {
         if from.flag(key) {
             set(key, json!(true));

@@ -7,12 +7,12 @@ use std::path::Path;
 use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
-use scylla_core::assets::write_atomically;
+use scylla_core::files;
 use scylla_core::model::{ModelConfig, Weights};
 use scylla_core::plugin::Tap;
 use scylla_core::{Error, Result};
 
-use super::{Checkpoint, Entry, Family, eagle3_prefix, entries};
+use super::{Checkpoint, Entry, Family, eagle3_prefix, entries, offsets_of};
 
 /// The layouts that can be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,10 +146,10 @@ pub fn export(what: &Export<'_>, dir: &Path) -> Result<Written> {
     let views = views.collect::<Result<Vec<_>, _>>().map_err(bad)?;
     let metadata = [("format".to_string(), "pt".to_string())].into();
     let bytes = safetensors::serialize(views, Some(metadata)).map_err(bad)?;
-    write_atomically(&dir.join("model.safetensors"), &bytes)?;
+    files::write(&dir.join("model.safetensors"), &bytes)?;
     let text = serde_json::to_string_pretty(&config)
         .map_err(|e| Error::Invalid(format!("configuration: {e}")))?;
-    write_atomically(&dir.join("config.json"), (text + "\n").as_bytes())?;
+    files::write(&dir.join("config.json"), (text + "\n").as_bytes())?;
     written.keys = tensors.into_iter().map(|t| t.name).collect();
     written.keys.sort_unstable();
     Ok(written)
@@ -160,14 +160,12 @@ fn tensors(what: &Export<'_>, written: &mut Written) -> Result<Vec<Stored>> {
     let from = what.checkpoint;
     let c = &from.config;
     let same_vocab = from.draft_vocab() == c.vocab;
-    if same_vocab && from.has("d2t") {
-        let (_, offsets) = from.stored("d2t", &[c.vocab])?;
-        if offsets.iter().any(|&b| b != 0) {
-            return Err(Error::Unsupported(format!(
-                "{}: a draft vocabulary as large as the target's in another order; vLLM takes no map there",
-                from.dir.display()
-            )));
-        }
+    let moved = same_vocab && from.has("d2t") && from.offsets()?.iter().any(|&offset| offset != 0);
+    if moved {
+        return Err(Error::Unsupported(format!(
+            "{}: a draft vocabulary as large as the target's in another order; vLLM takes no map there",
+            from.dir.display()
+        )));
     }
     let mut all = Vec::new();
     for Entry { name, shape, .. } in entries(from, &what.target.shape()) {
@@ -177,7 +175,18 @@ fn tensors(what: &Export<'_>, written: &mut Written) -> Result<Vec<Stored>> {
         if !from.has(&name) || dropped || zero {
             continue;
         }
-        let (dtype, bytes) = from.stored(&name, &shape)?;
+        let (dtype, bytes) = match &*name {
+            // Both engines take the one width without a word.
+            "d2t" => {
+                let bytes = from
+                    .offsets()?
+                    .iter()
+                    .flat_map(|v| v.to_le_bytes())
+                    .collect();
+                (Dtype::I64, bytes)
+            }
+            _ => from.stored(&name, &shape)?,
+        };
         all.push(Stored {
             name: renamed(&name, what),
             dtype,
@@ -185,6 +194,7 @@ fn tensors(what: &Export<'_>, written: &mut Written) -> Result<Vec<Stored>> {
             bytes,
         });
     }
+    complete_maps(from, &mut all)?;
     let bias = all.iter().any(|t| t.name == "fc.bias");
     if bias {
         written
@@ -210,6 +220,37 @@ fn tensors(what: &Export<'_>, written: &mut Written) -> Result<Vec<Stored>> {
     Ok(all)
 }
 
+/// Writes the map that the checkpoint leaves out because it follows from the other.
+fn complete_maps(from: &Checkpoint, all: &mut Vec<Stored>) -> Result<()> {
+    let (count, vocab) = (from.draft_vocab(), from.config.vocab);
+    let is_eagle3 = matches!(from.family, Family::Eagle3 | Family::Speculators);
+    if !is_eagle3 || count == vocab {
+        return Ok(());
+    }
+    let ids = from.draft_ids(vocab)?;
+    let targets: Vec<u32> = (0..count).map(|i| ids.target(i)).collect();
+    if !from.has("t2d") {
+        let mut marked = vec![0; vocab];
+        targets.iter().for_each(|&t| marked[t as usize] = 1);
+        all.push(Stored {
+            name: "t2d".into(),
+            dtype: Dtype::BOOL,
+            shape: vec![vocab],
+            bytes: marked,
+        });
+    }
+    if !from.has("d2t") {
+        let bytes = offsets_of(&targets).into_iter().flat_map(i64::to_le_bytes);
+        all.push(Stored {
+            name: "d2t".into(),
+            dtype: Dtype::I64,
+            shape: vec![count],
+            bytes: bytes.collect(),
+        });
+    }
+    Ok(())
+}
+
 /// Whether an EAGLE-1 network has no bias to speak of.
 fn is_zero(from: &Checkpoint, shape: &[usize]) -> Result<bool> {
     let zero = |bias: Vec<f32>| bias.iter().all(|&b| b == 0.0);
@@ -220,13 +261,13 @@ fn is_zero(from: &Checkpoint, shape: &[usize]) -> Result<bool> {
 }
 
 fn renamed(name: &str, what: &Export<'_>) -> String {
-    let ours = eagle3_prefix(what.checkpoint.family);
+    let ours = eagle3_prefix(what.checkpoint.family, 0);
     let theirs = match what.format {
         Format::Eagle => return name.into(),
-        Format::Eagle3 => eagle3_prefix(Family::Eagle3),
-        Format::Speculators => eagle3_prefix(Family::Speculators),
+        Format::Eagle3 => eagle3_prefix(Family::Eagle3, 0),
+        Format::Speculators => eagle3_prefix(Family::Speculators, 0),
     };
-    match name.strip_prefix(ours) {
+    match name.strip_prefix(&ours) {
         Some(rest) => format!("{theirs}{rest}"),
         None => name.into(),
     }

@@ -1,0 +1,3 @@
+//! What is read from files of data.
+
+pub mod conversations;

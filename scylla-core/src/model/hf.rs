@@ -1,0 +1,535 @@
+//! `config.json` of a Hugging Face directory.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::config::ModelConfig;
+use super::{known, rope};
+use crate::files::parse_json;
+use crate::{Error, Result};
+
+/// Values of a JSON object by key; `null` is no value.
+pub(super) struct Fields<'a> {
+    pub(super) map: &'a Map<String, Value>,
+    pub(super) path: &'a Path,
+    /// What stands before each key in messages.
+    pub(super) prefix: String,
+}
+
+impl Fields<'_> {
+    pub(super) fn given(&self, key: &str) -> Option<&Value> {
+        self.map.get(key).filter(|v| !v.is_null())
+    }
+
+    pub(super) fn wrong(&self, key: &str, found: &Value, expected: &str) -> Error {
+        Error::file(
+            self.path,
+            format!("`{}{key}` is {found}; expected {expected}", self.prefix),
+        )
+    }
+
+    pub(super) fn number(&self, key: &str) -> Result<Option<f64>> {
+        match self.given(key) {
+            None => Ok(None),
+            Some(value) => match value.as_f64() {
+                Some(number) => Ok(Some(number)),
+                None => Err(self.wrong(key, value, "a number")),
+            },
+        }
+    }
+
+    fn size(&self, key: &str) -> Result<Option<usize>> {
+        let wrong = || self.wrong(key, &self.map[key], "a size");
+        match self.number(key)? {
+            None => Ok(None),
+            Some(v) if v >= 0.0 && v.fract() == 0.0 && v < 1e15 => Ok(Some(v as usize)),
+            Some(_) => Err(wrong()),
+        }
+    }
+
+    fn need(&self, key: &str) -> Result<usize> {
+        let missing = || Error::file(self.path, format!("key `{key}` is missing"));
+        self.size(key)?.ok_or_else(missing)
+    }
+
+    fn flag(&self, key: &str) -> Result<Option<bool>> {
+        match self.given(key) {
+            None => Ok(None),
+            Some(Value::Bool(flag)) => Ok(Some(*flag)),
+            Some(other) => Err(self.wrong(key, other, "true or false")),
+        }
+    }
+
+    pub(super) fn text(&self, key: &str) -> Result<Option<&str>> {
+        match self.given(key) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(other) => Err(self.wrong(key, other, "a text")),
+        }
+    }
+}
+
+/// Keys that are read below.
+const READ: &[&str] = &[
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "partial_rotary_factor",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "attention_bias",
+    "qkv_bias",
+    "mlp_bias",
+    "hidden_act",
+    "sliding_window",
+    "use_sliding_window",
+    "layer_types",
+    "quantization_config",
+];
+
+impl ModelConfig {
+    /// Reads a Hugging Face `config.json`; with it what it says that was passed over.
+    ///
+    /// # Errors
+    /// Names the key that is missing, wrong, or changes the model in a way that is not supported.
+    pub fn from_hf(text: &str, path: &Path) -> Result<(Self, Vec<String>)> {
+        let json = parse_json(text, path, "a model configuration")?;
+        let Value::Object(map) = &json else {
+            return Err(Error::file(
+                path,
+                "not a model configuration: no JSON object",
+            ));
+        };
+        Self::of_fields(&Fields {
+            map,
+            path,
+            prefix: String::new(),
+        })
+    }
+
+    fn of_fields(fields: &Fields<'_>) -> Result<(Self, Vec<String>)> {
+        let path = fields.path;
+        refuse_quantised(fields)?;
+        let refuse =
+            |message: String| Err(Error::Unsupported(format!("{}: {message}", path.display())));
+        let model_type = fields.text("model_type")?.unwrap_or_default().to_string();
+        if !["llama", "qwen2", "mistral"].contains(&model_type.as_str()) {
+            return refuse(format!(
+                "model_type `{model_type}`; supported: llama, mistral, qwen2"
+            ));
+        }
+        let act = fields.text("hidden_act")?.unwrap_or("silu");
+        // Two names for one function.
+        if !["silu", "swish"].contains(&act) {
+            return refuse(format!("hidden_act `{act}`; supported: silu"));
+        }
+        if fields.flag("mlp_bias")?.unwrap_or(false) {
+            return refuse(
+                "mlp_bias is true; supported: no biases in the feed-forward part".into(),
+            );
+        }
+        let notes = unread(fields)?;
+        let context = fields.need("max_position_embeddings")?;
+        let heads = fields.need("num_attention_heads")?;
+        let hidden = fields.need("hidden_size")?;
+        let rope = rope::of_hf(fields)?;
+        let biased = model_type == "qwen2" || fields.flag("attention_bias")?.unwrap_or(false);
+        let config = Self {
+            qkv_bias: fields.flag("qkv_bias")?.unwrap_or(biased),
+            window: window(fields, &model_type)?.filter(|&window| window < context),
+            architecture: model_type,
+            vocab: fields.need("vocab_size")?,
+            hidden,
+            ffn: fields.need("intermediate_size")?,
+            layers: fields.need("num_hidden_layers")?,
+            heads,
+            kv_heads: fields.size("num_key_value_heads")?.unwrap_or(heads),
+            head_dim: match fields.size("head_dim")? {
+                Some(size) => size,
+                None => hidden.checked_div(heads).unwrap_or(0),
+            },
+            norm_eps: fields.number("rms_norm_eps")?.unwrap_or(1e-6) as f32,
+            rope_theta: rope.theta,
+            rope_scaling: rope.scaling,
+            context,
+            tied: fields.flag("tie_word_embeddings")?.unwrap_or(false),
+        };
+        config.check(path)?;
+        Ok((config, notes))
+    }
+}
+
+/// Refuses keys that are not known and may change the model; returns a word on the others.
+fn unread(fields: &Fields<'_>) -> Result<Vec<String>> {
+    let ignored = |key: &str| known::HF_KEYS.iter().any(|(k, _)| *k == key);
+    let known = |key: &str| {
+        READ.contains(&key)
+            || ignored(key)
+            || known::DRAFT_KEYS.contains(&key)
+            || key.starts_with("speculators_")
+    };
+    let mut passed_over = Vec::new();
+    for (key, value) in fields.map.iter().filter(|(key, _)| !known(key)) {
+        if !known::harmless(key, value) {
+            return Err(Error::Unsupported(format!(
+                "{}: `{key}` is {value}, which may change the model and is not known here; if it changes nothing, take it out of the file",
+                fields.path.display()
+            )));
+        }
+        if !known::neutral(key, value) && !DESCRIBES.iter().any(|word| key.contains(word)) {
+            passed_over.push(format!("`{key}`"));
+        }
+    }
+    Ok(match passed_over.is_empty() {
+        true => Vec::new(),
+        false => vec![format!(
+            "{}: not known here and passed over: {}",
+            fields.path.display(),
+            passed_over.join(", ")
+        )],
+    })
+}
+
+/// Words of keys that describe the file or settings of generation: nothing need be said of them.
+const DESCRIBES: &[&str] = &[
+    "version",
+    "name",
+    "path",
+    "token",
+    "model",
+    "label",
+    "beam",
+    "penalty",
+    "length",
+    "top_",
+    "temperature",
+    "unsloth",
+    "dropout",
+    "pdrop",
+    "return",
+    "output",
+    "auto_map",
+    "task",
+    "sample",
+    "ngram",
+    "prefix",
+];
+
+fn refuse_quantised(fields: &Fields<'_>) -> Result<()> {
+    let Some(found) = fields.given("quantization_config") else {
+        return Ok(());
+    };
+    let method = ["quant_method", "quant_algo", "quant_type"]
+        .iter()
+        .find_map(|key| found.get(key)?.as_str())
+        .unwrap_or("a method it does not name");
+    Err(Error::Unsupported(format!(
+        "{}: weights quantised by {method} (quantization_config); take the model they were made from and choose --weights q8_0 or q4, \
+         or a GGUF file of it",
+        fields.path.display()
+    )))
+}
+
+/// The window that the layers have, as transformers reads it.
+fn window(fields: &Fields<'_>, model_type: &str) -> Result<Option<usize>> {
+    let given = fields.size("sliding_window")?;
+    let absent = !fields.map.contains_key("sliding_window");
+    let used = fields.flag("use_sliding_window")?;
+    let window = match absent {
+        true => Some(4096), // the families' own
+        false => given,
+    };
+    let kinds = match fields.given("layer_types") {
+        None => None,
+        Some(Value::Array(kinds)) => Some(kinds),
+        Some(other) => return Err(fields.wrong("layer_types", other, "a list")),
+    };
+    if let Some(kinds) = kinds {
+        let known = ["full_attention", "sliding_attention"];
+        let strange = |kind: &&Value| !kind.as_str().is_some_and(|k| known.contains(&k));
+        if let Some(kind) = kinds.iter().find(strange) {
+            return Err(Error::Unsupported(format!(
+                "{}: `layer_types` holds {kind}; supported: {}",
+                fields.path.display(),
+                known.join(", ")
+            )));
+        }
+        if fields
+            .size("num_hidden_layers")?
+            .is_some_and(|n| n != kinds.len())
+        {
+            return Err(fields.wrong(
+                "layer_types",
+                &Value::from(kinds.len()),
+                "one kind for each of num_hidden_layers",
+            ));
+        }
+        return Ok(window.filter(|_| kinds.iter().any(|k| k == "sliding_attention")));
+    }
+    match (model_type, used) {
+        ("mistral", None | Some(true)) | (_, Some(true)) => Ok(window),
+        _ => Ok(None),
+    }
+}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn json(extra: &str) -> String {
+        format!(
+            r#"{{"model_type":"llama","vocab_size":10,"hidden_size":8,"intermediate_size":16,"num_hidden_layers":1,
+            "num_attention_heads":2,"max_position_embeddings":64{extra}}}"#
+        )
+    }
+
+    fn read(extra: &str) -> Result<ModelConfig> {
+        ModelConfig::from_hf(&json(extra), Path::new("config.json")).map(|found| found.0)
+    }
+
+    #[test]
+    fn defaults_follow_the_heads() {
+        let c = read("").expect("config");
+        assert_eq!((c.kv_heads, c.head_dim, c.rope_theta), (2, 4, 10000.0));
+        assert!(!c.qkv_bias && !c.tied);
+    }
+
+    #[test]
+    fn what_is_not_supported_is_refused_by_name() {
+        for (extra, word) in [
+            (
+                r#","rope_scaling":{"rope_type":"yarn","factor":4.0}"#,
+                "yarn",
+            ),
+            (
+                r#","rope_scaling":{"type":"dynamic","factor":4.0}"#,
+                "dynamic",
+            ),
+            (r#","rope_scaling":{"rope_type":"longrope"}"#, "longrope"),
+            (
+                r#","rope_scaling":{"rope_type":"linear"}"#,
+                "rope_scaling.factor",
+            ),
+            (
+                r#","rope_scaling":{"rope_type":"linear","factor":0}"#,
+                "rope_scaling.factor",
+            ),
+            (
+                r#","rope_scaling":{"rope_type":"linear","factor":"2"}"#,
+                "rope_scaling.factor",
+            ),
+            (r#","rope_scaling":{"factor":2}"#, "rope_scaling.factor"),
+            (
+                r#","rope_scaling":{"rope_type":"default","factor":2}"#,
+                "rope_scaling.factor",
+            ),
+            (
+                r#","rope_scaling":{"rope_type":"default","mrope_section":[1,1]}"#,
+                "mrope_section",
+            ),
+            (
+                r#","rope_scaling":{"rope_type":"linear","type":"yarn","factor":2}"#,
+                "yarn",
+            ),
+            (r#","rope_scaling":"linear""#, "rope_scaling"),
+            (
+                r#","rope_parameters":{"rope_type":"linear","factor":2},"rope_scaling":{"type":"linear","factor":4}"#,
+                "same",
+            ),
+            (
+                r#","rope_theta":1e4,"rope_parameters":{"rope_theta":1e6}"#,
+                "same",
+            ),
+            (
+                r#","rope_parameters":{"full_attention":{"rope_theta":1e6},"sliding_attention":{"rope_theta":1e4}}"#,
+                "sliding_attention",
+            ),
+            (
+                r#","rope_parameters":{"full_attention":{"rope_type":"yarn","factor":2}}"#,
+                "yarn",
+            ),
+            (r#","partial_rotary_factor":0.5"#, "partial_rotary_factor"),
+            (
+                r#","rope_parameters":{"partial_rotary_factor":0.25}"#,
+                "partial_rotary_factor",
+            ),
+            (r#","rope_theta":0"#, "rope base 0"),
+            (r#","rope_interleaved":true"#, "rope_interleaved"),
+            (r#","no_rope_layers":[1]"#, "no_rope_layers"),
+            (
+                r#","layer_types":["chunked_attention"]"#,
+                "chunked_attention",
+            ),
+            (
+                r#","layer_types":["full_attention","full_attention"]"#,
+                "layer_types",
+            ),
+            (r#","hidden_act":"gelu""#, "gelu"),
+            (r#","mlp_bias":true"#, "mlp_bias"),
+            (r#","num_key_value_heads":3"#, "3 kv heads"),
+            (r#","head_dim":0"#, "head size 0"),
+            (r#","logit_scale":0.0625"#, "logit_scale"),
+            (
+                r#","final_logit_softcapping":30.0"#,
+                "final_logit_softcapping",
+            ),
+            (r#","residual_multiplier":0.22"#, "residual_multiplier"),
+            (r#","num_local_experts":8"#, "num_local_experts"),
+            (r#","use_qk_norm":true"#, "use_qk_norm"),
+            (r#","vocab_size":"10""#, "vocab_size"),
+            (r#","attention_bias":"no""#, "attention_bias"),
+            (
+                r#","quantization_config":{"quant_method":"gptq","bits":4}"#,
+                "gptq",
+            ),
+            (r#","quantization_config":{"quant_algo":"FP8"}"#, "FP8"),
+        ] {
+            let error = read(extra).expect_err(extra).to_string();
+            assert!(error.contains(word), "{extra}: {error}");
+            assert!(error.contains("config.json"), "{error}");
+        }
+        let gpt2 = json("").replace("\"llama\"", "\"gpt2\"");
+        let error = ModelConfig::from_hf(&gpt2, Path::new("x"))
+            .expect_err("gpt2")
+            .to_string();
+        assert!(error.contains("gpt2") && error.contains("qwen2"), "{error}");
+    }
+
+    #[test]
+    fn what_says_nothing_new_is_read() {
+        let plain = read("").expect("plain");
+        for extra in [
+            r#","attention_bias":null,"tie_word_embeddings":null,"head_dim":null,"rope_scaling":null"#,
+            r#","mlp_bias":null,"sliding_window":null,"quantization_config":null,"layer_types":null"#,
+            r#","rope_interleaved":false,"partial_rotary_factor":1.0,"residual_multiplier":1,"num_local_experts":0"#,
+            r#","logit_scale":1.0,"final_logit_softcapping":null,"rope_scaling":{"rope_type":"default"}"#,
+            r#","rope_parameters":{"full_attention":{"rope_theta":10000.0,"rope_type":"default"}}"#,
+            r#","hidden_act":"swish","num_attention_heads":2.0,"torch_dtype":"bfloat16","layer_types":["full_attention"]"#,
+            r#","attention_dropout":0.1,"resid_pdrop":0.1,"transformers_version":"5.0","pretraining_tp":2"#,
+        ] {
+            assert_eq!(read(extra).expect(extra), plain, "{extra}");
+        }
+        let (_, notes) =
+            ModelConfig::from_hf(&json(r#","favourite_colour":"blue""#), Path::new("x"))
+                .expect("read");
+        assert!(notes[0].contains("favourite_colour"), "{notes:?}");
+    }
+
+    #[test]
+    fn windows_are_those_of_the_family_and_its_layers() {
+        let window = |extra: &str| read(extra).expect(extra).window;
+        assert_eq!(
+            window(r#","use_sliding_window":true,"sliding_window":16"#),
+            Some(16)
+        );
+        assert_eq!(
+            window(r#","use_sliding_window":true,"sliding_window":64"#),
+            None
+        );
+        assert_eq!(
+            window(r#","use_sliding_window":false,"sliding_window":16"#),
+            None
+        );
+        assert_eq!(
+            window(r#","sliding_window":16,"layer_types":["full_attention"]"#),
+            None
+        );
+        assert_eq!(
+            window(r#","sliding_window":16,"layer_types":["sliding_attention"]"#),
+            Some(16)
+        );
+        let mistral = |extra: &str| {
+            let text = json(extra)
+                .replace("llama", "mistral")
+                .replace(":64", ":9000");
+            ModelConfig::from_hf(&text, Path::new("x"))
+                .expect(extra)
+                .0
+                .window
+        };
+        assert_eq!(mistral(""), Some(4096), "the family's own");
+        assert_eq!(mistral(r#","sliding_window":null"#), None);
+        assert_eq!(mistral(r#","sliding_window":100"#), Some(100));
+    }
+
+    #[test]
+    fn every_spelling_of_a_rope_says_the_same() {
+        let expected = read(r#","rope_theta":5e5,"rope_scaling":{"type":"linear","factor":2.0}"#)
+            .expect("older");
+        for other in [
+            r#","rope_theta":5e5,"rope_scaling":{"rope_type":"linear","factor":2}"#,
+            r#","rope_parameters":{"rope_type":"linear","rope_theta":5e5,"factor":2.0}"#,
+            r#","rope_theta":5e5,"rope_parameters":{"rope_type":"linear","factor":2.0}"#,
+            r#","rope_parameters":{"full_attention":{"rope_type":"linear","rope_theta":5e5,"factor":2.0}}"#,
+            r#","rope_theta":5e5,"rope_scaling":{"type":"linear","factor":2.0},
+               "rope_parameters":{"rope_type":"linear","rope_theta":5e5,"factor":2.0}"#,
+        ] {
+            assert_eq!(read(other).expect(other), expected, "{other}");
+        }
+        let llama3 = r#"{"rope_type":"llama3","factor":8,"low_freq_factor":1,"high_freq_factor":4"#;
+        let inside = read(&format!(
+            r#","rope_scaling":{llama3},"original_max_position_embeddings":32}}"#
+        ));
+        let outside = read(&format!(
+            r#","original_max_position_embeddings":32,"rope_scaling":{llama3}}}"#
+        ));
+        assert_eq!(inside.expect("inside"), outside.expect("outside"));
+        let flat = llama3.replace("4", "1");
+        let error = read(&format!(
+            r#","rope_scaling":{flat},"original_max_position_embeddings":32}}"#
+        ));
+        assert!(
+            error
+                .expect_err("refused")
+                .to_string()
+                .contains("high_freq_factor")
+        );
+    }
+
+    /// Values as configurations hold them.
+    fn values() -> impl Strategy<Value = Value> {
+        prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            prop_oneof![Just(0.0), Just(1.0), Just(0.5), -10.0..1e6].prop_map(Value::from),
+            "[a-z]{0,8}".prop_map(Value::from),
+            Just(serde_json::json!([])),
+            Just(serde_json::json!([1, "x"])),
+            Just(serde_json::json!({"a": 1})),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn a_key_is_followed_refused_or_told(
+            first in "(attn|rope|norm|head|hidden|logit|layer|favourite|x|use|model|no)",
+            second in "(scale|bias|size|softcap|colour|window|version|_rope|factor|dropout|types)",
+            value in values(),
+        ) {
+            let key = format!("{first}_{second}");
+            let plain = read("").expect("plain");
+            let found = ModelConfig::from_hf(&json(&format!(r#","{key}":{value}"#)), Path::new("config.json"));
+            match found {
+                // Refused by name.
+                Err(e) => prop_assert!(e.to_string().contains(&key), "{key}: {e}"),
+                Ok((config, notes)) => {
+                    let followed = READ.contains(&key.as_str()) || config != plain;
+                    let told = notes.iter().any(|n| n.contains(&key)) || DESCRIBES.iter().any(|w| key.contains(w));
+                    prop_assert!(followed || known::neutral(&key, &value) || told, "{key} = {value} was passed over");
+                    // What names a part of the mathematics is never only told.
+                    prop_assert!(followed || known::harmless(&key, &value), "{key} = {value}");
+                }
+            }
+        }
+    }
+}
