@@ -376,16 +376,7 @@ impl Case {
                     return Ok(false);
                 }
                 chance.at(cycle);
-                let tree = draw(&mut chance)?;
-                let rows = TableRows {
-                    law: &target,
-                    history: &[],
-                    tree: &tree,
-                };
-                let verdict = rule.verify(&tree, &rows, &mut chance)?;
-                verdict.check(&tree, self.vocab)?;
-                let mut tokens: Vec<u32> = verdict.path.iter().map(|&n| tree.tokens[n]).collect();
-                tokens.push(verdict.bonus);
+                let mut tokens = self.cycle(rule, draw, &target, &mut chance)?;
                 *law.entry(tokens.clone()).or_insert(0.0) += 1.0 / n;
                 while tokens.len() <= self.depth {
                     let before: Vec<u32> =
@@ -430,6 +421,26 @@ impl Case {
         })
     }
 
+    /// What one cycle commits.
+    fn cycle(
+        &self,
+        rule: &dyn Verifier,
+        draw: &mut Drawer<'_>,
+        target: &Law,
+        chance: &mut dyn Chance,
+    ) -> scylla_core::Result<Vec<u32>> {
+        let tree = draw(chance)?;
+        let rows = TableRows {
+            law: target,
+            history: &[],
+            tree: &tree,
+        };
+        let verdict = rule.verify(&tree, &rows, chance)?;
+        verdict.check(&tree, self.vocab)?;
+        let accepted = verdict.path.iter().map(|&n| tree.tokens[n]);
+        Ok(accepted.chain([verdict.bonus]).collect())
+    }
+
     /// Mean tokens committed in `cycles` cycles with the generator that decodes.
     pub fn measure(
         &self,
@@ -444,13 +455,7 @@ impl Case {
             let mut committed = 0;
             for cycle in 0..cycles {
                 chance.at(cycle);
-                let tree = draw(&mut chance)?;
-                let rows = TableRows {
-                    law: &target,
-                    history: &[],
-                    tree: &tree,
-                };
-                committed += rule.verify(&tree, &rows, &mut chance)?.path.len() + 1;
+                committed += self.cycle(rule, draw, &target, &mut chance)?.len();
             }
             Ok(committed as f64 / cycles as f64)
         })

@@ -140,6 +140,11 @@ impl Session {
         }
         let Some(template) = tokenizer.template() else {
             let names = tokenizer.template_names();
+            if let Some(reason) = tokenizer.broken_template() {
+                return Err(Error::Experiment(format!(
+                    "{reason}; --raw (prompts.raw = true) does without it"
+                )));
+            }
             return Err(Error::Experiment(match names.is_empty() {
                 true => "this model has no chat template; use --raw (prompts.raw = true)".into(),
                 false => format!(

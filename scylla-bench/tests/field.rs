@@ -211,6 +211,19 @@ fn a_template_is_chosen_by_name_and_told_the_date_that_is_asked_for() {
         message.contains("third") && message.contains("other, default"),
         "{message}"
     );
+    // One that does not compile is told where it is needed.
+    place.talking("m", |[_, _, config]| {
+        config["chat_template"] = json!("{% for")
+    });
+    let message = place.refused(&generate("m", &["--prompt", "x"]));
+    assert!(
+        message.contains("chat template") && message.contains("--raw"),
+        "{message}"
+    );
+    assert_eq!(
+        prompt_ids(&place, "m", &["--raw", "--prompt", "x"]),
+        letters("x")
+    );
     // Without a default one a name is needed, and those there are are said.
     place.talking("m", |[_, _, config]| {
         config["chat_template"] = json!([{"name": "a", "template": "x"}])

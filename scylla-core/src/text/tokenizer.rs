@@ -56,6 +56,8 @@ pub struct Tokenizer {
     eos: Vec<u32>,
     templates: Templates,
     template: Option<ChatTemplate>,
+    /// Why the default template cannot be used, where there is one that does not compile.
+    broken: Option<String>,
 }
 
 /// The largest id that is believed; vocabularies have some 10^5.
@@ -214,7 +216,11 @@ impl Tokenizer {
                 )),
             }
         })?;
-        let template = templates.compile(None)?;
+        // A template that does not compile is told where one is needed: other prompts do without.
+        let (template, broken) = match templates.compile(None) {
+            Ok(template) => (template, None),
+            Err(e) => (None, Some(e.to_string())),
+        };
         Ok(Self {
             inner,
             literal: OnceLock::new(),
@@ -225,6 +231,7 @@ impl Tokenizer {
             eos: Vec::new(),
             templates,
             template,
+            broken,
         })
     }
 
@@ -289,6 +296,11 @@ impl Tokenizer {
     /// The chat template, where the model has one.
     pub fn template(&self) -> Option<&ChatTemplate> {
         self.template.as_ref()
+    }
+
+    /// Why the model's chat template cannot be used, where it has one that does not compile.
+    pub fn broken_template(&self) -> Option<&str> {
+        self.broken.as_deref()
     }
 
     /// Takes the chat template of that name; the date is what it is told, `None` for the real one.
