@@ -1,6 +1,6 @@
 //! The comparison of decoders: the same prompts, interleaved in one run, on a loaded target.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -158,18 +158,24 @@ pub fn run(
     // Made before the work, so that an output that cannot be written is known in time.
     let output = output_dir(&experiment.run.output)?;
     let groups: Vec<Vec<usize>> = groups(&prompts, experiment.run.batch);
+    let environment = session.environment()?;
     let mut done = Vec::new();
     let total = experiment.run.repeats * groups.len() * decoders.len();
     // Pages and caches are warmed by a short sequence that is not counted.
     warm_up(session, &mut decoders[0], experiment, &prompts[0])?;
     'repeats: for repeat in 0..experiment.run.repeats {
         for (g, group) in groups.iter().enumerate() {
+            let whole = done.len();
             for turn in 0..decoders.len() {
                 // Each decoder goes first in turn, so that none is always the one after another's heat.
                 let d = (turn + repeat + g) % decoders.len();
                 let finished =
                     converse(session, &mut decoders[d], &specs[d], group, &prompts, stop)?;
                 let Some((outputs, failed)) = finished else {
+                    // Compared is what every decoder has done, if there is any.
+                    if whole > 0 {
+                        done.truncate(whole);
+                    }
                     break 'repeats;
                 };
                 for one in failed {
@@ -193,13 +199,13 @@ pub fn run(
     cut_to_the_shortest(&mut done);
     let mut resolved = experiment.clone();
     let template = session.tokenizer.as_ref().and_then(Tokenizer::template);
-    if template.is_some_and(ChatTemplate::uses_date) && experiment.prompts.date.is_empty() {
+    if template.is_some_and(ChatTemplate::uses_date) {
         // The same prompts again, whatever day it is then.
-        resolved.prompts.date = jiff::ZonedDateTime::now().date().to_string();
+        resolved.prompts.date = session.date.to_string();
     }
     let mut summary = Summary {
         memory: memory(session, &specs, &done),
-        environment: session.environment()?,
+        environment,
         rows: rows(&specs, &decoders, &prompts, &done),
         interrupted: stop.load(Ordering::Relaxed),
         skipped,
@@ -240,15 +246,22 @@ fn fitting(
     }
 }
 
-/// Turns that one decoder could not decode in one repeat count for none, so that all are compared on the same ones.
+/// Turns that one decoder could not decode in one repeat count for none, so that all are compared on the same ones. A
+/// decoder that could decode nothing at all is left out of this: there is nothing to compare it by.
 fn cut_to_the_shortest(done: &mut [Done]) {
+    let mut works = BTreeSet::new();
+    works.extend(
+        done.iter()
+            .filter(|d| !d.turns.is_empty())
+            .map(|d| d.decoder),
+    );
     let mut turns: BTreeMap<usize, usize> = BTreeMap::new();
-    for d in done.iter() {
+    for d in done.iter().filter(|d| works.contains(&d.decoder)) {
         let least = turns.entry(d.prompt).or_insert(usize::MAX);
         *least = d.turns.len().min(*least);
     }
     for d in done {
-        d.turns.truncate(turns[&d.prompt]);
+        d.turns.truncate(turns.get(&d.prompt).copied().unwrap_or(0));
     }
 }
 

@@ -448,17 +448,22 @@ impl Case {
         proposals: Proposals,
         cycles: usize,
         seed: u64,
+        watch: Watch<'_>,
     ) -> Result<f64> {
         let target = self.target(rule);
-        self.drawing(proposals, |draw| {
+        let mean = self.drawing(proposals, |draw| {
             let mut chance = Seeded::new(seed, 0);
             let mut committed = 0;
             for cycle in 0..cycles {
+                if cycle % 1024 == 0 && watch(0.0).is_break() {
+                    return Ok(None);
+                }
                 chance.at(cycle);
                 committed += self.cycle(rule, draw, &target, &mut chance)?.len();
             }
-            Ok(committed as f64 / cycles as f64)
-        })
+            Ok(Some(committed as f64 / cycles as f64))
+        })?;
+        mean.ok_or_else(|| Error::Interrupted(format!(" in case `{}`", self.name)))
     }
 }
 

@@ -4,6 +4,8 @@ use std::cell::OnceCell;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use jiff::ZonedDateTime;
+use jiff::civil::DateTime;
 use scylla_core::assets::{self, OnProgress};
 use scylla_core::decode::{Event, Job, Output, Parts, Settings, decode};
 use scylla_core::kernels::Pool;
@@ -30,6 +32,8 @@ pub struct Session {
     pub options: LoadOptions,
     /// What the user should know of it.
     pub notes: Vec<String>,
+    /// The date and time that the chat template is told, the same as long as the session lasts.
+    pub date: DateTime,
     device: String,
     hash: OnceCell<String>,
 }
@@ -61,9 +65,12 @@ impl Session {
         let prompts = &experiment.prompts;
         let named = Some(prompts.template.as_str()).filter(|name| !name.is_empty());
         let mut notes = files.notes.clone();
+        let date = prompts
+            .date()?
+            .unwrap_or_else(|| ZonedDateTime::now().datetime());
         let eos = match &mut tokenizer {
             Some(tokenizer) => {
-                tokenizer.choose_template(named, prompts.date()?)?;
+                tokenizer.choose_template(named, Some(date))?;
                 if !prompts.raw && tokenizer.template_lacks_bos() {
                     notes.push(
                         "the chat template puts no BOS in front, so conversations begin without one, as with transformers; \
@@ -82,6 +89,7 @@ impl Session {
             files,
             options,
             notes,
+            date,
             device: experiment.run.device.clone(),
             hash: OnceCell::new(),
         })

@@ -172,6 +172,13 @@ fn an_answer_ends_where_the_tokenizer_or_the_template_says() {
         tokenizer["chat_template"] = json!("{% for m in messages %}{{ m.content }}\n{% endfor %}");
     });
     assert_eq!(eos("neither"), [LETTERS as u64]);
+    // One that is not flagged special, and one of a template that is chosen by name.
+    place.talking("ordinary", |[config, tokenizer, more]| {
+        config["eos_token_id"] = json!(LETTERS);
+        tokenizer["added_tokens"][2]["special"] = json!(false);
+        more["eos_token"] = json!("<|end|>");
+    });
+    assert_eq!(eos("ordinary"), [LETTERS as u64, IM_END]);
     for (wrong, word) in [
         (json!("2"), "\"2\""),
         (json!([1, -5]), "-5"),
@@ -710,23 +717,17 @@ fn a_run_that_is_told_to_end_keeps_what_it_has_measured() {
         .collect();
     let args = prompts(&place, &rows);
     for signal in ["-TERM", "-INT", "-HUP"] {
-        let more = [
-            "--set",
-            "run.repeats=100000",
-            "--set",
-            "run.max_new_tokens=150",
-        ];
+        let more = ["--set", "run.repeats=30", "--set", "run.max_new_tokens=150"];
         let mut child = place
             .command(&[&args[..], &more].concat())
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
+            .stderr(Stdio::piped())
             .spawn()
             .expect("starts");
-        // The run is under way when its folder is there; then a moment more, so that something is measured.
-        while !place.dir.path().join("out").is_dir() {
-            std::thread::sleep(std::time::Duration::from_millis(10));
-        }
-        std::thread::sleep(std::time::Duration::from_millis(1500));
+        // Its first line says that a tenth is done.
+        let mut lines = BufReader::new(child.stderr.take().expect("pipe")).lines();
+        let first = lines.next().expect("a line").expect("UTF-8");
+        assert!(first.starts_with("decoding"), "{first}");
         let sent = Command::new("kill")
             .args([signal, &child.id().to_string()])
             .status();

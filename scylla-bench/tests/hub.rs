@@ -100,6 +100,9 @@ fn generate(dir: &Path, more: &[(&str, &str)]) -> Output {
         .env("HF_HOME", dir.join("hf"))
         .env("SCYLLA_CACHE", dir.join("cache"))
         .env_remove("HF_TOKEN")
+        .env_remove("HF_HUB_CACHE")
+        .env_remove("HUGGINGFACE_HUB_CACHE")
+        .env_remove("TRANSFORMERS_OFFLINE")
         .env_remove("HF_HUB_OFFLINE")
         .env_remove("SCYLLA_OFFLINE")
         .envs(more.iter().copied());
@@ -170,7 +173,8 @@ fn a_cache_that_huggingface_hub_filled_needs_no_network() {
             ])
             .env("HF_HOME", place.path().join("hf"))
             .env("SCYLLA_CACHE", place.path().join("cache"))
-            .env("HF_ENDPOINT", "http://127.0.0.1:9");
+            .env("HF_ENDPOINT", "http://127.0.0.1:9")
+            .env_remove("HF_TOKEN");
         for key in [
             "HF_HUB_OFFLINE",
             "SCYLLA_OFFLINE",

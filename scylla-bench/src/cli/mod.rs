@@ -97,7 +97,6 @@ pub fn run(registry: &Registry, args: impl IntoIterator<Item = OsString>) -> i32
     };
     let stop = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&stop);
-    // Ctrl-C, and what clusters and containers say before they kill: SIGTERM and SIGHUP.
     let handler = ctrlc::set_handler(move || {
         // The second one does not wait.
         if flag.swap(true, Ordering::Relaxed) {
@@ -106,6 +105,9 @@ pub fn run(registry: &Registry, args: impl IntoIterator<Item = OsString>) -> i32
     });
     if let Err(e) = handler {
         warn(&format!("Ctrl-C will end the program at once: {e}"));
+    }
+    if let Err(e) = on_termination(&stop) {
+        warn(&format!("SIGTERM will end the program at once: {e}"));
     }
     let done = match cli.command {
         Command::Generate(c) => c.run(registry, &stop),
@@ -127,6 +129,26 @@ pub fn run(registry: &Registry, args: impl IntoIterator<Item = OsString>) -> i32
             1
         }
     }
+}
+
+/// Sets the flag where a cluster, a container or a closing terminal asks the program to end: SIGTERM and SIGHUP, the latter
+/// not where it is ignored (nohup).
+#[cfg(unix)]
+fn on_termination(stop: &Arc<AtomicBool>) -> std::io::Result<()> {
+    use signal_hook::consts::{SIGHUP, SIGTERM};
+    signal_hook::flag::register(SIGTERM, Arc::clone(stop))?;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|l| l.strip_prefix("SigIgn:"));
+    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    if ignored.is_some_and(|mask| mask & (1 << (SIGHUP - 1)) == 0) {
+        signal_hook::flag::register(SIGHUP, Arc::clone(stop))?;
+    }
+    Ok(())
+}
+
+#[cfg(not(unix))]
+fn on_termination(_: &Arc<AtomicBool>) -> std::io::Result<()> {
+    Ok(())
 }
 
 /// Prints one JSON object on standard output.

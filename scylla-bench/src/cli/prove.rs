@@ -220,8 +220,10 @@ impl Prove {
         proposals: Proposals,
         watch: Watch<'_>,
     ) -> Result<Proved> {
-        let measure = |cycles| case.measure(rule, proposals, cycles, self.seed);
-        let measured_committed = self.cycles.map(measure).transpose()?;
+        let measured_committed = match self.cycles {
+            Some(cycles) => Some(case.measure(rule, proposals, cycles, self.seed, watch)?),
+            None => None,
+        };
         let outcomes = |law: BTreeMap<Vec<u32>, f64>| {
             law.into_iter()
                 .map(|(tokens, prob)| Outcome { tokens, prob })

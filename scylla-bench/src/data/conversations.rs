@@ -75,6 +75,9 @@ fn rows(text: &str, path: &Path) -> Result<Vec<(String, Value)>> {
             .map(|(i, row)| (format!("row {}", i + 1), row))
             .collect());
     }
+    if let Ok(one @ Value::Object(_)) = serde_json::from_str(text) {
+        return Ok(vec![("line 1".into(), one)]);
+    }
     let lines = text
         .lines()
         .enumerate()
@@ -84,7 +87,7 @@ fn rows(text: &str, path: &Path) -> Result<Vec<(String, Value)>> {
             let place = format!("line {}", i + 1);
             match serde_json::from_str(line) {
                 Ok(row) => Ok((place, row)),
-                Err(e) => Err(Error::file(path, format!("{place}: not a prompt: {e}"))),
+                Err(e) => Err(Error::file(path, format!("{place}: not a prompt: {e}; expected one JSON object a line, or one list of them"))),
             }
         })
         .collect()
@@ -93,7 +96,7 @@ fn rows(text: &str, path: &Path) -> Result<Vec<(String, Value)>> {
 const EXPECTED: &str = "expected `turns`, `prompt`, `messages` (OpenAI), `conversations` (ShareGPT), `question` (GSM8K) or `instruction` (Alpaca)";
 
 /// Keys that would change what is asked, and that are not read.
-const NOT_READ: [&str; 8] = [
+const NOT_READ: [&str; 9] = [
     "image",
     "images",
     "audio",
@@ -101,7 +104,20 @@ const NOT_READ: [&str; 8] = [
     "tools",
     "functions",
     "tool_calls",
+    "function_call",
     "documents",
+];
+
+/// Keys that would belong to the question, beside `question` or `prompt`.
+const PART_OF_IT: [&str; 8] = [
+    "context",
+    "passage",
+    "paragraph",
+    "evidence",
+    "article",
+    "choices",
+    "options",
+    "input",
 ];
 
 type Row = Map<String, Value>;
@@ -112,16 +128,19 @@ fn conversation(row: &Value, number: usize) -> Result<Conversation, String> {
     };
     let given = |row: &Row, key: &str| row.get(key).is_some_and(|v| !v.is_null());
     let empty = |v: &Value| v.as_array().is_some_and(Vec::is_empty);
-    let strange = |key: &&&str| given(row, key) && !empty(&row[**key]);
-    if let Some(key) = NOT_READ.iter().find(strange) {
-        return Err(format!(
-            "holds `{key}`, which is not read; take it out, or the row"
-        ));
-    }
     let body = match row.get("body") {
         Some(Value::Object(body)) => body,
         _ => row,
     };
+    let holds = |row: &Row, key: &str| given(row, key) && !empty(&row[key]);
+    let asked = given(body, "question") || given(body, "prompt");
+    let beside: &[&str] = if asked { &PART_OF_IT } else { &[] };
+    let strange = |key: &&&str| holds(row, key) || holds(body, key);
+    if let Some(key) = NOT_READ.iter().chain(beside).find(strange) {
+        return Err(format!(
+            "holds `{key}`, which is not read; take it out, or the row"
+        ));
+    }
     let forms = [
         "turns",
         "messages",
@@ -134,14 +153,8 @@ fn conversation(row: &Value, number: usize) -> Result<Conversation, String> {
         [] if given(body, "prompt") => (vec![user(text(body, "prompt")?)], false),
         [] => return Err(format!("needs a prompt: {EXPECTED}")),
         ["turns"] => (turns(&body["turns"])?, false),
-        ["messages"] => (
-            said(&body["messages"], "messages", ["role", "content"])?,
-            true,
-        ),
-        ["conversations"] => (
-            said(&body["conversations"], "conversations", ["from", "value"])?,
-            true,
-        ),
+        ["messages"] => (said(&body["messages"], "messages")?, true),
+        ["conversations"] => (said(&body["conversations"], "conversations")?, true),
         ["question"] => (vec![user(text(body, "question")?)], false),
         ["instruction"] => {
             let mut asked = text(body, "instruction")?;
@@ -239,8 +252,8 @@ fn turns(value: &Value) -> Result<Vec<Message>, String> {
     turns.iter().map(turn).collect()
 }
 
-/// Messages under the names that a form has for who speaks and for what is said.
-fn said(value: &Value, name: &str, [who, what]: [&str; 2]) -> Result<Vec<Message>, String> {
+/// Messages of `role` and `content`, or of `from` and `value`.
+fn said(value: &Value, name: &str) -> Result<Vec<Message>, String> {
     let list = value
         .as_array()
         .ok_or_else(|| format!("`{name}` is no list"))?;
@@ -249,8 +262,13 @@ fn said(value: &Value, name: &str, [who, what]: [&str; 2]) -> Result<Vec<Message
         let place = format!("`{name}`, message {}", i + 1);
         let Some(entry) = entry.as_object() else {
             return Err(format!(
-                "{place}: expected an object with `{who}` and `{what}`"
+                "{place}: expected an object with `role` and `content`"
             ));
+        };
+        // Both pairs of names stand under both names of the list.
+        let [who, what] = match entry.contains_key("from") {
+            true => ["from", "value"],
+            false => ["role", "content"],
         };
         let strange = |key: &&&str| entry.get(**key).is_some_and(|v| !v.is_null());
         if let Some(key) = NOT_READ.iter().find(strange) {
@@ -361,6 +379,11 @@ mod tests {
                 &["user: def f():\n"],
             ),
             (
+                r#"{"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#,
+                "1",
+                &["user: a", "assistant: b"],
+            ),
+            (
                 r#"{"question": "how many?", "answer": "4"}"#,
                 "1",
                 &["user: how many?"],
@@ -436,9 +459,14 @@ mod tests {
                 "{\"conversations\":[{\"from\":\"gpt\",\"value\":\"a\"},{\"from\":\"human\",\"value\":\"b\"}]}",
                 "message 1",
             ),
+            ("{\"question\":\"q\",\"context\":\"c\"}", "`context`"),
             (
-                "{\"conversations\":[{\"role\":\"user\",\"content\":\"a\"}]}",
-                "`from` is null",
+                "{\"question\":\"q\",\"choices\":[\"a\",\"b\"]}",
+                "`choices`",
+            ),
+            (
+                "{\"custom_id\":\"x\",\"body\":{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}],\"tools\":[1]}}",
+                "`tools`",
             ),
             (
                 "{\"system\":\"s\",\"messages\":[{\"role\":\"system\",\"content\":\"t\"},{\"role\":\"user\",\"content\":\"a\"}]}",
@@ -451,6 +479,15 @@ mod tests {
             let error = parse(text, Path::new("x")).expect_err(word).to_string();
             assert!(error.contains(word), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn one_object_over_several_lines_is_one_row() {
+        let found = one("{\n  \"id\": 5,\n  \"prompt\": \"a\"\n}").expect("read");
+        assert_eq!(
+            (found.id.as_str(), &shown(&found)[..]),
+            ("5", &["user: a".to_string()][..])
+        );
     }
 
     #[test]

@@ -39,6 +39,8 @@ impl Place {
             .env("SCYLLA_CACHE", self.path("cache"))
             .env("HF_HOME", self.path("hf"))
             .env("SCYLLA_OFFLINE", "1")
+            .env_remove("HF_HUB_CACHE")
+            .env_remove("HUGGINGFACE_HUB_CACHE")
             .env("RUST_BACKTRACE", "1");
         command
     }

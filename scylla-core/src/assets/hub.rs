@@ -20,12 +20,20 @@ pub(super) fn is_id(spec: &str) -> bool {
     id.split('/').count() == 2 && id.split('/').all(word) && revision.split('/').all(word)
 }
 
+/// Whether a revision is a commit, and not a name for one.
+fn is_commit(revision: &str) -> bool {
+    revision.len() == 40 && revision.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
 /// The folder of the hub's cache, as huggingface_hub finds it.
 fn cache_root() -> Result<PathBuf> {
     let given = |key: &str| {
-        std::env::var_os(key)
-            .filter(|v| !v.is_empty())
-            .map(PathBuf::from)
+        std::env::var_os(key).filter(|v| !v.is_empty()).map(|v| {
+            match v.to_str().and_then(|v| v.strip_prefix("~/")) {
+                Some(rest) => dirs::home_dir().unwrap_or_default().join(rest),
+                None => PathBuf::from(v),
+            }
+        })
     };
     let direct = given("HF_HUB_CACHE").or_else(|| given("HUGGINGFACE_HUB_CACHE"));
     let home = || given("HF_HOME").map(|home| home.join("hub"));
@@ -104,13 +112,21 @@ impl Hub {
         self.commit().is_some_and(noted)
     }
 
+    /// Notes the same for the next start; that it cannot be written down costs a request, and nothing else.
+    fn note_absent(&self, file: &str) {
+        if let Some(commit) = self.commit().filter(|c| is_commit(c)) {
+            let folder = self.folder.join(".no_exist").join(commit);
+            let made = std::fs::create_dir_all(&folder);
+            let _ = made.and_then(|()| std::fs::write(folder.join(file), ""));
+        }
+    }
+
     /// The model at a revision, over the network. Where the cache has a commit it stays with that, so that files of two
     /// commits are never mixed.
     fn network(&self) -> Option<ApiRepo> {
-        let whole = |c: &String| c.len() == 40 && c.bytes().all(|b| b.is_ascii_hexdigit());
         let revision = self
             .commit()
-            .filter(whole)
+            .filter(|c| is_commit(c))
             .unwrap_or_else(|| self.revision.clone());
         let repo = Repo::with_revision(self.id.clone(), RepoType::Model, revision);
         self.api.as_ref().map(|api| api.repo(repo))
@@ -141,25 +157,31 @@ impl Hub {
 
     /// A file that not every model has. Where the weights are in the cache, a network that does not answer is no reason to
     /// stop: it is told, and the file taken as not there.
+    ///
+    /// False where the network did not answer, and need not be asked for others.
     fn find_optional(
         &self,
         file: &str,
         whole: bool,
         on_progress: &mut OnProgress<'_>,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         if self.known_absent(file) {
-            return Ok(());
+            return Ok(true);
         }
         match self.find(file, on_progress) {
+            Ok(None) if self.api.is_some() => {
+                self.note_absent(file);
+                Ok(true)
+            }
             Err(e) if whole => {
                 let note = format!(
                     "{e}. The cache holds the weights of {}, so it is taken as not there",
                     self.id
                 );
                 on_progress(Progress::Note(&note));
-                Ok(())
+                Ok(false)
             }
-            found => found.map(|_| ()),
+            found => found.map(|_| true),
         }
     }
 
@@ -212,7 +234,7 @@ pub fn fetch(spec: &str, mut on_progress: OnProgress<'_>) -> Result<PathBuf> {
         if let Some(endpoint) = std::env::var("HF_ENDPOINT").ok().filter(|e| !e.is_empty()) {
             builder = builder.with_endpoint(endpoint);
         }
-        if let Ok(token) = std::env::var("HF_TOKEN") {
+        if let Some(token) = std::env::var("HF_TOKEN").ok().filter(|t| !t.is_empty()) {
             builder = builder.with_token(Some(token));
         }
         let api = builder
@@ -235,10 +257,13 @@ pub fn fetch(spec: &str, mut on_progress: OnProgress<'_>) -> Result<PathBuf> {
         "special_tokens_map.json",
         "generation_config.json",
         "chat_template.jinja",
+        "chat_template.json",
     ];
     for file in optional {
         // Not every model has each of them; a missing tokenizer is reported where one is needed.
-        hub.find_optional(file, whole, &mut on_progress)?;
+        if !hub.find_optional(file, whole, &mut on_progress)? {
+            break;
+        }
     }
     if whole || hub.find(SINGLE, &mut on_progress)?.is_some() {
         return Ok(dir);

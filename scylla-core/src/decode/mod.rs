@@ -489,9 +489,12 @@ impl Loop<'_, '_> {
         ms.commit += lap();
         ms.propose += observe_ms;
         let ms = ms.shared(self.live.len());
-        for live in &mut self.live {
+        let failed = |i: usize| ended.iter().any(|(at, ending)| *at == i && ending.is_err());
+        for (i, live) in self.live.iter_mut().enumerate() {
             live.output.ms.add(&ms);
-            if let Some(cycle) = live.output.cycles.last_mut() {
+            // One that failed has no record of this cycle.
+            let cycle = live.output.cycles.last_mut().filter(|_| !failed(i));
+            if let Some(cycle) = cycle {
                 cycle.ms = ms;
             }
         }

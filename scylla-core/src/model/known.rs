@@ -50,6 +50,9 @@ pub(super) const DRAFT_KEYS: &[&str] = &[
     "eagle_config",
     "target_sha256",
     "transformer_layer_config",
+    "speculators_model_type",
+    "speculators_version",
+    "speculators_config",
 ];
 
 /// Tensors of a Hugging Face directory that change nothing, by what their names end with.
@@ -144,11 +147,25 @@ pub(super) fn harmless(key: &str, value: &Value) -> bool {
 
 /// Whether a value says "as usual": nothing, no, none of them; of a factor, one.
 pub(super) fn neutral(key: &str, value: &Value) -> bool {
+    let has = |words: &[&str]| words.iter().any(|w| key.contains(w));
+    if has(&["causal", "use_rope"]) {
+        return value.is_null() || value == true;
+    }
+    // Usual is one over the root of a head's size, which no number says.
+    if has(&[
+        "attention.scale",
+        "attention_multiplier",
+        "attn_scale",
+        "attention_scale",
+    ]) {
+        return value.is_null();
+    }
     let factor = ["scal", "multiplier", "factor"]
         .iter()
         .any(|w| key.contains(w));
     match value {
-        Value::Null | Value::Bool(false) => true,
+        Value::Null => true,
+        Value::Bool(false) => true,
         Value::Bool(true) => false,
         Value::Number(n) => n.as_f64() == Some(if factor { 1.0 } else { 0.0 }),
         Value::String(s) => s.is_empty(),

@@ -82,6 +82,8 @@ impl ChatTemplate {
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.set_formatter(|out, _, value| Ok(out.write_str(&python::print(value)?)?));
         environment.add_filter("tojson", python::tojson);
+        environment.add_filter("string", |value: Value| python::print(&value));
+        environment.add_filter("join", python::join);
         environment.add_function(
             "raise_exception",
             |message: String| -> Result<String, minijinja::Error> {
@@ -252,6 +254,14 @@ mod tests {
             (
                 "{{ none }}{{ true }}{{ 1.0 }}{{ ['a', 1] }}",
                 "NoneTrue1.0['a', 1]",
+            ),
+            (
+                "{{ [1, none, 'a'] | join }}{{ [true, 'b'] | join('-') }}",
+                "1NoneaTrue-b",
+            ),
+            (
+                "{{ true | string }}{{ (none | string) ~ 'x' }}",
+                "TrueNonex",
             ),
             ("{{ undefined_thing }}x", "x"),
         ] {

@@ -70,6 +70,18 @@ pub(super) fn print(value: &Value) -> Result<String, Error> {
     Ok(out.0)
 }
 
+/// The filter `join`, each value as it is printed.
+pub(super) fn join(values: Value, between: Option<String>) -> Result<String, Error> {
+    let mut out = Text(String::new());
+    for (i, value) in values.try_iter()?.enumerate() {
+        if i > 0 {
+            out.push(between.as_deref().unwrap_or_default())?;
+        }
+        out.push(&print(&value)?)?;
+    }
+    Ok(out.0)
+}
+
 fn repr(value: &Value, depth: usize, out: &mut Text) -> Result<(), Error> {
     if depth > DEEPEST {
         return Err(refuse("values lie too deep within each other"));
@@ -278,14 +290,7 @@ impl Json {
                 '\t' => quoted.push_str("\\t"),
                 '\u{8}' => quoted.push_str("\\b"),
                 '\u{C}' => quoted.push_str("\\f"),
-                c if (c as u32) < 0x20
-                    || (self.ascii && !c.is_ascii())
-                    || (self.ascii && c == '\u{7F}') =>
-                {
-                    if c == '\u{7F}' {
-                        quoted.push(c);
-                        continue;
-                    }
+                c if (c as u32) < 0x20 || (self.ascii && !c.is_ascii()) => {
                     for unit in c.encode_utf16(&mut [0; 2]) {
                         quoted.push_str(&format!("\\u{unit:04x}"));
                     }

@@ -56,6 +56,8 @@ pub struct Tokenizer {
     eos: Vec<u32>,
     templates: Templates,
     template: Option<ChatTemplate>,
+    /// Whether a piece of a text is encoded otherwise where it stands first.
+    first_only: bool,
     /// Why the default template cannot be used, where there is one that does not compile.
     broken: Option<String>,
 }
@@ -116,6 +118,7 @@ impl Tokenizer {
         })?;
         let config_path = dir.join("tokenizer_config.json");
         let config = json(&config_path)?;
+        check_config(&config, &raw, &config_path)?;
         add_tokens(&mut inner, &config, &config_path)?;
         let more = json(&dir.join("special_tokens_map.json"))?;
         let name = |key: &str| special(&config, key).or_else(|| special(&more, key));
@@ -131,6 +134,11 @@ impl Tokenizer {
         let mut tokenizer = Self::new(inner, spelling, templates)?;
         tokenizer.bos = bos;
         tokenizer.eos = eos.into_iter().collect();
+        let pre = raw
+            .get("pre_tokenizer")
+            .map(Value::to_string)
+            .unwrap_or_default();
+        tokenizer.first_only = pre.contains("\"prepend_scheme\":\"first\"");
         let flags =
             ["add_bos_token", "add_eos_token"].map(|key| config.get(key).and_then(Value::as_bool));
         // Where transformers builds the post-processor of these classes anew.
@@ -173,9 +181,13 @@ impl Tokenizer {
         };
         let mut tokenizer = Self::new(inner, spelling, templates)?;
         tokenizer.bos = id("bos")?;
+        // As llama.cpp takes it where the file says nothing.
+        let llama3 = ["llama-bpe", "llama3", "llama-v3"]
+            .map(Some)
+            .contains(&gguf.text("tokenizer.ggml.pre")?);
         let add_bos = gguf
             .flag("tokenizer.ggml.add_bos_token")?
-            .unwrap_or(!byte_level);
+            .unwrap_or(!byte_level || llama3);
         let add_eos = gguf.flag("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
         let added = |add: bool, id: Option<u32>| id.filter(|_| add).into_iter().collect();
         tokenizer.around = [added(add_bos, tokenizer.bos), added(add_eos, id("eos")?)];
@@ -232,6 +244,7 @@ impl Tokenizer {
             templates,
             template,
             broken,
+            first_only: false,
         })
     }
 
@@ -247,12 +260,17 @@ impl Tokenizer {
         // A template that refuses this conversation says nothing of the end of an answer.
         let text = template.render_as(&talk, false).ok()?;
         let behind = text.rsplit_once(answer)?.1.trim_start();
-        let longest = self
-            .specials()
-            .filter(|(token, _)| behind.starts_with(*token));
-        longest
-            .max_by_key(|(token, _)| token.len())
-            .map(|(_, id)| id)
+        // One that is not flagged special has to be all that follows.
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
+        let ends = |token: &tokenizers::AddedToken| {
+            let rest = behind.strip_prefix(token.content.as_str());
+            !token.content.is_empty()
+                && rest.is_some_and(|rest| token.special || rest.trim().is_empty())
+        };
+        let found = added.iter().filter(|(_, token)| ends(token));
+        found
+            .max_by_key(|(_, token)| token.content.len())
+            .map(|(id, _)| *id)
     }
 
     /// Special tokens and their ids.
@@ -314,6 +332,8 @@ impl Tokenizer {
     ) -> Result<()> {
         if name.is_some() {
             self.template = self.templates.compile(name)?;
+            let end = self.end_of_turn().filter(|end| !self.eos.contains(end));
+            self.eos.extend(end);
         }
         if let Some(template) = &mut self.template {
             template.set_date(date);
@@ -415,7 +435,16 @@ impl Tokenizer {
                 content,
             }
         });
-        let text = template.render(&marked.collect::<Vec<_>>())?;
+        let marked: Vec<Message> = marked.collect();
+        if marked == messages {
+            return self.encode_plain(&template.render(messages)?);
+        }
+        if self.first_only {
+            return Err(Error::Unsupported(
+                "special tokens in a text as text, with a tokenizer whose pre-tokenizer treats the first word alone (prepend_scheme `first`)".into(),
+            ));
+        }
+        let text = template.render(&marked)?;
         let unmarked = |text: &str| {
             let mut out = String::with_capacity(text.len());
             for c in text.chars() {
@@ -611,6 +640,29 @@ fn check_raw(raw: &Value, path: &Path) -> Result<()> {
             path,
             "a precompiled_charsmap that is not whole",
         )),
+    }
+}
+
+/// Refuses settings of `tokenizer_config.json` under which transformers would make other tokens.
+fn check_config(config: &Value, raw: &Value, path: &Path) -> Result<()> {
+    let says = |key: &str| config.get(key).and_then(Value::as_bool);
+    let refuse = |message: &str| Err(Error::Unsupported(format!("{}: {message}", path.display())));
+    if says("split_special_tokens") == Some(true) {
+        return refuse(
+            "split_special_tokens is true; take it out, and use --literal where special tokens in a text are text",
+        );
+    }
+    let pre = raw
+        .get("pre_tokenizer")
+        .filter(|p| p.get("type").is_some_and(|t| t == "ByteLevel"));
+    let own = pre
+        .and_then(|p| p.get("add_prefix_space"))
+        .and_then(Value::as_bool);
+    match (says("add_prefix_space"), own) {
+        (Some(said), Some(own)) if said != own => {
+            refuse("add_prefix_space is not as in tokenizer.json; make them say the same")
+        }
+        _ => Ok(()),
     }
 }
 

@@ -108,7 +108,15 @@ impl Checkpoint {
     pub fn draft_ids(&self, known: usize) -> Result<Ids> {
         let (count, vocab) = (self.draft_vocab(), self.config.vocab);
         let marked = match self.has("t2d") {
-            true => Some(self.stored("t2d", &[vocab])?.1),
+            true => {
+                let (_, bytes) = self.stored("t2d", &[vocab])?;
+                // Of whatever width.
+                let each = (bytes.len() / vocab).max(1);
+                let marks = bytes
+                    .chunks(each)
+                    .map(|v| u8::from(v.iter().any(|&b| b != 0)));
+                Some(marks.collect::<Vec<u8>>())
+            }
             false => None,
         };
         let marks = |marked: &[u8]| -> Vec<u32> {

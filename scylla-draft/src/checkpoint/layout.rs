@@ -218,6 +218,10 @@ fn eagle3(checkpoint: &Checkpoint, target: &TargetShape) -> Vec<Entry> {
         draft_vocab,
         &[Dtype::I64, Dtype::I32, Dtype::I16],
     ));
-    all.push(map("t2d", c.vocab, &[Dtype::BOOL, Dtype::U8]));
+    all.push(map(
+        "t2d",
+        c.vocab,
+        &[Dtype::BOOL, Dtype::U8, Dtype::I32, Dtype::I64],
+    ));
     all
 }

@@ -81,11 +81,7 @@ impl Checkpoint {
                 format!("holds {family}; expected {}", known.join(" or ")),
             ));
         }
-        let shape = match json.get("transformer_layer_config") {
-            Some(nested) => nested.to_string(),
-            None => text,
-        };
-        let (config, notes) = ModelConfig::from_hf(&shape, &file)?;
+        let (config, notes) = ModelConfig::of_draft(&json, &file)?;
         if let Some(window) = config.window.filter(|&window| window < target.context) {
             return Err(Error::Unsupported(format!(
                 "{}: sliding_window {window} is shorter than the target's context of {}: windows are not supported; \

@@ -194,6 +194,7 @@ fn tensors(what: &Export<'_>, written: &mut Written) -> Result<Vec<Stored>> {
             bytes,
         });
     }
+    all.retain(|t| t.name != "t2d" || t.dtype == Dtype::BOOL);
     complete_maps(from, &mut all)?;
     let bias = all.iter().any(|t| t.name == "fc.bias");
     if bias {
@@ -229,7 +230,7 @@ fn complete_maps(from: &Checkpoint, all: &mut Vec<Stored>) -> Result<()> {
     }
     let ids = from.draft_ids(vocab)?;
     let targets: Vec<u32> = (0..count).map(|i| ids.target(i)).collect();
-    if !from.has("t2d") {
+    if all.iter().all(|t| t.name != "t2d") {
         let mut marked = vec![0; vocab];
         targets.iter().for_each(|&t| marked[t as usize] = 1);
         all.push(Stored {
