@@ -2,6 +2,7 @@
 
 use std::cell::OnceCell;
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use jiff::ZonedDateTime;
@@ -26,8 +27,8 @@ pub struct Session {
     pub tokenizer: Option<Tokenizer>,
     /// Ids that end a sequence.
     pub eos: Vec<u32>,
-    /// Its files.
-    pub files: ModelFiles,
+    /// Its directory or file.
+    pub path: PathBuf,
     /// How it is held and run.
     pub options: LoadOptions,
     /// What the user should know of it.
@@ -35,6 +36,10 @@ pub struct Session {
     /// The date and time that the chat template is told, the same as long as the session lasts.
     pub date: DateTime,
     device: String,
+    /// What is said where a tokenizer is needed and there is none.
+    no_tokenizer: String,
+    /// The files that its hash is of.
+    hashed: Vec<PathBuf>,
     hash: OnceCell<String>,
 }
 
@@ -86,7 +91,9 @@ impl Session {
             target,
             tokenizer,
             eos,
-            files,
+            no_tokenizer: no_tokenizer(&files),
+            hashed: files.files(),
+            path,
             options,
             notes,
             date,
@@ -101,7 +108,7 @@ impl Session {
     /// If its files cannot be read any more.
     pub fn target_hash(&self) -> Result<&str> {
         if self.hash.get().is_none() {
-            let _ = self.hash.set(assets::hash_model(&self.files)?);
+            let _ = self.hash.set(assets::hash_files(&self.hashed)?);
         }
         Ok(self.hash.get().map_or("", String::as_str))
     }
@@ -127,7 +134,7 @@ impl Session {
         self.tokenizer.as_ref().ok_or_else(|| {
             Error::Experiment(format!(
                 "this model has no tokenizer; give token ids (--prompt-ids). {}",
-                no_tokenizer(&self.files)
+                self.no_tokenizer
             ))
         })
     }
@@ -208,7 +215,8 @@ impl Session {
             Some((ends, pool)) => Ok((ends.clone(), Arc::clone(pool))),
             None => {
                 let pool = Pool::new(self.options.thread_count());
-                Ok((Ends::open(&self.files, &self.options)?, Arc::new(pool)))
+                let files = ModelFiles::open(&self.path)?;
+                Ok((Ends::open(&files, &self.options)?, Arc::new(pool)))
             }
         }
     }

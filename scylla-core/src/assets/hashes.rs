@@ -111,9 +111,7 @@ pub fn hash_files(paths: &[PathBuf]) -> Result<String> {
 /// # Errors
 /// If a file cannot be read.
 pub fn hash_model(files: &ModelFiles) -> Result<String> {
-    let mut paths = files.files();
-    paths.sort();
-    hash_files(&paths)
+    hash_files(&files.files())
 }
 
 fn update(hash: &mut Sha256, path: &Path) -> Result<()> {

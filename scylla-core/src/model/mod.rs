@@ -156,14 +156,12 @@ impl ModelFiles {
         })
     }
 
-    /// The files that make up the model: its configuration, where that is one of its own, and its weights.
+    /// The files that make up the model, in order of name: its configuration, where that is one of its own, and its weights.
     pub fn files(&self) -> Vec<PathBuf> {
-        let config = self.path.join("config.json");
-        let config = self.path.is_dir().then_some(config);
-        config
-            .into_iter()
-            .chain(self.source.files().to_vec())
-            .collect()
+        let mut files = self.source.files().to_vec();
+        files.extend(self.path.is_dir().then(|| self.path.join("config.json")));
+        files.sort();
+        files
     }
 }
 
