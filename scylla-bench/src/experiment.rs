@@ -448,6 +448,7 @@ mod wide {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn load(overrides: &[&str]) -> Result<Experiment> {
         let parse = |s: &&str| Override::parse(s);
@@ -517,6 +518,18 @@ mod tests {
         assert!(
             load(&["run.seed=-1"]).is_err() && load(&["run.seed=18446744073709551616"]).is_err()
         );
+    }
+
+    proptest! {
+        /// The law of values: what goes in comes out, of the file too.
+        #[test]
+        fn any_text_and_any_seed_pass_through(text in any::<String>(), seed in any::<u64>()) {
+            let given = [Override::new("target.model", text.clone()), Override::number("run.seed", seed)];
+            let e = Experiment::from_overrides(&given).expect("valid");
+            prop_assert_eq!((&e.target.model, e.run.seed), (&text, seed));
+            let again: Table = e.to_toml().expect("toml").parse().expect("parses");
+            prop_assert_eq!(Experiment::from_table(again, &[]).expect("same"), e);
+        }
     }
 
     #[test]

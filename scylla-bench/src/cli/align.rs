@@ -214,6 +214,14 @@ fn norm(of: Option<&Tensor>) -> Result<f64> {
     }
 }
 
+/// Writes the gradient of the student's logits.
+fn keep(path: &Path, gradient: Tensor) -> Result<()> {
+    let tensors = HashMap::from([("grad_student_logits", gradient)]);
+    let bytes =
+        safetensors::serialize(tensors, None).map_err(|e| Error::file(path, e.to_string()))?;
+    Ok(files::write(path, &bytes)?)
+}
+
 impl Align {
     pub(super) fn run(self, registry: &Registry) -> Result<()> {
         let mut settings = Table::new();
@@ -271,24 +279,24 @@ impl Align {
         }
         norms.insert("total".into(), json!(norm(Some(&gradient))?));
         let total = number(&loss.total)?;
-        if let Some(path) = &self.output {
-            let tensors = HashMap::from([("grad_student_logits", gradient)]);
-            let bytes = safetensors::serialize(tensors, None)
-                .map_err(|e| Error::file(path, e.to_string()))?;
-            files::write(path, &bytes)?;
-        }
+        // What was computed is told even where its gradient cannot be kept.
+        let kept = match &self.output {
+            Some(path) => keep(path, gradient),
+            None => Ok(()),
+        };
         let notes: Map<String, Value> = (loss.notes.iter())
             .map(|(name, value)| (name.to_string(), json!(value)))
             .collect();
         if self.json {
-            return print_json(&json!({
+            print_json(&json!({
                 "aligner": self.aligner,
                 "total": total,
                 "parts": parts,
                 "weights": weights,
                 "gradient_norms": norms,
                 "notes": notes,
-            }));
+            }))?;
+            return kept;
         }
         let mut text = format!(
             "{:<10}{:>16}{:>12}{:>18}\n",
@@ -308,6 +316,7 @@ impl Align {
         for (name, value) in &notes {
             text += &format!("{name}: {value}\n");
         }
-        print_text(&text)
+        print_text(&text)?;
+        kept
     }
 }

@@ -332,6 +332,8 @@ fn check(messages: &[Message], alternate: bool) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
 
     fn one(row: &str) -> Result<Conversation, String> {
         let found = parse(row, Path::new("x")).map_err(|e| e.to_string())?;
@@ -478,6 +480,35 @@ mod tests {
         ] {
             let error = parse(text, Path::new("x")).expect_err(word).to_string();
             assert!(error.contains(word), "{text}: {error}");
+        }
+    }
+
+    proptest! {
+        /// The law of forms: one conversation, however it is written down.
+        #[test]
+        fn a_conversation_is_the_same_in_every_form(
+            system in proptest::option::of("[a-z\"{\\[]{1,8}"),
+            said in prop::collection::vec("\\PC{0,12}x", 1..6),
+        ) {
+            let roles = ["user", "assistant"].into_iter().cycle();
+            let turns: Vec<(&str, &String)> = roles.zip(&said).collect();
+            let mut expected: Vec<String> = system.iter().map(|s| format!("system: {s}")).collect();
+            expected.extend(turns.iter().map(|(role, text)| format!("{role}: {text}")));
+            let list = |who: &str, what: &str, names: [&str; 3]| {
+                let named = |role: &str| names[["system", "user", "assistant"].iter().position(|r| *r == role).expect("a role")];
+                let system = system.iter().map(|s| json!({who: named("system"), what: s}));
+                system.chain(turns.iter().map(|(role, text)| json!({who: named(role), what: text}))).collect::<Vec<_>>()
+            };
+            for row in [
+                json!({"messages": list("role", "content", ["system", "user", "assistant"])}),
+                json!({"messages": list("role", "content", ["developer", "user", "assistant"])}),
+                json!({"conversations": list("from", "value", ["system", "human", "gpt"])}),
+                json!({"custom_id": "x", "body": {"messages": list("role", "content", ["system", "user", "assistant"])}}),
+            ] {
+                for text in [row.to_string(), json!([row]).to_string(), format!("\n{row}\r\n")] {
+                    prop_assert_eq!(&shown(&one(&text).expect("read")), &expected);
+                }
+            }
         }
     }
 

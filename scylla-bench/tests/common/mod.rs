@@ -98,7 +98,9 @@ impl Place {
         assert!(!out.status.success(), "{args:?} passed");
         assert!(out.stdout.is_empty(), "{args:?} wrote to standard output");
         let message = String::from_utf8(out.stderr).expect("UTF-8");
-        assert!(!message.contains("panicked"), "{args:?}: {message}");
+        for word in ["panicked", "stack backtrace"] {
+            assert!(!message.contains(word), "{args:?}: {message}");
+        }
         message
     }
 }
