@@ -488,6 +488,7 @@ mod tests {
             r#","rope_parameters":{"rope_type":"linear","rope_theta":5e5,"factor":2.0}"#,
             r#","rope_theta":5e5,"rope_parameters":{"rope_type":"linear","factor":2.0}"#,
             r#","rope_parameters":{"full_attention":{"rope_type":"linear","rope_theta":5e5,"factor":2.0}}"#,
+            r#","rope_scaling":{"type":"linear","factor":2.0},"rope_parameters":{"rope_type":"linear","rope_theta":5e5,"factor":2.0}"#,
             r#","rope_theta":5e5,"rope_scaling":{"type":"linear","factor":2.0},
                "rope_parameters":{"rope_type":"linear","rope_theta":5e5,"factor":2.0}"#,
         ] {

@@ -31,15 +31,17 @@ const COMMON: [&str; 6] = [
 pub(super) fn of_hf(fields: &Fields<'_>) -> Result<Rope> {
     whole_head(fields, fields.number("partial_rotary_factor")?)?;
     let theta = fields.number("rope_theta")?;
-    let older = match fields.given("rope_scaling") {
-        None => None,
-        Some(Value::Object(map)) => Some(read(fields, "rope_scaling", map, theta)?),
-        Some(other) => return Err(fields.wrong("rope_scaling", other, "an object")),
-    };
     let newer = match fields.given("rope_parameters") {
         None => None,
         Some(Value::Object(map)) => Some(by_layer(fields, map, theta)?),
         Some(other) => return Err(fields.wrong("rope_parameters", other, "an object")),
+    };
+    // The older dictionary has no base of its own.
+    let base = theta.or(newer.as_ref().map(|rope| rope.theta));
+    let older = match fields.given("rope_scaling") {
+        None => None,
+        Some(Value::Object(map)) => Some(read(fields, "rope_scaling", map, base)?),
+        Some(other) => return Err(fields.wrong("rope_scaling", other, "an object")),
     };
     let plain = || Rope {
         theta: theta.unwrap_or(10000.0),

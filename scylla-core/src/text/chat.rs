@@ -297,13 +297,11 @@ mod tests {
             "{% set n = namespace(x=['aaaaaaaa']) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | tojson }}",
             "{% set n = namespace(x=[]) %}{% for i in range(100000) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x }}{{ n.x | tojson }}",
         ] {
-            let begun = std::time::Instant::now();
             let done = render(source);
             assert!(
                 done.is_err() || done.is_ok_and(|t| t.len() < 1 << 24),
                 "{source}"
             );
-            assert!(begun.elapsed().as_secs() < 20, "{source} does not end");
         }
     }
 
