@@ -369,14 +369,13 @@ impl Case {
         let target = self.target(rule);
         let n = cycles as f64;
         let (mut law, mut joint) = (BTreeMap::new(), BTreeMap::new());
-        let done = self.drawing(proposals, |draw| {
-            let mut chance = Seeded::new(seed, 0);
-            for cycle in 0..cycles {
-                if cycle % 1024 == 0 && watch(cycle as f64 / n).is_break() {
-                    return Ok(false);
-                }
-                chance.at(cycle);
-                let mut tokens = self.cycle(rule, draw, &target, &mut chance)?;
+        self.cycles(
+            rule,
+            proposals,
+            cycles,
+            seed,
+            watch,
+            &mut |mut tokens, chance| {
                 *law.entry(tokens.clone()).or_insert(0.0) += 1.0 / n;
                 while tokens.len() <= self.depth {
                     let before: Vec<u32> =
@@ -384,12 +383,9 @@ impl Case {
                     tokens.push(chance.pick(&target(&before))? as u32);
                 }
                 *joint.entry(tokens).or_insert(0u64) += 1;
-            }
-            Ok(true)
-        })?;
-        if !done {
-            return Err(Error::Interrupted(format!(" in case `{}`", self.name)));
-        }
+                Ok(())
+            },
+        )?;
         let cells: Vec<(f64, f64)> = sequences(self.vocab, self.depth + 1)
             .map(|tokens| {
                 let before = |i: usize| [&[0], &tokens[..i]].concat();
@@ -421,27 +417,47 @@ impl Case {
         })
     }
 
-    /// What one cycle commits.
-    fn cycle(
+    /// Runs cycles with the generator that decodes; `each` is handed what one commits, and the generator as it left it.
+    fn cycles(
         &self,
         rule: &dyn Verifier,
-        draw: &mut Drawer<'_>,
-        target: &Law,
-        chance: &mut dyn Chance,
-    ) -> scylla_core::Result<Vec<u32>> {
-        let tree = draw(chance)?;
-        let rows = TableRows {
-            law: target,
-            history: &[],
-            tree: &tree,
-        };
-        let verdict = rule.verify(&tree, &rows, chance)?;
-        verdict.check(&tree, self.vocab)?;
-        let accepted = verdict.path.iter().map(|&n| tree.tokens[n]);
-        Ok(accepted.chain([verdict.bonus]).collect())
+        proposals: Proposals,
+        cycles: usize,
+        seed: u64,
+        watch: Watch<'_>,
+        each: &mut Each<'_>,
+    ) -> Result<()> {
+        let target = self.target(rule);
+        let done = self.drawing(proposals, |draw| {
+            let mut chance = Seeded::new(seed, 0);
+            for cycle in 0..cycles {
+                if cycle % 1024 == 0 && watch(cycle as f64 / cycles as f64).is_break() {
+                    return Ok(false);
+                }
+                chance.at(cycle);
+                let tree = draw(&mut chance)?;
+                let rows = TableRows {
+                    law: &target,
+                    history: &[],
+                    tree: &tree,
+                };
+                let verdict = rule.verify(&tree, &rows, &mut chance)?;
+                verdict.check(&tree, self.vocab)?;
+                let accepted = verdict.path.iter().map(|&n| tree.tokens[n]);
+                each(accepted.chain([verdict.bonus]).collect(), &mut chance)?;
+            }
+            Ok(true)
+        })?;
+        match done {
+            true => Ok(()),
+            false => Err(Error::Interrupted(format!(" in case `{}`", self.name))),
+        }
     }
 
     /// Mean tokens committed in `cycles` cycles with the generator that decodes.
+    ///
+    /// # Errors
+    /// As [`Case::prove`].
     pub fn measure(
         &self,
         rule: &dyn Verifier,
@@ -450,22 +466,17 @@ impl Case {
         seed: u64,
         watch: Watch<'_>,
     ) -> Result<f64> {
-        let target = self.target(rule);
-        let mean = self.drawing(proposals, |draw| {
-            let mut chance = Seeded::new(seed, 0);
-            let mut committed = 0;
-            for cycle in 0..cycles {
-                if cycle % 1024 == 0 && watch(0.0).is_break() {
-                    return Ok(None);
-                }
-                chance.at(cycle);
-                committed += self.cycle(rule, draw, &target, &mut chance)?.len();
-            }
-            Ok(Some(committed as f64 / cycles as f64))
+        let mut committed = 0;
+        self.cycles(rule, proposals, cycles, seed, watch, &mut |tokens, _| {
+            committed += tokens.len();
+            Ok(())
         })?;
-        mean.ok_or_else(|| Error::Interrupted(format!(" in case `{}`", self.name)))
+        Ok(committed as f64 / cycles as f64)
     }
 }
+
+/// Takes what a cycle commits, and the generator.
+type Each<'a> = dyn FnMut(Vec<u32>, &mut dyn Chance) -> scylla_core::Result<()> + 'a;
 
 /// Draws a tree.
 type Drawer<'a> = dyn FnMut(&mut dyn Chance) -> scylla_core::Result<Tree> + 'a;

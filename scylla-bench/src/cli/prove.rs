@@ -221,7 +221,9 @@ impl Prove {
         watch: Watch<'_>,
     ) -> Result<Proved> {
         let measured_committed = match self.cycles {
-            Some(cycles) => Some(case.measure(rule, proposals, cycles, self.seed, watch)?),
+            Some(cycles) => {
+                Some(case.measure(rule, proposals, cycles, self.seed, &mut |_| watch(0.0))?)
+            }
             None => None,
         };
         let outcomes = |law: BTreeMap<Vec<u32>, f64>| {
