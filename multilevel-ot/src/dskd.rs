@@ -1,7 +1,7 @@
 use candle_core::{D, DType, Device, IndexOp, Tensor, Var};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use scylla_core::plugin::{AlignContext, AlignLoss, AlignNeeds, Aligner, AnswerLogits, Part};
+use scylla_core::train::{AlignContext, AlignLoss, AlignNeeds, Aligner, AnswerLogits, Part};
 use serde::Deserialize;
 
 use crate::answer::IGNORED;

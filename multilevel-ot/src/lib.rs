@@ -1,6 +1,6 @@
 //! Cross-tokenizer distillation by optimal transport (MultiLevelOT, arXiv:2412.14528), and what it is compared with.
 //!
-//! Aligners implement [`scylla_core::plugin::Aligner`]: a differentiable loss between a teacher's and a student's answers
+//! Aligners implement [`scylla_core::train::Aligner`]: a differentiable loss between a teacher's and a student's answers
 //! over different vocabularies, one file each. Losses over logits are computed on plain numbers, in the student's precision,
 //! with gradients written out; the parts of a loss carry their names and weights. This crate never decodes.
 

@@ -6,7 +6,7 @@ use candle_core::{
     CpuStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, WithDType,
 };
 use scylla_core::kernels::zeros;
-use scylla_core::plugin::{AlignLoss, AnswerLogits, Part};
+use scylla_core::train::{AlignLoss, AnswerLogits, Part};
 
 use crate::answer::{Pair, Side};
 use crate::{Error, Result, Scalar};
@@ -185,12 +185,12 @@ impl Inputs {
     }
 }
 
-/// Makes an [`Objective`] an [`scylla_core::plugin::Aligner`] that needs byte offsets, or not.
+/// Makes an [`Objective`] an [`scylla_core::train::Aligner`] that needs byte offsets, or not.
 macro_rules! aligner {
     ($of:ty, offsets: $offsets:literal) => {
-        impl scylla_core::plugin::Aligner for $of {
-            fn needs(&self) -> scylla_core::plugin::AlignNeeds {
-                scylla_core::plugin::AlignNeeds {
+        impl scylla_core::train::Aligner for $of {
+            fn needs(&self) -> scylla_core::train::AlignNeeds {
+                scylla_core::train::AlignNeeds {
                     offsets: $offsets,
                     ..Default::default()
                 }
@@ -198,10 +198,10 @@ macro_rules! aligner {
 
             fn loss(
                 &self,
-                teacher: &scylla_core::plugin::AnswerLogits,
-                student: &scylla_core::plugin::AnswerLogits,
-                _: &scylla_core::plugin::AlignContext,
-            ) -> scylla_core::Result<scylla_core::plugin::AlignLoss> {
+                teacher: &scylla_core::train::AnswerLogits,
+                student: &scylla_core::train::AnswerLogits,
+                _: &scylla_core::train::AlignContext,
+            ) -> scylla_core::Result<scylla_core::train::AlignLoss> {
                 Ok($crate::loss::loss(self, teacher, student)?)
             }
         }

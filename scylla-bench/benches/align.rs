@@ -14,7 +14,7 @@ use multilevel_ot::{Matching, MultiLevelOt, Uld};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
-use scylla_core::plugin::{AlignContext, Aligner, AnswerLogits};
+use scylla_core::train::{AlignContext, Aligner, AnswerLogits};
 
 const TEACHER: usize = 152_064;
 const STUDENT: usize = 49_152;

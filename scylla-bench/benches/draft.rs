@@ -16,7 +16,7 @@ use scylla_core::model::{LoadOptions, Loaded, ModelFiles, WeightForm, load};
 use scylla_core::plugin::{Committed, DraftModel, Matrix, Request};
 use scylla_core::sampling::Sampling;
 use scylla_core::tree::Budget;
-use scylla_draft::network::{self, Network, Nodes, Shared};
+use scylla_draft::network::{self, DraftHost, Network, Nodes};
 use scylla_draft::tree::{TreeDraft, TreeSettings};
 use scylla_tests::{Tiny, TinyDraft};
 use serde_json::json;
@@ -37,15 +37,11 @@ fn target() -> Loaded {
     load(&ModelFiles::open(&path).expect("opens"), &options).expect("loads")
 }
 
-fn shared(target: &Loaded, weights: WeightForm, head: Option<Vec<u32>>) -> Shared {
-    let (ends, pool) = target.shared().expect("on the CPU").clone();
-    Shared {
-        ends,
-        pool,
-        known: target.config.vocab,
-        target: target.model.shape(),
+fn host(target: &Loaded, weights: WeightForm, head: Option<Vec<u32>>) -> DraftHost {
+    DraftHost {
         weights,
         head: head.map(Into::into),
+        ..DraftHost::of(target)
     }
 }
 
@@ -97,9 +93,9 @@ fn bench<N: Network + 'static>(
     load: impl Fn() -> N,
 ) {
     let hidden = target.config.hidden;
-    let pool = &target.shared().expect("on the CPU").1;
+    let pool = target.executor.pool().expect("on the CPU");
     let mut network = filled(load(), hidden);
-    let mut logits = Vec::new();
+    let mut logits = Matrix::default();
     let tokens: Vec<u32> = (0..ROWS as u32).map(|i| 2000 + i).collect();
     let bytes = network.step_bytes();
     limit(name, bytes, 1, pool);
@@ -147,15 +143,17 @@ fn bench<N: Network + 'static>(
 fn drafts(c: &mut Criterion) {
     let target = target();
     let t = &target.config;
+    let layer = &t.layers[0];
     let tiny = Tiny {
         family: "llama",
+        window: None,
         vocab: t.vocab,
         hidden: t.hidden,
-        ffn: t.ffn,
-        layers: t.layers,
-        heads: t.heads,
-        kv_heads: t.kv_heads,
-        head_dim: t.head_dim,
+        ffn: layer.ffn,
+        layers: t.layers.len(),
+        heads: layer.heads,
+        kv_heads: layer.kv_heads,
+        head_dim: layer.head_dim,
         tied: true,
         seed: 0,
     };
@@ -166,7 +164,7 @@ fn drafts(c: &mut Criterion) {
     for weights in [WeightForm::F32, WeightForm::Q8_0] {
         let name = format!("eagle3 8192 {weights}");
         bench(c, &name, &target, || {
-            network::eagle3(&at("eagle3"), None, &shared(&target, weights, None)).expect("loads")
+            network::eagle3(&at("eagle3"), None, &host(&target, weights, None)).expect("loads")
         });
     }
     for (head, ids) in [
@@ -174,8 +172,8 @@ fn drafts(c: &mut Criterion) {
         ("8192 ids", Some((0..8192).collect::<Vec<u32>>())),
     ] {
         bench(c, &format!("eagle2 {head} q8_0"), &target, || {
-            let shared = shared(&target, WeightForm::Q8_0, ids.clone());
-            network::eagle(&at("eagle2"), &shared).expect("loads")
+            let host = host(&target, WeightForm::Q8_0, ids.clone());
+            network::eagle(&at("eagle2"), &host).expect("loads")
         });
     }
 }

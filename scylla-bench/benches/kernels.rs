@@ -62,6 +62,7 @@ fn of_attention(pool: &Pool) {
             let times = caches.iter().map(|cache| {
                 let row = |i| AttentionRow {
                     cache,
+                    first: 0,
                     contiguous: CONTEXT + 1 + i,
                     scattered: &[],
                 };

@@ -6,86 +6,36 @@
 
 mod common;
 
-use std::cell::Cell;
 use std::sync::Arc;
 
 use common::{asked_for, median, memory, read_rate, seconds};
-use scylla_core::Result;
-use scylla_core::kernels::{Linear, Pool, Scratch, Weight, rms_norm};
+use scylla_core::kernels::{Linear, Pool, Scratch};
 use scylla_core::model::{
-    CpuStack, Ends, Layer, ModelConfig, RopeScaling, Rows, WeightForm, Weights,
+    Cpu, CpuStack, Executor, Forms, LayerWeights, ModelConfig, Stack, StackRows, TokenLayers,
+    WeightForm, Weights,
 };
+use scylla_core::plugin::Matrix;
+use scylla_tests::{RandomWeights, llama_shape};
 
 const CONTEXT: usize = 512;
 const REPEATS: usize = 15;
 
-/// Weights without meaning: the time does not depend on what they say.
-struct Random {
-    form: WeightForm,
-    state: Cell<u32>,
-}
-
-impl Random {
-    fn values(&self, n: usize) -> Vec<f32> {
-        let mut state = self.state.get();
-        let next = |_| {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            ((state >> 8) as f32 / (1 << 24) as f32 - 0.5) * 0.05
-        };
-        let values = (0..n).map(next).collect();
-        self.state.set(state);
-        values
-    }
-}
-
-impl Weights for Random {
-    fn matrix(&self, _: &str, n: usize, k: usize) -> Result<Weight> {
-        self.form.apply(Weight::f32(&self.values(n * k), k))
-    }
-    fn vector(&self, _: &str, n: usize) -> Result<Vec<f32>> {
-        Ok(vec![1.0; n])
-    }
-}
-
-fn shape(
-    layers: usize,
-    hidden: usize,
-    ffn: usize,
-    heads: (usize, usize),
-    vocab: usize,
-) -> ModelConfig {
-    ModelConfig {
-        architecture: "llama".into(),
-        vocab,
-        hidden,
-        ffn,
-        layers,
-        heads: heads.0,
-        kv_heads: heads.1,
-        head_dim: hidden / heads.0,
-        norm_eps: 1e-5,
-        rope_theta: 1e4,
-        rope_scaling: RopeScaling::None,
-        window: None,
-        context: 2048,
-        tied: true,
-        qkv_bias: false,
-    }
-}
-
 /// A model.
 struct Model {
+    on: Cpu,
     stack: CpuStack,
-    ends: Ends,
-    norm: Vec<f32>,
+    tokens: TokenLayers,
+    /// The head again, as a product among the others.
+    head: Linear,
+    norm: Matrix,
     scratch: Scratch,
-    logits: Vec<f32>,
-    normed: Vec<f32>,
+    logits: Matrix,
+    normed: Matrix,
 }
 
 impl Model {
-    fn rows(m: usize) -> Rows<'static> {
-        Rows {
+    fn rows(m: usize) -> StackRows<'static> {
+        StackRows {
             slot: 0,
             count: m,
             parents: &[],
@@ -93,25 +43,24 @@ impl Model {
     }
 
     /// Layers, final norm and head; the rows are dropped again.
-    fn forward(&mut self, x: &mut [f32]) {
-        let m = x.len() / self.ends.hidden;
-        let run = self.stack.forward(&[Self::rows(m)], x, None, |_, _| {});
+    fn forward(&mut self, x: &mut Matrix) {
+        let m = x.rows();
+        let run = self
+            .stack
+            .forward(&[Self::rows(m)], x, None, &mut |_, _| {});
         run.expect("forward");
-        self.normed.resize(x.len(), 0.0);
-        rms_norm(x, &self.norm, 1e-5, &mut self.normed);
-        self.logits.resize(m * self.ends.vocab, 0.0);
-        let (pool, head) = (self.stack.pool(), self.ends.head());
-        head.forward(pool, &self.normed, &mut self.scratch, &mut self.logits)
-            .expect("head");
+        let norm = self.on.rms_norm(x, &self.norm, 1e-5, &mut self.normed);
+        norm.expect("norm");
+        let head = self.tokens.head.multiply(&self.normed, &mut self.logits);
+        head.expect("head");
         self.stack.commit(0, &[]).expect("drop the rows");
     }
 
     /// The linear layers alone.
     fn linears(&mut self, x: &[f32], m: usize, out: &mut Vec<f32>) {
-        let layers = self.stack.layers().iter().flat_map(Layer::linears);
-        let head: &Linear = self.ends.head();
+        let layers = self.stack.layers().iter().flat_map(LayerWeights::linears);
         let pool = self.stack.pool();
-        for linear in layers.chain([head]) {
+        for linear in layers.chain([&self.head]) {
             out.resize(m * linear.n, 0.0);
             let x = &x[..m * linear.k];
             linear
@@ -128,9 +77,15 @@ fn main() {
         pool.threads()
     );
     for (name, config) in [
-        ("1.1B", shape(22, 2048, 5632, (32, 4), 32000)),
-        ("SmolLM2-135M", shape(30, 576, 1536, (9, 3), 49152)),
-        ("Qwen2.5-0.5B", shape(24, 896, 4864, (14, 2), 151936)),
+        ("1.1B", llama_shape(22, 2048, 5632, (32, 4), 32000, true)),
+        (
+            "SmolLM2-135M",
+            llama_shape(30, 576, 1536, (9, 3), 49152, true),
+        ),
+        (
+            "Qwen2.5-0.5B",
+            llama_shape(24, 896, 4864, (14, 2), 151936, true),
+        ),
     ] {
         for form in [
             WeightForm::Q8_0,
@@ -147,32 +102,38 @@ fn main() {
 }
 
 fn line(config: &ModelConfig, form: WeightForm, pool: &Arc<Pool>) -> String {
-    let from = Random {
-        form,
-        state: Cell::new(1),
-    };
-    let layer = |_| Layer::read(&from, "", config, config.hidden, true).expect("random");
-    let layers: Vec<Layer> = (0..config.layers).map(layer).collect();
-    let ends = Ends::read(&from, config).expect("random");
-    let bytes = layers.iter().map(Layer::bytes).sum::<usize>() + ends.bytes();
-    let mut model = Model {
-        stack: CpuStack::new(config.clone(), layers, CONTEXT + 64, Arc::clone(pool)),
-        ends,
-        norm: vec![1.0; config.hidden],
-        scratch: Scratch::default(),
-        logits: Vec::new(),
-        normed: Vec::new(),
-    };
-    model.stack.open(0).expect("open");
+    let from = RandomWeights::new(form);
+    let on = Cpu::new(Arc::clone(pool));
+    let layer = |spec| LayerWeights::read(&from, "", spec).expect("random");
+    let layers: Vec<LayerWeights> = config.layers.iter().map(layer).collect();
+    let tokens = TokenLayers::read(&on, &from, config).expect("random");
     let h = config.hidden;
+    let head = from.matrix("lm_head.weight", config.vocab, h);
+    let mut forms = Forms::new();
+    let stack = CpuStack::new(layers, CONTEXT + 64, Arc::clone(pool));
+    let norms = stack.count(&mut forms);
+    tokens.count(&mut forms);
+    let bytes = forms.values().sum::<usize>() + norms;
+    let mut model = Model {
+        stack,
+        tokens,
+        head: Linear::new(head.expect("random"), None).settled(),
+        norm: Matrix::host(vec![1.0; h], h),
+        scratch: Scratch::default(),
+        logits: Matrix::default(),
+        normed: Matrix::default(),
+        on,
+    };
+    let values = |n: usize| -> Vec<f32> { (0..n).map(|i| (i as f32 * 0.73).sin()).collect() };
+    model.stack.open(0).expect("open");
     let prefill = seconds(|| {
         let mut at = 0;
         while at < CONTEXT {
-            let mut x = from.values(128 * h);
+            let mut x = Matrix::host(values(128 * h), h);
             let rows = [Model::rows(128)];
             model
                 .stack
-                .forward(&rows, &mut x, None, |_, _| {})
+                .forward(&rows, &mut x, None, &mut |_, _| {})
                 .expect("forward");
             let path: Vec<usize> = (0..128).collect();
             model.stack.commit(0, &path).expect("commit");
@@ -184,14 +145,14 @@ fn line(config: &ModelConfig, form: WeightForm, pool: &Arc<Pool>) -> String {
     let mut whole = vec![Vec::new(); sizes.len()];
     let mut alone = vec![Vec::new(); sizes.len()];
     let mut rate: f64 = 0.0;
-    let widest = h.max(config.ffn);
-    let input = from.values(32 * widest);
+    let widest = h.max(config.layers[0].ffn);
+    let input = values(32 * widest);
     let mut out = Vec::new();
     model.linears(&input, 32, &mut out); // brings its buffers in place
     for _ in 0..REPEATS {
         for (i, &m) in sizes.iter().enumerate() {
             rate = rate.max(read_rate(pool, &data));
-            let mut x = input[..m * h].to_vec();
+            let mut x = Matrix::host(input[..m * h].to_vec(), h);
             whole[i].push(seconds(|| model.forward(&mut x)));
             alone[i].push(seconds(|| model.linears(&input, m, &mut out)));
         }

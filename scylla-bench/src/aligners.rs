@@ -4,8 +4,8 @@ use multilevel_ot::{
     Alm, Dskd, Gold, GoldSettings, MinEd, MinEdSettings, MultiLevelOt, Projection, Space, Uld,
     Vocabulary, XToken, XTokenSettings,
 };
-use scylla_core::plugin::Aligner;
 use scylla_core::text::Tokenizer;
+use scylla_core::train::Aligner;
 use toml::Table;
 
 use crate::registry::{Registry, parse};

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use scylla_core::assets;
 use scylla_core::files::read_text;
-use scylla_core::model::{CpuModel, DeviceModel, LoadOptions, ModelFiles, WeightForm};
-use scylla_core::plugin::{DraftModel, TargetModel};
+use scylla_core::model::{LoadOptions, ModelFiles, WeightForm, load_on};
+use scylla_core::plugin::DraftModel;
 use scylla_core::text::Tokenizer;
-use scylla_draft::network::{self, DraftLm, NODES, Network, Shared};
+use scylla_draft::network::{self, DraftHost, DraftLm, NODES, Network};
 use scylla_draft::tree::{TreeDraft, TreeSettings};
 use serde::Deserialize;
 use toml::Table;
@@ -105,15 +105,12 @@ fn read_ids(path: &Path) -> Result<Vec<u32>> {
         .collect()
 }
 
-fn shared(context: &DraftContext<'_>, own: &WeightSettings) -> Result<Shared> {
-    let (ends, pool) = context.session.shared()?;
-    Ok(Shared {
-        ends,
-        pool,
-        target: context.target.clone(),
+fn host(context: &DraftContext<'_>, own: &WeightSettings) -> Result<DraftHost> {
+    Ok(DraftHost {
         known: context.session.known_tokens(),
         weights: own.weights,
         head: head(context, own)?,
+        ..DraftHost::of(&context.session.target)
     })
 }
 
@@ -138,12 +135,12 @@ fn feature<N: Network + 'static>(
     name: &str,
     context: &DraftContext<'_>,
     table: Table,
-    load: impl FnOnce(&Path, Option<&[usize]>, &Shared) -> scylla_core::Result<N>,
+    load: impl FnOnce(&Path, Option<&[usize]>, &DraftHost) -> scylla_core::Result<N>,
 ) -> Result<Box<dyn DraftModel>> {
     let (own, tree) = settings(table)?;
     let dir = weights_of(context, name)?;
     warn_of_other_target(&dir, context)?;
-    let network = load(&dir, own.taps.as_deref(), &shared(context, &own)?)?;
+    let network = load(&dir, own.taps.as_deref(), &host(context, &own)?)?;
     network.notes().iter().for_each(|note| warn(note));
     Ok(Box::new(TreeDraft::new(network, &tree)?))
 }
@@ -193,21 +190,10 @@ pub(crate) fn draft_lm(context: &DraftContext<'_>, table: Table) -> Result<Box<d
         context: (context.target.context + NODES).min(files.config.context),
         ..context.session.options.clone()
     };
-    let (model, bytes): (Box<dyn TargetModel + Send>, usize) = match context.session.target.shared()
-    {
-        Some((_, pool)) => {
-            let model = CpuModel::load_on(&files, &options, Arc::clone(pool))?;
-            let bytes = model.weight_bytes();
-            (Box::new(model), bytes)
-        }
-        None => {
-            let model = DeviceModel::load(&files, &options)?;
-            let bytes = model.weight_bytes();
-            (Box::new(model), bytes)
-        }
-    };
+    let executor = Arc::clone(&context.session.target.executor);
+    let model = load_on(&files, &options, executor)?;
     let known = context.session.known_tokens();
-    let network = DraftLm::new(model, bytes, context.target.vocab, known)?;
+    let network = DraftLm::new(model.model, model.weight_bytes, context.target.vocab, known)?;
     Ok(Box::new(TreeDraft::new(network, &tree)?))
 }
 

@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use scylla_core::plugin::{Aligner, DraftModel, TargetShape, Verifier};
+use scylla_core::plugin::{DraftModel, TargetShape, Verifier};
 use scylla_core::sampling::Sampling;
+use scylla_core::train::Aligner;
 use scylla_draft::{Ngram, Suffix};
 use scylla_verify::{
     Block, Chain, DeterministicTree, Greedy, KSeq, RrsWithoutReplacement, SpecInfer, Traversal,

@@ -3,15 +3,13 @@
 use std::cell::OnceCell;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use jiff::ZonedDateTime;
 use jiff::civil::DateTime;
 use scylla_core::assets::{self, OnProgress};
 use scylla_core::decode::{Event, Job, Output, Parts, Settings, decode};
-use scylla_core::kernels::Pool;
-use scylla_core::model::{Ends, LoadOptions, Loaded, ModelFiles, load, parse_device};
-use scylla_core::plugin::{DraftModel, Fixed, Verifier};
+use scylla_core::model::{LoadOptions, Loaded, ModelFiles, load, parse_device};
+use scylla_core::plugin::{DraftModel, FixedBudget, Verifier};
 use scylla_core::text::{Message, Tokenizer, eos_of_model, no_tokenizer};
 
 use crate::environment::{Environment, commit, cpu};
@@ -50,7 +48,7 @@ pub struct Decoder {
     draft: Option<Box<dyn DraftModel>>,
     /// The rule.
     pub verifier: Box<dyn Verifier>,
-    policy: Fixed,
+    policy: FixedBudget,
 }
 
 impl Session {
@@ -209,18 +207,6 @@ impl Session {
         self.tokenizer.as_ref().map_or(vocab, Tokenizer::size)
     }
 
-    /// What drafts on the CPU share with the target: embedding, head and threads.
-    pub fn shared(&self) -> Result<(Ends, Arc<Pool>)> {
-        match self.target.shared() {
-            Some((ends, pool)) => Ok((ends.clone(), Arc::clone(pool))),
-            None => {
-                let pool = Pool::new(self.options.thread_count());
-                let files = ModelFiles::open(&self.path)?;
-                Ok((Ends::open(&files, &self.options)?, Arc::new(pool)))
-            }
-        }
-    }
-
     /// Makes the draft and the rule of an experiment.
     pub fn decoder(&self, registry: &Registry, experiment: &Experiment) -> Result<Decoder> {
         let spec = &experiment.draft;
@@ -239,7 +225,7 @@ impl Session {
                 experiment.budget.width,
                 rule.settings.clone(),
             )?,
-            policy: Fixed(experiment.budget.into()),
+            policy: FixedBudget(experiment.budget.into()),
         })
     }
 

@@ -234,7 +234,11 @@ fn export_writes_once_and_says_what_it_cannot() {
     );
     refused(
         export("scylla:scylla", "eagle", "out/x", &[]),
-        &["`scylla`", "eagle3"],
+        &["a Scylla network", "format Eagle"],
+    );
+    refused(
+        export("ngram:scylla", "eagle", "out/x", &[]),
+        &["`ngram`", "eagle3"],
     );
     refused(
         export("eagle2:eagle2", "medusa", "out/x", &[]),

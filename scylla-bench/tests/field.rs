@@ -390,21 +390,26 @@ fn merged(base: &Value, more: &Value) -> Value {
     all
 }
 
+/// Plain decoding and speculation far beyond the window, and another text than without one.
 #[test]
-fn a_windowed_model_runs_within_its_window_and_a_long_prompt_is_told_what_to_set() {
+fn a_windowed_model_runs_past_its_window_and_a_long_prompt_is_told_what_to_set() {
     let place = Place::new();
+    let text = |more: &[&str]| {
+        let args = [
+            &["--prompt-ids", "1,2,3,1,2", "--ignore-eos"],
+            &["--set", "run.max_new_tokens=120"][..],
+            more,
+        ];
+        place.json(&generate("m", &args.concat()))["ids"].clone()
+    };
+    place.talking("m", |_| {});
+    let whole = text(&[]);
     place.talking("m", |[c, ..]| {
         *c = merged(c, &json!({"model_type": "mistral", "sliding_window": 32}))
     });
-    let message = place.refused(&generate("m", &["--prompt-ids", "1"]));
-    assert!(
-        message.contains("sliding_window 32") && message.contains("target.context = 32"),
-        "{message}"
-    );
-    place.json(&generate(
-        "m",
-        &["--prompt-ids", "1", "--set", "target.context=32"],
-    ));
+    let plain = text(&[]);
+    assert_eq!(plain, text(&["--draft", "ngram"]));
+    assert_ne!(plain, whole, "the window is looked through");
     place.talking("m", |_| {});
     let long = vec!["1"; 40].join(",");
     let message = place.refused(&generate(
@@ -497,7 +502,9 @@ fn gguf_files_are_read_as_llama_cpp_reads_them() {
             "{key}: {message}"
         );
     }
-    assert!(refused(&[("llama.rope.scaling.type", Meta::String("yarn".into()))]).contains("yarn"));
+    let rope = |kind: &str| refused(&[("llama.rope.scaling.type", Meta::String(kind.into()))]);
+    assert!(rope("yarn").contains("llama.rope.scaling.factor"));
+    assert!(rope("longrope").contains("longrope"));
     std::fs::remove_file(place.path("model-00002-of-00002.gguf")).expect("remove");
     let message = place.refused(&generate(&split, &["--prompt-ids", "1"]));
     assert!(
@@ -1044,8 +1051,10 @@ fn tokenizers_of_target_and_draft_are_compared_wherever_they_may_differ() {
 }
 
 #[test]
-fn device_weights_are_held_as_asked_or_refused() {
-    use scylla_core::model::{DeviceModel, LoadOptions, ModelFiles, WeightForm};
+fn device_weights_are_held_as_asked() {
+    use std::sync::Arc;
+
+    use scylla_core::model::{LoadOptions, ModelFiles, OnDevice, WeightForm, load_on};
     let dir = tempfile::tempdir().expect("dir");
     write_hf(&Tiny::default(), dir.path(), Dtype::BF16, 1);
     let files = ModelFiles::open(dir.path()).expect("opens");
@@ -1054,15 +1063,16 @@ fn device_weights_are_held_as_asked_or_refused() {
             weights,
             ..LoadOptions::default()
         };
-        DeviceModel::load(&files, &options).map(|model| model.forms())
+        let device = OnDevice::new(options.device.clone());
+        load_on(&files, &options, Arc::new(device)).map(|loaded| loaded.forms)
     };
-    assert_eq!(load(WeightForm::F32).expect("f32"), ["f32"]);
-    assert_eq!(load(WeightForm::Q8_0).expect("q8_0"), ["q8_0"]);
-    for form in [WeightForm::Bf16, WeightForm::Q4] {
-        let error = load(form).expect_err("refused").to_string();
-        assert!(
-            error.contains(&form.to_string()) && error.contains("q8_0"),
-            "{error}"
-        );
+    for (form, held) in [
+        (WeightForm::AsIs, "bf16"),
+        (WeightForm::F32, "f32"),
+        (WeightForm::Bf16, "bf16"),
+        (WeightForm::Q8_0, "q8_0"),
+        (WeightForm::Q4, "q4_1"),
+    ] {
+        assert_eq!(load(form).expect("loads"), [held]);
     }
 }

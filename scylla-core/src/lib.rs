@@ -17,6 +17,7 @@ pub mod plugin;
 pub mod sampling;
 pub mod table;
 pub mod text;
+pub mod train;
 pub mod tree;
 
 pub use error::{Error, Result};

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor, Var};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use scylla_core::plugin::{AlignContext, AlignLoss, Aligner, AnswerLogits};
+use scylla_core::train::{AlignContext, AlignLoss, Aligner, AnswerLogits};
 
 /// Bytes of the student's tokens; the first, without any, ends a text.
 pub const STUDENT: [&str; 8] = ["", "a", "b", "c", "ab", "bc", "d", "dab"];

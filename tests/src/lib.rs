@@ -2,18 +2,21 @@
 
 pub mod answers;
 mod drafts;
+mod random;
 mod tiny;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use safetensors::{Dtype, SafeTensors};
 use scylla_core::assets::{DEFAULT_MODEL, cache_dir};
+use scylla_core::kernels::Pool;
 use scylla_core::model::{
-    CpuModel, DeviceModel, LoadOptions, ModelFiles, WeightForm, parse_device,
+    Cpu, Executor, LoadOptions, Loaded, ModelFiles, OnDevice, WeightForm, load_on, parse_device,
 };
-use scylla_core::plugin::TargetModel;
 
 pub use drafts::{DraftTensor, TinyDraft};
+pub use random::{RandomWeights, llama_shape};
 pub use tiny::{
     LETTERS, Tiny, byte_level_tokenizer, write_gguf, write_gguf_with, write_hf,
     write_sentencepiece_gguf, write_split_gguf,
@@ -42,30 +45,33 @@ pub fn default_model(test: &str) -> Option<PathBuf> {
     }
 }
 
-/// Every implementation of the transformer that this build and machine can run, by name.
-pub fn backends(files: &ModelFiles, weights: WeightForm) -> Vec<(String, Box<dyn TargetModel>)> {
-    let options = |device: &str, threads| LoadOptions {
-        weights,
-        threads,
-        context: 0,
-        device: parse_device(device).expect("device"),
-    };
-    let mut all: Vec<(String, Box<dyn TargetModel>)> = Vec::new();
+/// Every executor that this build and machine have, by name: the kernels on one and on two threads, candle's tensors on
+/// the CPU, and on the first GPU where the build has CUDA.
+pub fn executors() -> Vec<(String, Arc<dyn Executor>)> {
+    let mut all: Vec<(String, Arc<dyn Executor>)> = Vec::new();
     for threads in [1, 2] {
-        let model = CpuModel::load(files, &options("cpu", threads)).expect("loads");
-        all.push((format!("kernels, {threads} threads"), Box::new(model)));
+        let kernels = Cpu::new(Arc::new(Pool::new(threads)));
+        all.push((format!("kernels, {threads} threads"), Arc::new(kernels)));
     }
     let mut devices = vec!["cpu"];
     if cfg!(feature = "cuda") {
         devices.push("cuda");
     }
-    // Forms that candle's devices have not are refused there.
-    let refused = matches!(weights, WeightForm::Bf16 | WeightForm::Q4);
-    for device in devices.into_iter().filter(|_| !refused) {
-        let model = DeviceModel::load(files, &options(device, 1)).expect("loads");
-        all.push((format!("candle on {device}"), Box::new(model)));
+    for name in devices {
+        let device = OnDevice::new(parse_device(name).expect("device"));
+        all.push((format!("candle on {name}"), Arc::new(device)));
     }
     all
+}
+
+/// A model on every executor.
+pub fn backends(files: &ModelFiles, weights: WeightForm) -> Vec<(String, Loaded)> {
+    let options = LoadOptions {
+        weights,
+        ..LoadOptions::default()
+    };
+    let load = |(name, executor)| (name, load_on(files, &options, executor).expect("loads"));
+    executors().into_iter().map(load).collect()
 }
 
 /// A safetensors file read whole.
@@ -75,6 +81,12 @@ impl Tensors {
     /// Reads a file.
     pub fn read(path: &Path) -> Self {
         Self(std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
+    }
+
+    /// Whether a tensor is there.
+    pub fn has(&self, name: &str) -> bool {
+        let file = SafeTensors::deserialize(&self.0).expect("safetensors");
+        file.tensor(name).is_ok()
     }
 
     /// Values and shape of an f32 tensor.

@@ -14,8 +14,10 @@ use safetensors::tensor::TensorView;
 /// The shape of a tiny model.
 #[derive(Debug, Clone, Copy)]
 pub struct Tiny {
-    /// `llama` or `qwen2`.
+    /// `llama`, `mistral`, `qwen2` or `qwen3`.
     pub family: &'static str,
+    /// Positions that Mistral's layers see, and Qwen's from the second on; llama has no window.
+    pub window: Option<usize>,
     /// V.
     pub vocab: usize,
     /// H, a multiple of 32 so that every weight form fits.
@@ -40,6 +42,7 @@ impl Default for Tiny {
     fn default() -> Self {
         Self {
             family: "llama",
+            window: None,
             vocab: 97,
             hidden: 64,
             ffn: 96,
@@ -80,6 +83,10 @@ impl Tiny {
                     add(&format!("self_attn.{name}_proj.bias"), vec![n]);
                 }
             }
+            if self.family == "qwen3" {
+                add("self_attn.q_norm.weight", vec![self.head_dim]);
+                add("self_attn.k_norm.weight", vec![self.head_dim]);
+            }
             add("self_attn.o_proj.weight", vec![h, q]);
             add("mlp.gate_proj.weight", vec![self.ffn, h]);
             add("mlp.up_proj.weight", vec![self.ffn, h]);
@@ -111,8 +118,9 @@ impl Tiny {
     }
 
     fn config(&self) -> serde_json::Value {
-        serde_json::json!({
+        let mut config = serde_json::json!({
             "model_type": self.family,
+            "sliding_window": self.window,
             "vocab_size": self.vocab,
             "hidden_size": self.hidden,
             "intermediate_size": self.ffn,
@@ -125,7 +133,12 @@ impl Tiny {
             "max_position_embeddings": 256,
             "tie_word_embeddings": self.tied,
             "eos_token_id": [2, 3],
-        })
+        });
+        if self.family.starts_with("qwen") && self.window.is_some() {
+            config["use_sliding_window"] = true.into();
+            config["max_window_layers"] = 1.into();
+        }
+        config
     }
 }
 
@@ -308,6 +321,8 @@ fn gguf_name(name: &str) -> String {
         ("self_attn.q_proj", "attn_q"),
         ("self_attn.k_proj", "attn_k"),
         ("self_attn.v_proj", "attn_v"),
+        ("self_attn.q_norm", "attn_q_norm"),
+        ("self_attn.k_norm", "attn_k_norm"),
         ("post_attention_layernorm", "ffn_norm"),
         ("input_layernorm", "attn_norm"),
         ("mlp.gate_proj", "ffn_gate"),

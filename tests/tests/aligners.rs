@@ -7,7 +7,7 @@ use multilevel_ot::{
     XTokenSettings,
 };
 use proptest::prelude::*;
-use scylla_core::plugin::{AlignContext, Aligner, AnswerLogits};
+use scylla_core::train::{AlignContext, Aligner, AnswerLogits};
 use scylla_tests::answers::{
     Answers, HIDDEN, STUDENT, TEACHER, gradient, numbers, part, random, value,
 };
@@ -684,7 +684,7 @@ fn the_released_code_is_hardly_more_than_cross_entropy_and_had() {
     let norms = |aligner: &MultiLevelOt| -> Vec<(&str, f64)> {
         let loss = answers.loss(aligner);
         let norm = |g: Vec<f64>| g.iter().map(|g| g * g).sum::<f64>().sqrt();
-        let part = |p: &scylla_core::plugin::Part| {
+        let part = |p: &scylla_core::train::Part| {
             (p.name, p.weight * norm(gradient(&p.value, &answers.logits)))
         };
         loss.parts.iter().map(part).collect()

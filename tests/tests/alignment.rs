@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use multilevel_ot::bytes::{Group, groups};
 use multilevel_ot::transport::{Problem, Scaling, Settings, Stop, sinkhorn};
 use multilevel_ot::{Matching, Mode, MultiLevelOt, Uld};
-use scylla_core::plugin::{AlignLoss, AnswerLogits};
+use scylla_core::train::{AlignLoss, AnswerLogits};
 use scylla_tests::answers::{Answers, gradient, part, value};
 use scylla_tests::{Tensors, golden};
 use serde_json::Value;

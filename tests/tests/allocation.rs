@@ -3,17 +3,18 @@
 use allocation_counter::{AllocationInfo, measure};
 use safetensors::Dtype;
 use scylla_core::chance::Seeded;
-use scylla_core::model::{LoadOptions, ModelFiles, WeightForm, load};
+use scylla_core::model::{LoadOptions, ModelFiles, load};
 use scylla_core::plugin::{Committed, DraftModel, Matrix, Request, SlotRows, Step, Want};
 use scylla_core::sampling::Sampling;
 use scylla_core::tree::Budget;
-use scylla_draft::network::{self, DraftLm, Shared};
+use scylla_draft::network::{self, DraftHost, DraftLm};
 use scylla_draft::tree::{TreeDraft, TreeKind, TreeSettings};
 use scylla_tests::{Tiny, TinyDraft, write_hf};
 use serde_json::json;
 
 const TINY: Tiny = Tiny {
     family: "llama",
+    window: None,
     vocab: 97,
     hidden: 32,
     ffn: 48,
@@ -94,15 +95,7 @@ fn a_drafting_cycle_allocates_as_much_after_ten_tokens_as_after_two_hundred() {
     };
     let open = || load(&ModelFiles::open(&at("target")).expect("opens"), &options).expect("loads");
     let target = open();
-    let (ends, pool) = target.shared().expect("on the CPU").clone();
-    let shared = Shared {
-        ends,
-        pool,
-        known: TINY.vocab,
-        target: target.model.shape(),
-        weights: WeightForm::AsIs,
-        head: None,
-    };
+    let host = DraftHost::of(&target);
     // A shape that does not hang on what the networks say.
     let settings = TreeSettings {
         tree: TreeKind::Widths,
@@ -111,15 +104,15 @@ fn a_drafting_cycle_allocates_as_much_after_ten_tokens_as_after_two_hundred() {
     let lm = DraftLm::new(open().model, 0, TINY.vocab, TINY.vocab).expect("draft-lm");
     let drafts = [
         TreeDraft::new(
-            network::eagle(&at("eagle2"), &shared).expect("eagle2"),
+            network::eagle(&at("eagle2"), &host).expect("eagle2"),
             &settings,
         ),
         TreeDraft::new(
-            network::eagle3(&at("eagle3"), None, &shared).expect("eagle3"),
+            network::eagle3(&at("eagle3"), None, &host).expect("eagle3"),
             &settings,
         ),
         TreeDraft::new(
-            network::scylla(&at("scylla"), &shared).expect("scylla"),
+            network::scylla(&at("scylla"), &host).expect("scylla"),
             &settings,
         ),
         TreeDraft::new(lm, &settings),

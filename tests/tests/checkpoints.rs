@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 const TARGET: Tiny = Tiny {
     family: "llama",
+    window: None,
     vocab: 30,
     hidden: 32,
     ffn: 48,
@@ -48,10 +49,7 @@ fn open(dir: &Path) -> scylla_core::Result<Checkpoint> {
 fn write(from: &Path, to: &Path, format: Format, precision: Precision, bias: bool) -> Written {
     let checkpoint = open(from).expect("opens");
     let target = config();
-    let taps = match checkpoint.family {
-        Family::Eagle3 | Family::Speculators => checkpoint.taps(None, &shape()).expect("taps"),
-        _ => vec![Tap::Final],
-    };
+    let taps = checkpoint.taps(None, &shape()).expect("taps");
     let embedding = || {
         Ok((0..TARGET.vocab * TARGET.hidden)
             .map(|i| i as f32)

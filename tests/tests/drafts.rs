@@ -2,23 +2,24 @@
 
 use std::cell::Cell;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
+use candle_core::Device;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use safetensors::Dtype;
 use scylla_core::chance::Seeded;
 use scylla_core::decode::{Event, Job, Output, Parts, Settings, decode};
-use scylla_core::model::{LoadOptions, Loaded, ModelFiles, WeightForm, load};
+use scylla_core::model::{Executor, LoadOptions, Loaded, ModelFiles, OnDevice, load_on};
 use scylla_core::plugin::{
-    Chance, Committed, DraftModel, Fixed, Matrix, Request, SlotRows, Step, TargetModel, Verifier,
-    Want,
+    Chance, Committed, DraftModel, FixedBudget, Matrix, Request, SlotRows, Step, TargetModel,
+    Verifier, Want,
 };
 use scylla_core::sampling::Sampling;
 use scylla_core::table::Law;
 use scylla_core::tree::{Budget, Drawing, Tree};
-use scylla_draft::network::{self, DraftLm, Shared};
+use scylla_draft::network::{self, DraftHost, DraftLm};
 use scylla_draft::tree::{Scored, TreeDraft, TreeKind, TreeSettings};
 use scylla_draft::{Ngram, Suffix};
 use scylla_tests::{Tiny, TinyDraft, write_hf};
@@ -31,6 +32,7 @@ use serde_json::json;
 /// A small vocabulary, so that random drafts are accepted now and then; layers enough for three taps.
 const TINY: Tiny = Tiny {
     family: "llama",
+    window: None,
     vocab: 13,
     hidden: 32,
     ffn: 48,
@@ -46,7 +48,6 @@ const TINY: Tiny = Tiny {
 struct Bench {
     dir: tempfile::TempDir,
     target: Loaded,
-    options: LoadOptions,
 }
 
 const NETWORKS: [&str; 7] = [
@@ -60,7 +61,21 @@ const NETWORKS: [&str; 7] = [
 ];
 
 impl Bench {
+    /// On the CPU kernels.
     fn new(tiny: Tiny, threads: usize) -> Self {
+        let options = LoadOptions {
+            threads,
+            ..LoadOptions::default()
+        };
+        Self::on(tiny, options.executor())
+    }
+
+    /// On candle's tensors on the CPU.
+    fn on_device(tiny: Tiny) -> Self {
+        Self::on(tiny, Arc::new(OnDevice::new(Device::Cpu)))
+    }
+
+    fn on(tiny: Tiny, executor: Arc<dyn Executor>) -> Self {
         let dir = tempfile::tempdir().expect("dir");
         let target = dir.path().join("target");
         std::fs::create_dir(&target).expect("directory");
@@ -87,48 +102,45 @@ impl Bench {
         write("scylla", "scylla", json!({}));
         let newer = json!({"fc_norm": true, "norm_before_fc": true, "norm_output": true});
         write("eagle3.1", "eagle3", newer);
-        let options = LoadOptions {
-            threads,
-            ..LoadOptions::default()
-        };
+        let files = ModelFiles::open(&target).expect("opens");
         Self {
-            target: load(&ModelFiles::open(&target).expect("opens"), &options).expect("loads"),
-            options,
+            target: load_on(&files, &LoadOptions::default(), executor).expect("loads"),
             dir,
         }
+    }
+
+    /// Another model where the target is computed.
+    fn load(&self, files: &ModelFiles) -> Box<dyn TargetModel + Send> {
+        let executor = Arc::clone(&self.target.executor);
+        load_on(files, &LoadOptions::default(), executor)
+            .expect("loads")
+            .model
     }
 
     fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    fn shared(&self, head: Option<&[u32]>) -> Shared {
-        let (ends, pool) = self.target.shared().expect("on the CPU").clone();
-        let target = self.target.model.shape();
-        Shared {
-            ends,
-            pool,
-            known: target.vocab,
-            target,
-            weights: WeightForm::AsIs,
+    fn host(&self, head: Option<&[u32]>) -> DraftHost {
+        DraftHost {
             head: head.map(Into::into),
+            ..DraftHost::of(&self.target)
         }
     }
 
     fn draft(&self, name: &str, tree: &TreeSettings, head: Option<&[u32]>) -> TreeDraft {
-        let (dir, shared) = (self.path(name), self.shared(head));
+        let (dir, host) = (self.path(name), self.host(head));
         match name {
-            "eagle2" => TreeDraft::new(network::eagle(&dir, &shared).expect(name), tree),
-            "hass" => TreeDraft::new(network::hass(&dir, &shared).expect(name), tree),
-            "scylla" => TreeDraft::new(network::scylla(&dir, &shared).expect(name), tree),
+            "eagle2" => TreeDraft::new(network::eagle(&dir, &host).expect(name), tree),
+            "hass" => TreeDraft::new(network::hass(&dir, &host).expect(name), tree),
+            "scylla" => TreeDraft::new(network::scylla(&dir, &host).expect(name), tree),
             "draft-lm" => {
                 let files = ModelFiles::open(&dir).expect("opens");
-                let lm = load(&files, &self.options).expect("loads");
-                let vocab = shared.target.vocab;
-                let network = DraftLm::new(lm.model, lm.weight_bytes, vocab, vocab);
+                let vocab = host.target.vocab;
+                let network = DraftLm::new(self.load(&files), 0, vocab, vocab);
                 TreeDraft::new(network.expect(name), tree)
             }
-            _ => TreeDraft::new(network::eagle3(&dir, None, &shared).expect(name), tree),
+            _ => TreeDraft::new(network::eagle3(&dir, None, &host).expect(name), tree),
         }
         .expect(name)
     }
@@ -141,7 +153,7 @@ impl Bench {
         prompts: &[Vec<u32>],
         settings: &Settings,
     ) -> scylla_core::Result<Vec<Output>> {
-        let mut policy = Fixed(budget);
+        let mut policy = FixedBudget(budget);
         let mut parts = Parts {
             target: self.target.model.as_mut(),
             draft: None,
@@ -521,7 +533,7 @@ fn q_passes_through_the_transform_that_p_passes_through() {
             ..TreeSettings::default()
         };
         let files = ModelFiles::open(&bench.path("target")).expect("opens");
-        let model = load(&files, &bench.options).expect("loads").model;
+        let model = bench.load(&files);
         let lm = DraftLm::new(model, 0, TINY.vocab, TINY.vocab).expect("draft-lm");
         let mut draft = TreeDraft::new(lm, &settings).expect("draft");
         draft.open(0).expect("open");
@@ -560,7 +572,7 @@ fn q_passes_through_the_transform_that_p_passes_through() {
 /// The target's next-token law behind a prompt, from the model itself.
 fn law(bench: &Bench, prompt: &[u32], sampling: &Sampling, vocab: usize) -> Law {
     let files = ModelFiles::open(&bench.path("target")).expect("opens");
-    let model = load(&files, &bench.options).expect("loads").model;
+    let model = bench.load(&files);
     let model: Mutex<Box<dyn TargetModel + Send>> = Mutex::new(model);
     let (prompt, sampling) = (prompt.to_vec(), sampling.clone());
     Arc::new(move |after: &[u32]| {
@@ -689,7 +701,7 @@ fn a_truncated_head_proposes_its_ids_alone() {
             tree.tokens
         );
     }
-    let outside = network::eagle(&bench.path("eagle2"), &bench.shared(Some(&[3, 13])));
+    let outside = network::eagle(&bench.path("eagle2"), &bench.host(Some(&[3, 13])));
     let error = outside.map(|_| ()).expect_err("outside").to_string();
     assert!(
         error.contains("token 13") && error.contains("vocabulary of 13"),
@@ -700,10 +712,9 @@ fn a_truncated_head_proposes_its_ids_alone() {
 /// A draft model with fewer logits than the tokenizer has tokens cannot have its tokenizer.
 #[test]
 fn a_draft_model_of_another_vocabulary_is_refused() {
-    let dir = tempfile::tempdir().expect("dir");
-    write_hf(&TINY, Path::new(dir.path()), Dtype::F32, 1);
-    let files = ModelFiles::open(dir.path()).expect("opens");
-    let model = load(&files, &LoadOptions::default()).expect("loads").model;
+    let bench = Bench::new(TINY, 1);
+    let files = ModelFiles::open(&bench.path("target")).expect("opens");
+    let model = bench.load(&files);
     let error = DraftLm::new(model, 0, 20, 18)
         .map(|_| ())
         .expect_err("refused");

@@ -2,16 +2,17 @@
 
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 
 use scylla_core::chance::Seeded;
 use scylla_core::decode::{Job, Parts, Settings, decode};
-use scylla_core::model::{LoadOptions, Loaded, ModelFiles, WeightForm, load};
-use scylla_core::plugin::{Committed, DraftModel, Fixed, Matrix, Request};
+use scylla_core::model::{Executor, LoadOptions, Loaded, ModelFiles, load_on};
+use scylla_core::plugin::{Committed, DraftModel, FixedBudget, Matrix, Request};
 use scylla_core::sampling::Sampling;
 use scylla_core::tree::{Budget, Tree};
-use scylla_draft::network::{self, Body, Feature, Network, Nodes, Shared};
+use scylla_draft::network::{self, Body, DraftHost, Feature, Network, Nodes};
 use scylla_draft::tree::{Scored, TreeDraft, TreeSettings};
-use scylla_tests::{Tensors, deviation, golden, ids};
+use scylla_tests::{Tensors, deviation, executors, golden, ids};
 use scylla_verify::Greedy;
 use serde_json::Value;
 
@@ -21,32 +22,20 @@ const LOGITS: f32 = 1e-3;
 /// One golden draft with its target.
 struct Case {
     target: Loaded,
-    shared: Shared,
+    host: DraftHost,
     dir: std::path::PathBuf,
     values: Tensors,
     json: Value,
 }
 
-fn case(golden: &Path, draft: &str, target: &str, threads: usize) -> Case {
+fn case(golden: &Path, draft: &str, target: &str, executor: &Arc<dyn Executor>) -> Case {
     let dir = golden.join("eagle").join(draft);
     let files = ModelFiles::open(&golden.join("models").join(target)).expect("target");
-    let options = LoadOptions {
-        threads,
-        ..LoadOptions::default()
-    };
-    let target = load(&files, &options).expect("loads");
-    let (ends, pool) = target.shared().expect("on the CPU").clone();
-    let shape = target.model.shape();
+    let options = LoadOptions::default();
+    let target = load_on(&files, &options, Arc::clone(executor)).expect("loads");
     let text = std::fs::read_to_string(dir.join("golden.json")).expect("golden.json");
     Case {
-        shared: Shared {
-            ends,
-            pool,
-            known: shape.vocab,
-            target: shape,
-            weights: WeightForm::AsIs,
-            head: None,
-        },
+        host: DraftHost::of(&target),
         target,
         values: Tensors::read(&dir.join("golden.safetensors")),
         json: serde_json::from_str(&text).expect("json"),
@@ -54,16 +43,17 @@ fn case(golden: &Path, draft: &str, target: &str, threads: usize) -> Case {
     }
 }
 
-/// Runs a generic body for both drafts, each on one and two threads.
+/// Runs a generic body for both drafts on every executor.
 macro_rules! check {
     ($test:literal, $body:ident) => {
         let Some(golden) = golden($test) else { return };
-        for threads in [1, 2] {
-            let mut case = case(&golden, "eagle1-llama2-tiny", "llama2-tiny", threads);
-            let eagle = network::eagle(&case.dir, &case.shared).expect("EAGLE-1");
+        for (name, executor) in executors() {
+            eprintln!("{name}");
+            let mut case = case(&golden, "eagle1-llama2-tiny", "llama2-tiny", &executor);
+            let eagle = network::eagle(&case.dir, &case.host).expect("EAGLE-1");
             $body(&mut case, eagle);
-            let mut case = self::case(&golden, "eagle3-llama3-tiny", "llama3-tiny", threads);
-            let eagle3 = network::eagle3(&case.dir, None, &case.shared).expect("EAGLE-3");
+            let mut case = self::case(&golden, "eagle3-llama3-tiny", "llama3-tiny", &executor);
+            let eagle3 = network::eagle3(&case.dir, None, &case.host).expect("EAGLE-3");
             $body(&mut case, eagle3);
         }
     };
@@ -74,13 +64,14 @@ fn close(name: &str, found: &[f32], expected: &[f32], tolerance: f32) {
     assert!(off <= tolerance, "{name}: off by {off}");
 }
 
-/// Features side by side as the taps' matrices, one per tap.
-fn taps(features: &[f32], width: usize, count: usize) -> Vec<Matrix> {
+/// Features side by side as the taps' matrices, one per tap, where the draft is computed.
+fn taps(host: &DraftHost, features: &[f32], width: usize, count: usize) -> Vec<Matrix> {
     let each = width / count;
     let tap = |i: usize| {
         let rows = features.chunks_exact(width);
         let values = rows.flat_map(|row| &row[i * each..(i + 1) * each]);
-        Matrix::host(values.copied().collect(), each)
+        let tap = Matrix::host(values.copied().collect(), each);
+        host.executor.bring(tap).expect("brings")
     };
     (0..count).map(tap).collect()
 }
@@ -93,7 +84,8 @@ fn outputs<B: Body>(case: &mut Case, mut network: Feature<B>) {
     let (logits, logits_shape) = v.f32("forward.logits");
     let (h, columns) = (hidden_shape[1], logits_shape[1]);
     let count = network.taps().len();
-    let mut found = Vec::new();
+    let mut found = Matrix::default();
+    let all = |m: &Matrix| m.all().expect("values").into_owned();
     network.open(3).expect("open");
     for row in 0..shape[0] {
         let feature = &features[row * shape[1]..(row + 1) * shape[1]];
@@ -102,7 +94,7 @@ fn outputs<B: Body>(case: &mut Case, mut network: Feature<B>) {
         } else {
             &input[row + 1..row + 2]
         };
-        let taps = taps(feature, shape[1], count);
+        let taps = taps(&case.host, feature, shape[1], count);
         let committed = Committed {
             slot: 3,
             tokens,
@@ -111,29 +103,32 @@ fn outputs<B: Body>(case: &mut Case, mut network: Feature<B>) {
         };
         network.observe(&committed).expect("observe");
         network.start(&[3], &mut found).expect("start");
-        let (last, _) = network.states(3).expect("open");
+        let last = all(network.states(3).expect("open"));
         close(
             &format!("hidden {row}"),
-            last,
+            &last[..h],
             &hidden[row * h..(row + 1) * h],
             HIDDEN,
         );
         let expected = &logits[row * columns..(row + 1) * columns];
-        close(&format!("logits {row}"), &found, expected, LOGITS);
+        close(&format!("logits {row}"), &all(&found), expected, LOGITS);
     }
     // The same rows in one forward.
-    let mut whole = Vec::new();
+    let mut whole = Matrix::default();
     network.open(1).expect("open");
     let path: Vec<usize> = (0..shape[0]).collect();
     let committed = Committed {
         slot: 1,
         tokens: &input,
         path: &path,
-        taps: &taps(&features, shape[1], count),
+        taps: &taps(&case.host, &features, shape[1], count),
     };
     network.observe(&committed).expect("observe");
     network.start(&[1], &mut whole).expect("start");
-    assert_eq!(whole, found, "rows together and one by one");
+    match found.is_on_device() {
+        false => assert_eq!(all(&whole), all(&found), "rows together and one by one"),
+        true => close("rows together", &all(&whole), &all(&found), 1e-4),
+    }
 
     let (hidden, _) = v.f32("chain.hidden");
     let (logits, _) = v.f32("chain.logits");
@@ -144,7 +139,8 @@ fn outputs<B: Body>(case: &mut Case, mut network: Feature<B>) {
             parents: &[i.checked_sub(1)],
         };
         network.expand(&[nodes], &mut found).expect("expand");
-        let (_, nodes) = network.states(3).expect("open");
+        let states = all(network.states(3).expect("open"));
+        let nodes = &states[h..];
         close(
             &format!("chain hidden {i}"),
             &nodes[i * h..],
@@ -152,7 +148,7 @@ fn outputs<B: Body>(case: &mut Case, mut network: Feature<B>) {
             HIDDEN,
         );
         let expected = &logits[i * columns..(i + 1) * columns];
-        close(&format!("chain logits {i}"), &found, expected, LOGITS);
+        close(&format!("chain logits {i}"), &all(&found), expected, LOGITS);
     }
 }
 
@@ -227,7 +223,7 @@ fn trees<B: Body + 'static>(case: &mut Case, network: Feature<B>) {
             slot,
             tokens: &input,
             path: &path,
-            taps: &taps(&features, shape[1], count),
+            taps: &taps(&case.host, &features, shape[1], count),
         };
         draft.observe(&[committed]).expect("observe");
         let sampling = Sampling::default();
@@ -281,7 +277,7 @@ fn decodes<B: Body + 'static>(case: &mut Case, network: Feature<B>) {
         let all = numbers::<u32>(&decode_case["new_tokens_untruncated"]);
         let accepted = numbers::<usize>(&decode_case["accepted_lengths"]);
         let budget = budget(decode_case);
-        let mut policy = Fixed(budget);
+        let mut policy = FixedBudget(budget);
         let mut parts = Parts {
             target: case.target.model.as_mut(),
             draft: Some(("golden", &mut draft)),

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use scylla_core::decode::{Event, Finish, Job, Output, Parts, Settings, decode};
 use scylla_core::plugin::{
-    Committed, DraftModel, Fixed, Forward, Request, Slot, Step, TargetModel, TargetShape, Verifier,
+    Committed, DraftModel, FixedBudget, Forward, Request, Slot, Step, TargetModel, TargetShape,
+    Verifier,
 };
 use scylla_core::sampling::Sampling;
 use scylla_core::table::{Law, TableDraft, TableTarget};
@@ -95,7 +96,7 @@ impl Run {
             forwards: Rc::clone(&forwards),
             fails_at: self.fails_at,
         };
-        let mut policy = Fixed(self.budget);
+        let mut policy = FixedBudget(self.budget);
         let mut parts = Parts {
             target: &mut target,
             draft: match &mut draft {

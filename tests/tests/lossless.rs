@@ -10,7 +10,8 @@ use scylla_core::chance::Seeded;
 use scylla_core::decode::{Finish, Job, Output, Parts, Settings, decode};
 use scylla_core::model::{LoadOptions, ModelFiles, WeightForm, load};
 use scylla_core::plugin::{
-    Chance, Committed, DraftModel, Fixed, Request, SlotRows, Step, TargetModel, Verifier, Want,
+    Chance, Committed, DraftModel, FixedBudget, Request, SlotRows, Step, TargetModel, Verifier,
+    Want,
 };
 use scylla_core::sampling::Sampling;
 use scylla_core::tree::{Budget, Drawing, Tree};
@@ -46,7 +47,7 @@ fn run(
     jobs: &[Job],
     settings: &Settings,
 ) -> Result<Vec<Output>> {
-    let mut policy = Fixed(budget);
+    let mut policy = FixedBudget(budget);
     let mut parts = Parts {
         target,
         draft: None,
@@ -323,7 +324,7 @@ fn breaking_off_keeps_what_was_decoded_and_frees_the_slots() {
         ..Settings::default()
     };
     let mut told = 0;
-    let mut policy = Fixed(Budget::OFF);
+    let mut policy = FixedBudget(Budget::OFF);
     let mut parts = Parts {
         target: target.as_mut(),
         draft: None,

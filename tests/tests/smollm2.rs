@@ -10,9 +10,9 @@ use multilevel_ot::bytes::{groups, token_offsets};
 use multilevel_ot::{MultiLevelOt, Projection};
 use scylla_core::decode::{Job, Output, Parts, Settings, decode};
 use scylla_core::model::{LoadOptions, ModelFiles, WeightForm, load};
-use scylla_core::plugin::AnswerLogits;
-use scylla_core::plugin::{DraftModel, Fixed, SlotRows, Step, TargetModel, Want};
+use scylla_core::plugin::{DraftModel, FixedBudget, SlotRows, Step, TargetModel, Want};
 use scylla_core::text::{Message, Tokenizer};
+use scylla_core::train::AnswerLogits;
 use scylla_core::tree::Budget;
 use scylla_draft::Ngram;
 use scylla_tests::answers::{Answers, gradient};
@@ -262,7 +262,7 @@ fn run(
     } else {
         Budget::OFF
     };
-    let mut policy = Fixed(budget);
+    let mut policy = FixedBudget(budget);
     let mut parts = Parts {
         target,
         draft: None,
@@ -526,7 +526,7 @@ fn on_real_logits_too_the_released_code_is_hardly_more_than_cross_entropy_and_ha
     ] {
         let loss = answers.loss(&aligner);
         let norm = |g: Vec<f64>| g.iter().map(|g| g * g).sum::<f64>().sqrt();
-        let of = |p: &scylla_core::plugin::Part| {
+        let of = |p: &scylla_core::train::Part| {
             (p.name, p.weight * norm(gradient(&p.value, &answers.logits)))
         };
         let norms: Vec<(&str, f64)> = loss.parts.iter().map(of).collect();

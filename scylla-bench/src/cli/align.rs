@@ -9,8 +9,8 @@ use multilevel_ot::{IGNORED, Space, bytes};
 use scylla_core::assets::resolve;
 use scylla_core::files;
 use scylla_core::model::ModelFiles;
-use scylla_core::plugin::{AlignContext, AnswerLogits};
 use scylla_core::text::Tokenizer;
+use scylla_core::train::{AlignContext, AnswerLogits};
 use serde_json::{Map, Value, json};
 use toml::Table;
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use scylla_core::assets::{hash_model, resolve};
-use scylla_core::model::{ModelFiles, WeightForm};
+use scylla_core::model::{ModelFiles, WeightForm, Weights};
 use scylla_draft::checkpoint::{self, Checkpoint, Family, Format, Precision};
 use serde::Serialize;
 
@@ -19,7 +19,7 @@ pub(super) struct Export {
     /// The draft's target: `default`, a directory, a GGUF file, or a hub id
     #[arg(long, default_value = "default")]
     target: String,
-    /// eagle, eagle3 or speculators
+    /// eagle, eagle3, speculators or scylla
     #[arg(long)]
     format: Format,
     /// Directory to write; it must not hold a checkpoint yet
@@ -62,8 +62,9 @@ impl Export {
         let families: &[Family] = match name {
             "eagle2" | "hass" => &[Family::Eagle],
             "eagle3" => &[Family::Eagle3, Family::Speculators],
+            "scylla" => &[Family::Scylla],
             other => {
-                let known = ["eagle2", "eagle3", "hass"];
+                let known = ["eagle2", "eagle3", "hass", "scylla"];
                 return Err(scylla_core::Error::unknown("exportable draft", other, known).into());
             }
         };
@@ -87,22 +88,17 @@ impl Export {
         let c = &files.config;
         let dir = with_download(|p| Ok(resolve(dir, p)?))?;
         let checkpoint = Checkpoint::open(&dir, families, &c.shape(), WeightForm::AsIs)?;
-        let taps = match checkpoint.family {
-            Family::Eagle3 | Family::Speculators => {
-                checkpoint.taps(self.taps.as_deref(), &c.shape())?
-            }
-            _ => Vec::new(),
-        };
+        let taps = checkpoint.taps(self.taps.as_deref(), &c.shape())?;
         let hash = hash_model(&files)?;
         let embedding = || {
             let shape = [c.vocab, c.hidden];
-            let table = files
-                .source
-                .tensor("model.embed_tokens.weight", &shape, c)?;
-            Ok(table.to_f32())
+            let weights = files.weights(WeightForm::AsIs);
+            let table = weights.find("model.embed_tokens.weight", &shape)?;
+            Ok(table.weight()?.to_f32())
         };
         let architecture = match c.architecture.as_str() {
             "qwen2" => "Qwen2ForCausalLM",
+            "qwen3" => "Qwen3ForCausalLM",
             "mistral" => "MistralForCausalLM",
             _ => "LlamaForCausalLM",
         };

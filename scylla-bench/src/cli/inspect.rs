@@ -69,6 +69,11 @@ struct Description {
     head_dim: usize,
     context: usize,
     tied: bool,
+    /// Positions that the layers see, those that see all left out.
+    windows: Vec<usize>,
+    qk_norm: bool,
+    biases: Vec<&'static str>,
+    rope: String,
     cache_values_per_position: usize,
     tokenizer_size: Option<usize>,
     eos: Vec<u32>,
@@ -103,15 +108,29 @@ impl Model {
         let files = open(&self.model)?;
         let tokenizer = Tokenizer::of_model(&files)?;
         let c = &files.config;
+        let Some(layer) = c.layers.first() else {
+            return Err(Error::Experiment("a model of no layers".into()));
+        };
+        let mut windows: Vec<usize> = c.layers.iter().filter_map(|l| l.window).collect();
+        windows.sort_unstable();
+        windows.dedup();
+        let products = layer.products().into_iter();
         let description = Description {
             architecture: c.architecture.clone(),
             vocab: c.vocab,
             hidden: c.hidden,
-            ffn: c.ffn,
-            layers: c.layers,
-            heads: c.heads,
-            kv_heads: c.kv_heads,
-            head_dim: c.head_dim,
+            ffn: layer.ffn,
+            layers: c.layers.len(),
+            heads: layer.heads,
+            kv_heads: layer.kv_heads,
+            head_dim: layer.head_dim,
+            windows,
+            qk_norm: layer.qk_norm,
+            biases: products
+                .filter(|(.., bias)| *bias)
+                .map(|(name, ..)| name)
+                .collect(),
+            rope: format!("{:?}", layer.rope),
             context: c.context,
             tied: c.tied,
             cache_values_per_position: c.cache_values(1),
@@ -186,7 +205,7 @@ impl Forward {
         let mut loaded = load(&files, &options)?;
         let mut taps = Vec::new();
         if self.taps {
-            taps.extend((0..=files.config.layers).map(Tap::Input));
+            taps.extend((0..=files.config.layers.len()).map(Tap::Input));
             taps.push(Tap::Final);
         }
         loaded.model.open(0)?;

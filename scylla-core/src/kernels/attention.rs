@@ -213,7 +213,9 @@ impl KvLayer {
 pub struct AttentionRow<'a> {
     /// The slot's cache of this layer.
     pub cache: &'a KvLayer,
-    /// Positions `0..contiguous` of the cache, in order.
+    /// Positions `first..contiguous` of the cache, in order; those before it are out of the row's window, and not read.
+    pub first: usize,
+    /// Where they end.
     pub contiguous: usize,
     /// Then these single positions of the cache, in order.
     pub scattered: &'a [u32],
@@ -286,10 +288,15 @@ pub fn attention<'a>(
     for row in (0..m).map(row) {
         let AttentionRow {
             cache,
+            first,
             contiguous,
             scattered,
         } = row;
-        assert!(contiguous + scattered.len() > 0, "a row sees nothing");
+        assert!(first <= contiguous, "places {first}..{contiguous}");
+        assert!(
+            contiguous - first + scattered.len() > 0,
+            "a row sees nothing"
+        );
         let behind = scattered.first().is_none_or(|&p| p as usize >= contiguous);
         let rising = scattered.windows(2).all(|w| w[0] < w[1]);
         let inside = scattered
@@ -388,7 +395,10 @@ fn queries<S: Simd, E: Element, const Q: usize>(
     target: &Shared<'_, f32>,
 ) {
     let e = head.place.head_dim;
-    // Scores of all places up to the last that any of them sees, then compacted to logical positions.
+    // Scores of all places from the tile of the first to the last that any of them sees, then compacted to logical
+    // positions. A score's index counts from `base`.
+    let first = queries.iter().map(|q| q.row.first).min();
+    let base = first.unwrap_or(0) / TILE * TILE;
     let last = |q: &Query<'_>| {
         let scattered = q.row.scattered.last().map_or(0, |&p| p as usize + 1);
         q.row.contiguous.max(scattered)
@@ -398,7 +408,8 @@ fn queries<S: Simd, E: Element, const Q: usize>(
         .map(last)
         .max()
         .unwrap_or(0)
-        .next_multiple_of(TILE);
+        .next_multiple_of(TILE)
+        - base;
     // The queries, element by element side by side, lie before the scores.
     scores.clear();
     scores.resize(Q * e + Q * places, 0.0);
@@ -412,19 +423,22 @@ fn queries<S: Simd, E: Element, const Q: usize>(
     let mut start = 0;
     while start < places {
         start += match (places - start) / TILE {
-            4.. => tile_scores::<S, E, Q, 4>(head, start, vectors, places, scores),
-            _ => tile_scores::<S, E, Q, 1>(head, start, vectors, places, scores),
+            4.. => tile_scores::<S, E, Q, 4>(head, base, start, vectors, places, scores),
+            _ => tile_scores::<S, E, Q, 1>(head, base, start, vectors, places, scores),
         };
     }
     let mut inverse = [0.0; Q];
     for (i, q) in queries.iter().enumerate() {
         let scores = &mut scores[i * places..(i + 1) * places];
+        let contiguous = q.row.contiguous - base;
         // Places rise, and each lies at or behind its logical position.
         for (j, &place) in q.row.scattered.iter().enumerate() {
-            scores[q.row.contiguous + j] = scores[place as usize];
+            scores[contiguous + j] = scores[place as usize - base];
         }
-        let seen = q.row.contiguous + q.row.scattered.len();
-        inverse[i] = softmax::<S>(&mut scores[..seen], 1.0 / (e as f32).sqrt());
+        let (first, seen) = (q.row.first - base, contiguous + q.row.scattered.len());
+        inverse[i] = softmax::<S>(&mut scores[first..seen], 1.0 / (e as f32).sqrt());
+        // What others of these queries see before it weighs nothing here.
+        scores[..first].fill(0.0);
     }
     let padded = e.next_multiple_of(TILE);
     // Four registers of each query at a time: with six queries 24 sums, as many as there is room for.
@@ -432,27 +446,36 @@ fn queries<S: Simd, E: Element, const Q: usize>(
     while column < padded {
         let wide = ((padded - column) / TILE).min(4);
         match wide {
-            4 => mix::<S, E, Q, 4>(head, &queries, scores, places, inverse, column, target),
-            3 => mix::<S, E, Q, 3>(head, &queries, scores, places, inverse, column, target),
-            2 => mix::<S, E, Q, 2>(head, &queries, scores, places, inverse, column, target),
-            _ => mix::<S, E, Q, 1>(head, &queries, scores, places, inverse, column, target),
+            4 => mix::<S, E, Q, 4>(
+                head, &queries, base, scores, places, inverse, column, target,
+            ),
+            3 => mix::<S, E, Q, 3>(
+                head, &queries, base, scores, places, inverse, column, target,
+            ),
+            2 => mix::<S, E, Q, 2>(
+                head, &queries, base, scores, places, inverse, column, target,
+            ),
+            _ => mix::<S, E, Q, 1>(
+                head, &queries, base, scores, places, inverse, column, target,
+            ),
         }
         column += wide * TILE;
     }
 }
 
-/// Scores of `T` tiles of places from `start` on, so many that additions need not wait for one another; returns how
+/// Scores of `T` tiles of places from `base + start` on, so many that additions need not wait for one another; returns how
 /// many places those are.
 #[inline(always)]
 fn tile_scores<S: Simd, E: Element, const Q: usize, const T: usize>(
     head: &Head<'_, E>,
+    base: usize,
     start: usize,
     vectors: &[[f32; Q]],
     places: usize,
     scores: &mut [f32],
 ) -> usize {
     let e = head.place.head_dim;
-    let at = head.place.key(head.head, start);
+    let at = head.place.key(head.head, base + start);
     let keys = &head.keys[at..at + T * e * TILE];
     let keys: [&[E]; T] = std::array::from_fn(|t| &keys[t * e * TILE..(t + 1) * e * TILE]);
     let next = &keys[0][0]; // a group of tiles on, as many lines in turn
@@ -511,6 +534,7 @@ impl<E: Element> Head<'_, E> {
 fn mix<S: Simd, E: Element, const Q: usize, const W: usize>(
     head: &Head<'_, E>,
     queries: &[Query<'_>; Q],
+    base: usize,
     scores: &[f32],
     places: usize,
     inverse: [f32; Q],
@@ -520,10 +544,10 @@ fn mix<S: Simd, E: Element, const Q: usize, const W: usize>(
     let e = head.place.head_dim;
     let weights: [&[f32]; Q] = std::array::from_fn(|q| &scores[q * places..(q + 1) * places]);
     let mut acc = [[S::zero(); W]; Q];
-    let common = queries.iter().map(|q| q.row.contiguous).min().unwrap_or(0);
+    let common = queries.iter().map(|q| q.row.contiguous).min().unwrap_or(0) - base;
     let shared = weights.map(|w| w[..common].as_ptr());
     for place in 0..common {
-        let values = head.values::<S, W>(place, column);
+        let values = head.values::<S, W>(base + place, column);
         for q in 0..Q {
             // SAFETY: `shared` points at `common` values of each query. Checking six lengths at each place takes the
             // registers that the pointers need.
@@ -542,9 +566,9 @@ fn mix<S: Simd, E: Element, const Q: usize, const W: usize>(
     }
     for (q, query) in queries.iter().enumerate() {
         let mut acc: [S::V; W] = std::array::from_fn(|w| S::load(&sums[q][w]));
-        let contiguous = query.row.contiguous;
+        let contiguous = base + common..query.row.contiguous;
         let scattered = query.row.scattered.iter().map(|&p| p as usize);
-        for (position, place) in (common..contiguous).chain(scattered).enumerate() {
+        for (position, place) in contiguous.chain(scattered).enumerate() {
             let values = head.values::<S, W>(place, column);
             let weight = S::splat(weights[q][common + position]);
             for w in 0..W {
@@ -637,9 +661,9 @@ mod tests {
             let plain = filled(form, kv, e, &plain_positions, 64);
             let pool = Pool::new(2);
             let (mut a, mut b) = (vec![0.0; heads * e], vec![0.0; heads * e]);
-            let row = |_| AttentionRow { cache: &tree, contiguous: committed, scattered: &scattered };
+            let row = |_| AttentionRow { cache: &tree, first: 0, contiguous: committed, scattered: &scattered };
             attention(&pool, &q, 1, &row, heads, &mut a);
-            let row = |_| AttentionRow { cache: &plain, contiguous: committed + path, scattered: &[] };
+            let row = |_| AttentionRow { cache: &plain, first: 0, contiguous: committed + path, scattered: &[] };
             attention(&pool, &q, 1, &row, heads, &mut b);
             prop_assert_eq!(&a, &b);
             // And it is softmax attention.

@@ -1,209 +1,513 @@
-//! The transformer on this crate's CPU kernels.
+//! The executor on this crate's CPU kernels.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::slots::rows_of;
-use super::stack::{CpuStack, Layer, Weights, sized};
-use super::{Ends, LoadOptions, ModelConfig, ModelFiles};
-use crate::Result;
-use crate::kernels::{CacheForm, Pool, Scratch, Weight, rms_norm};
-use crate::plugin::{Forward, Matrix, Slot, Step, Tap, TargetModel, TargetShape};
+use super::executor::{Executor, Forms, Stack, WeightMatrix};
+use super::files::Weights;
+use super::rope::Rope;
+use super::slots::{RowView, Slots, StackRows};
+use super::spec::{AttentionInput, LayerSpec};
+use crate::kernels::{
+    AttentionRow, CacheForm, KvLayer, Linear, Pool, Scratch, Weight, add, add_rms_norm, attention,
+    rms_norm, rope, swiglu,
+};
+use crate::plugin::{Matrix, Slot};
+use crate::{Error, Result};
 
-/// A Llama- or Qwen2-style transformer on the CPU.
-pub struct CpuModel {
-    config: ModelConfig,
-    ends: Ends,
-    stack: CpuStack,
-    norm: Vec<f32>,
-    scratch: Scratch,
-    /// `[M, H]`
-    x: Vec<f32>,
-    normed: Vec<f32>,
-    /// The rows whose logits are wanted, `[., H]`
-    wanted: Vec<f32>,
-    /// Memory of logits that were handed back.
-    spare: Option<Vec<f32>>,
+/// Computes on the CPU kernels. Cloning shares threads and buffers.
+#[derive(Clone)]
+pub struct Cpu {
+    pool: Arc<Pool>,
+    scratch: Arc<Mutex<Scratch>>,
 }
 
-/// A model's weights in the form the options ask for.
-pub(super) struct Held<'a> {
-    pub(super) files: &'a ModelFiles,
-    pub(super) options: &'a LoadOptions,
-}
-
-impl Weights for Held<'_> {
-    fn matrix(&self, name: &str, n: usize, k: usize) -> Result<Weight> {
-        let weight = self
-            .files
-            .source
-            .tensor(name, &[n, k], &self.files.config)?;
-        self.options.weights.apply(weight)
+impl Cpu {
+    /// On these threads, which all networks of a decoder share: two pools would spin against each other.
+    pub fn new(pool: Arc<Pool>) -> Self {
+        Self {
+            pool,
+            scratch: Arc::default(),
+        }
     }
-    fn vector(&self, name: &str, n: usize) -> Result<Vec<f32>> {
-        self.files.source.vector(name, n, &self.files.config)
+
+    /// A weight that is at hand.
+    pub fn hold(&self, linear: Linear) -> Arc<dyn WeightMatrix> {
+        Arc::new(CpuMatrix {
+            linear: linear.settled(),
+            on: self.clone(),
+        })
     }
 }
 
-impl CpuModel {
-    /// Loads the weights in the form the options ask for.
-    pub fn load(files: &ModelFiles, options: &LoadOptions) -> Result<Self> {
-        Self::load_on(files, options, Arc::new(Pool::new(options.thread_count())))
+/// A weight in the kernels' tiles.
+struct CpuMatrix {
+    linear: Linear,
+    on: Cpu,
+}
+
+impl WeightMatrix for CpuMatrix {
+    fn n(&self) -> usize {
+        self.linear.n
     }
 
-    /// The same, on threads that it shares with other models; two pools would spin against each other.
-    pub fn load_on(files: &ModelFiles, options: &LoadOptions, pool: Arc<Pool>) -> Result<Self> {
-        let c = &files.config;
-        let held = Held { files, options };
-        // First the largest: while a weight settles there are two of it.
-        let ends = Ends::read(&held, c)?;
-        let layer = |i| Layer::read(&held, &format!("model.layers.{i}"), c, c.hidden, true);
-        let layers = (0..c.layers).map(layer).collect::<Result<_>>()?;
+    fn k(&self) -> usize {
+        self.linear.k
+    }
+
+    fn multiply(&self, x: &Matrix, out: &mut Matrix) -> Result<()> {
+        let x_values = x.values()?;
+        let out = out.sized(x.rows(), self.linear.n);
+        let mut scratch = self
+            .on
+            .scratch
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        self.linear
+            .forward(&self.on.pool, x_values, &mut scratch, out)
+    }
+
+    fn rows(&self, ids: &[u32], out: &mut Matrix) -> Result<()> {
+        let (weight, k) = (&self.linear.weights()[0], self.linear.k);
+        let out = out.sized(ids.len(), k);
+        for (&id, line) in ids.iter().zip(out.chunks_exact_mut(k)) {
+            if id as usize >= weight.n {
+                return Err(outside(id, weight.n));
+            }
+            weight.row(id as usize, line);
+        }
+        Ok(())
+    }
+
+    fn cut(&self, ids: &[u32]) -> Result<Arc<dyn WeightMatrix>> {
+        let weight = &self.linear.weights()[0];
+        if let Some(&id) = ids.iter().find(|&&id| id as usize >= weight.n) {
+            return Err(outside(id, weight.n));
+        }
+        Ok(self.on.hold(Linear::new(weight.rows(ids), None)))
+    }
+
+    fn count(&self, forms: &mut Forms) {
+        count(&self.linear, forms);
+    }
+}
+
+/// The error about an id without a row.
+pub(super) fn outside(id: u32, n: usize) -> Error {
+    Error::Invalid(format!("token {id} outside the vocabulary of {n}"))
+}
+
+fn count(linear: &Linear, forms: &mut Forms) {
+    for weight in linear.weights() {
+        *forms.entry(weight.form()).or_default() += weight.bytes();
+    }
+}
+
+/// Reads a linear layer.
+fn linear(from: &dyn Weights, name: &str, [n, k]: [usize; 2], bias: bool) -> Result<Linear> {
+    let bias = match bias {
+        true => Some(from.vector(&format!("{name}.bias"), n)?),
+        false => None,
+    };
+    let weight = from.matrix(&format!("{name}.weight"), n, k)?;
+    Ok(Linear::new(weight, bias))
+}
+
+impl Executor for Cpu {
+    fn bring(&self, rows: Matrix) -> Result<Matrix> {
+        rows.values()?;
+        Ok(rows)
+    }
+
+    fn vector(&self, from: &dyn Weights, name: &str, n: usize) -> Result<Matrix> {
+        Ok(Matrix::host(from.vector(name, n)?, n))
+    }
+
+    fn weight(
+        &self,
+        from: &dyn Weights,
+        name: &str,
+        shape: [usize; 2],
+        bias: bool,
+    ) -> Result<Arc<dyn WeightMatrix>> {
+        Ok(self.hold(linear(from, name, shape, bias)?))
+    }
+
+    fn stack(
+        &self,
+        from: &dyn Weights,
+        layers: &[(String, LayerSpec)],
+        positions: usize,
+    ) -> Result<Box<dyn Stack>> {
+        let read = |(prefix, spec): &(String, LayerSpec)| LayerWeights::read(from, prefix, spec);
+        let layers = layers.iter().map(read).collect::<Result<_>>()?;
+        Ok(Box::new(CpuStack::new(
+            layers,
+            positions,
+            Arc::clone(&self.pool),
+        )))
+    }
+
+    fn rms_norm(&self, x: &Matrix, weight: &Matrix, eps: f32, out: &mut Matrix) -> Result<()> {
+        let (weight, x_values) = (weight.values()?, x.values()?);
+        if weight.is_empty() || !x.columns.is_multiple_of(weight.len()) {
+            return Err(Error::Invalid(format!(
+                "a norm of {} values over rows of {}",
+                weight.len(),
+                x.columns
+            )));
+        }
+        let out = out.sized(x.rows(), x.columns);
+        rms_norm(x_values, weight, eps, out);
+        Ok(())
+    }
+
+    fn pool(&self) -> Option<&Arc<Pool>> {
+        Some(&self.pool)
+    }
+}
+
+/// The weights of one decoder layer.
+pub struct LayerWeights {
+    /// Its shape.
+    pub spec: LayerSpec,
+    /// Norm before attention, where there is one.
+    attention_norm: Option<Vec<f32>>,
+    /// Norms of each head of q and of k, where there are.
+    qk_norm: Option<[Vec<f32>; 2]>,
+    /// q, k and v `[(A + 2 K) E, .]`
+    qkv: Linear,
+    /// `[H, A E]`
+    output: Linear,
+    /// Norm before the feed-forward part.
+    ffn_norm: Vec<f32>,
+    /// `[2 I, H]`
+    gate_up: Linear,
+    /// `[H, I]`
+    down: Linear,
+}
+
+impl LayerWeights {
+    /// Reads a layer with Hugging Face names below `prefix`.
+    pub fn read(from: &dyn Weights, prefix: &str, spec: &LayerSpec) -> Result<Self> {
+        let vector = |name: &str, n| from.vector(&format!("{prefix}.{name}.weight"), n);
+        let product = |(name, shape, bias): &(&str, [usize; 2], bool)| {
+            linear(from, &format!("{prefix}.{name}"), *shape, *bias)
+        };
+        let [q, k, v, o, gate, up, down] = &spec.products();
+        let (h, e) = (spec.hidden, spec.head_dim);
         Ok(Self {
-            ends,
-            norm: held.vector("model.norm.weight", c.hidden)?,
-            stack: CpuStack::new(c.clone(), layers, options.positions(c)?, pool),
-            config: c.clone(),
-            scratch: Scratch::default(),
-            x: Vec::new(),
-            normed: Vec::new(),
-            wanted: Vec::new(),
-            spare: None,
+            attention_norm: match spec.input {
+                AttentionInput::Normed => Some(vector("input_layernorm", h)?),
+                _ => None,
+            },
+            qk_norm: match spec.qk_norm {
+                true => Some([
+                    vector("self_attn.q_norm", e)?,
+                    vector("self_attn.k_norm", e)?,
+                ]),
+                false => None,
+            },
+            qkv: Linear::join(vec![product(q)?, product(k)?, product(v)?])?.settled(),
+            output: product(o)?.settled(),
+            ffn_norm: vector("post_attention_layernorm", h)?,
+            gate_up: Linear::join(vec![product(gate)?, product(up)?])?.settled(),
+            down: product(down)?.settled(),
+            spec: spec.clone(),
         })
     }
 
-    /// The ends that drafts share.
-    pub fn ends(&self) -> &Ends {
-        &self.ends
+    /// Its products.
+    pub fn linears(&self) -> [&Linear; 4] {
+        [&self.qkv, &self.output, &self.gate_up, &self.down]
+    }
+
+    /// Bytes of its norms.
+    fn norm_bytes(&self) -> usize {
+        let heads = self.qk_norm.iter().flatten();
+        let all = self.attention_norm.iter().chain(heads);
+        (all.map(Vec::len).sum::<usize>() + self.ffn_norm.len()) * 4
+    }
+}
+
+/// Activations, kept from step to step. `M` rows.
+#[derive(Default)]
+struct Buffers {
+    scratch: Scratch,
+    /// `[M, H]`
+    normed: Vec<f32>,
+    delta: Vec<f32>,
+    /// `[M, (A + 2 K) E]`
+    qkv: Vec<f32>,
+    /// `[M, A E]`
+    q: Vec<f32>,
+    mixed: Vec<f32>,
+    /// `[M, 2 I]`
+    gate_up: Vec<f32>,
+    /// `[M, I]`
+    inner: Vec<f32>,
+}
+
+/// Gives a buffer `len` values; what it held may stay.
+fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    buffer.resize(len, 0.0);
+    buffer
+}
+
+/// Cosines and sines `[positions, E / 2]`.
+struct Angles {
+    of: (Rope, usize),
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+/// Decoder layers on the CPU, with one cache per slot.
+///
+/// Beside weights in single precision a cache holds single precision; beside those that are rounded more, half
+/// precision, which costs attention half the reading.
+pub struct CpuStack {
+    layers: Vec<LayerWeights>,
+    cache_form: CacheForm,
+    /// Tables of the ropes that occur, and which of them each layer rotates with.
+    angles: Vec<Angles>,
+    angles_of: Vec<usize>,
+    pool: Arc<Pool>,
+    slots: Slots<Vec<KvLayer>>,
+    /// Caches of closed slots, whose pages are already there.
+    spare: Vec<Vec<KvLayer>>,
+    buffers: Buffers,
+}
+
+impl CpuStack {
+    /// Layers whose slots hold `positions` rows.
+    pub fn new(layers: Vec<LayerWeights>, positions: usize, pool: Arc<Pool>) -> Self {
+        let linears = layers.iter().flat_map(LayerWeights::linears);
+        let wide = |w: &Weight| w.form() == "f32";
+        let all_wide = linears.flat_map(Linear::weights).all(wide);
+        let cache_form = match all_wide {
+            true => CacheForm::F32,
+            false => CacheForm::F16,
+        };
+        let mut angles: Vec<Angles> = Vec::new();
+        let mut angles_of = Vec::with_capacity(layers.len());
+        for LayerWeights { spec, .. } in &layers {
+            let of = (spec.rope.clone(), spec.head_dim);
+            let known = angles.iter().position(|a| a.of == of);
+            angles_of.push(known.unwrap_or(angles.len()));
+            if known.is_none() {
+                let (cos, sin) = of.0.tables(of.1, positions);
+                angles.push(Angles { of, cos, sin });
+            }
+        }
+        Self {
+            layers,
+            cache_form,
+            angles,
+            angles_of,
+            pool,
+            slots: Slots::new(positions),
+            spare: Vec::new(),
+            buffers: Buffers::default(),
+        }
+    }
+
+    /// Its layers.
+    pub fn layers(&self) -> &[LayerWeights] {
+        &self.layers
     }
 
     /// The threads that work on it.
     pub fn pool(&self) -> &Arc<Pool> {
-        self.stack.pool()
+        &self.pool
     }
 
-    /// How its caches hold keys and values.
-    pub fn cache_form(&self) -> CacheForm {
-        self.stack.cache_form()
-    }
-
-    /// Bytes of weights held.
-    pub fn weight_bytes(&self) -> usize {
-        let layers = self.stack.layers().iter().map(Layer::bytes).sum::<usize>();
-        layers + self.norm.len() * 4 + self.ends.bytes()
-    }
-
-    /// The forms of the weights, most bytes first.
-    pub fn forms(&self) -> Vec<&'static str> {
-        let mut bytes = std::collections::BTreeMap::<&str, usize>::new();
-        let layers = self.stack.layers().iter().flat_map(Layer::linears);
-        for weight in layers.flat_map(|l| l.weights()).chain(self.ends.weights()) {
-            *bytes.entry(weight.form()).or_default() += weight.bytes();
-        }
-        let mut forms: Vec<_> = bytes.into_iter().collect();
-        forms.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
-        forms.into_iter().map(|(form, _)| form).collect()
-    }
-
-    /// The last state after the final norm is in `normed`; returns the logits asked for, slot by slot.
-    fn logits(&mut self, step: &Step<'_>) -> Result<Vec<Matrix>> {
-        let (h, vocab) = (self.config.hidden, self.config.vocab);
-        let mut first = 0;
-        self.wanted.clear();
-        let mut counts = Vec::with_capacity(step.slots.len());
-        for slot in &step.slots {
-            let rows = slot.want.of(slot.tokens.len())?;
-            counts.push(rows.len());
-            for row in rows {
-                let from = (first + row) * h..(first + row + 1) * h;
-                self.wanted.extend_from_slice(&self.normed[from]);
+    /// One layer: `x` `[M, H]` goes from its input to its output.
+    fn layer(
+        &mut self,
+        layer: usize,
+        rows: &[StackRows<'_>],
+        views: &[Vec<RowView>],
+        x: &mut [f32],
+        beside: Option<&[f32]>,
+    ) -> Result<()> {
+        let (l, b) = (&self.layers[layer], &mut self.buffers);
+        let (h, ffn, eps) = (l.spec.hidden, l.spec.ffn, l.spec.eps);
+        let m = x.len() / h;
+        let taken = match (beside, &l.attention_norm) {
+            (Some(beside), _) => beside,
+            (_, Some(norm)) => {
+                let normed = sized(&mut b.normed, m * h);
+                rms_norm(x, norm, eps, normed);
+                normed
             }
-            first += slot.tokens.len();
+            (_, None) => x,
+        };
+        let qkv = sized(&mut b.qkv, m * l.qkv.n);
+        l.qkv.forward(&self.pool, taken, &mut b.scratch, qkv)?;
+        self.attend(layer, rows, views)?;
+        let (l, b) = (&self.layers[layer], &mut self.buffers);
+        let delta = sized(&mut b.delta, m * h);
+        l.output
+            .forward(&self.pool, &b.mixed, &mut b.scratch, delta)?;
+        let normed = sized(&mut b.normed, m * h);
+        add_rms_norm(x, &b.delta, &l.ffn_norm, eps, normed);
+        let gate_up = sized(&mut b.gate_up, m * 2 * ffn);
+        l.gate_up
+            .forward(&self.pool, normed, &mut b.scratch, gate_up)?;
+        swiglu(&b.gate_up, ffn, sized(&mut b.inner, m * ffn));
+        l.down
+            .forward(&self.pool, &b.inner, &mut b.scratch, &mut b.delta)?;
+        add(x, &b.delta);
+        Ok(())
+    }
+
+    /// Rotates q and k, stores k and v, and leaves attention's mix of values in `mixed`.
+    fn attend(
+        &mut self,
+        layer: usize,
+        rows: &[StackRows<'_>],
+        views: &[Vec<RowView>],
+    ) -> Result<()> {
+        let LayerWeights { spec, qk_norm, .. } = &self.layers[layer];
+        let Angles { cos, sin, .. } = &self.angles[self.angles_of[layer]];
+        let (half, kv, q_len) = (spec.head_dim / 2, spec.kv_width(), spec.q_width());
+        let m = views.iter().map(Vec::len).sum::<usize>();
+        let b = &mut self.buffers;
+        let q = sized(&mut b.q, m * q_len);
+        let mut lines = b
+            .qkv
+            .chunks_exact_mut(q_len + 2 * kv)
+            .zip(q.chunks_exact_mut(q_len));
+        for (slot, views) in rows.iter().zip(views) {
+            let state = self.slots.get(slot.slot)?;
+            for view in views {
+                let Some((line, q)) = lines.next() else { break };
+                let angle = view.position * half..(view.position + 1) * half;
+                let (rotated, value) = line.split_at_mut(q_len + kv);
+                if let Some([q_norm, k_norm]) = qk_norm {
+                    let (queries, key) = rotated.split_at_mut(q_len);
+                    norm_heads(queries, q_norm, spec.eps, q);
+                    norm_heads(key, k_norm, spec.eps, q);
+                }
+                rope(rotated, &cos[angle.clone()], &sin[angle]);
+                let (queries, key) = rotated.split_at(q_len);
+                q.copy_from_slice(queries);
+                state.cache[layer].write(view.at, key, value);
+            }
         }
-        let mut logits = self.spare.take().unwrap_or_default();
-        logits.resize(counts.iter().sum::<usize>() * vocab, 0.0);
-        if !logits.is_empty() {
-            self.ends.head().forward(
-                self.stack.pool(),
-                &self.wanted,
-                &mut self.scratch,
-                &mut logits,
-            )?;
-        }
-        Ok(Matrix::parts(logits, vocab, &counts))
+        let slots = &self.slots;
+        let row = |mut i: usize| {
+            for (slot, views) in rows.iter().zip(views) {
+                let Some(view) = views.get(i) else {
+                    i -= views.len();
+                    continue;
+                };
+                let Some(cache) = slots.cache(slot.slot) else {
+                    break;
+                };
+                let (first, skipped) = view.since(spec.window);
+                return AttentionRow {
+                    cache: &cache[layer],
+                    first,
+                    contiguous: view.contiguous,
+                    scattered: &view.scattered[skipped..],
+                };
+            }
+            unreachable!("no row {i}: `begin` checked that its slot is open")
+        };
+        let mixed = sized(&mut b.mixed, m * q_len);
+        attention(&self.pool, &b.q, m, &row, spec.heads, mixed);
+        Ok(())
     }
 }
 
-/// One matrix per slot of `[M, H]`.
-fn per_slot(step: &Step<'_>, values: &[f32], h: usize) -> Vec<Matrix> {
-    let counts: Vec<usize> = step.slots.iter().map(|s| s.tokens.len()).collect();
-    Matrix::parts(values.to_vec(), h, &counts)
+/// Norms heads in place; `scratch` has room for them.
+fn norm_heads(heads: &mut [f32], norm: &[f32], eps: f32, scratch: &mut [f32]) {
+    let scratch = &mut scratch[..heads.len()];
+    rms_norm(heads, norm, eps, scratch);
+    heads.copy_from_slice(scratch);
 }
 
-impl TargetModel for CpuModel {
+impl Stack for CpuStack {
+    fn capacity(&self) -> usize {
+        self.slots.capacity
+    }
+
+    fn cache_bytes(&self) -> usize {
+        let values = self.layers.iter().map(|l| 2 * l.spec.kv_width());
+        values.sum::<usize>() * self.cache_form.bytes()
+    }
+
+    fn count(&self, forms: &mut Forms) -> usize {
+        let linears = self.layers.iter().flat_map(LayerWeights::linears);
+        linears.for_each(|linear| count(linear, forms));
+        self.layers.iter().map(LayerWeights::norm_bytes).sum()
+    }
+
     fn open(&mut self, slot: Slot) -> Result<()> {
-        self.stack.open(slot)
+        let (capacity, form) = (self.slots.capacity, self.cache_form);
+        let layer =
+            |l: &LayerWeights| KvLayer::new(form, l.spec.kv_heads, l.spec.head_dim, capacity);
+        let spare = self.spare.pop();
+        let cache = spare.unwrap_or_else(|| self.layers.iter().map(layer).collect());
+        self.slots.open(slot, cache)
     }
 
     fn close(&mut self, slot: Slot) {
-        self.stack.close(slot);
-    }
-
-    fn forward(&mut self, step: &Step<'_>) -> Result<Forward> {
-        let rows = rows_of(step, self.config.vocab)?;
-        let m = rows.iter().map(|r| r.count).sum::<usize>();
-        let (h, eps) = (self.config.hidden, self.config.norm_eps);
-        let x = sized(&mut self.x, m * h);
-        let tokens = step.slots.iter().flat_map(|s| s.tokens);
-        for (out, &token) in x.chunks_exact_mut(h).zip(tokens) {
-            self.ends.embed(token, out)?;
-        }
-        let mut taps: Vec<Vec<Matrix>> = vec![Vec::new(); step.taps.len()];
-        let mut tap = |at: Tap, x: &[f32]| {
-            for (tap, out) in step.taps.iter().zip(&mut taps) {
-                if *tap == at {
-                    *out = per_slot(step, x, h);
-                }
-            }
-        };
-        self.stack
-            .forward(&rows, x, None, |i, x| tap(Tap::Input(i), x))?;
-        let normed = sized(&mut self.normed, m * h);
-        rms_norm(x, &self.norm, eps, normed);
-        tap(Tap::Final, normed);
-        if let Some(i) = taps.iter().position(Vec::is_empty) {
-            return Err(crate::Error::Invalid(format!(
-                "tap {:?} of a model with {} layers",
-                step.taps[i], self.config.layers
-            )));
-        }
-        let logits = self.logits(step)?;
-        // From [tap][slot] to [slot][tap].
-        let mut taps: Vec<_> = taps.into_iter().map(Vec::into_iter).collect();
-        let of_slot = |_| taps.iter_mut().filter_map(Iterator::next).collect();
-        Ok(Forward {
-            logits,
-            taps: (0..step.slots.len()).map(of_slot).collect(),
-        })
+        self.spare.extend(self.slots.close(slot));
     }
 
     fn commit(&mut self, slot: Slot, path: &[usize]) -> Result<()> {
-        self.stack.commit(slot, path)
+        self.slots.commit(slot, path, |cache, moves| {
+            for layer in cache {
+                moves.iter().for_each(|&(from, to)| layer.copy(from, to));
+            }
+            Ok(())
+        })
     }
 
-    /// Logits only: they are the large ones.
-    fn recycle(&mut self, forward: Forward) {
-        // All slots' share one memory: it is free with the last of them.
-        self.spare = forward
-            .logits
-            .into_iter()
-            .filter_map(Matrix::into_memory)
-            .last();
-    }
-
-    fn shape(&self) -> TargetShape {
-        TargetShape {
-            context: self.stack.capacity(),
-            ..self.config.shape()
+    fn forward(
+        &mut self,
+        rows: &[StackRows<'_>],
+        x: &mut Matrix,
+        beside: Option<&Matrix>,
+        on_layer: &mut dyn FnMut(usize, &Matrix),
+    ) -> Result<()> {
+        let views = self.slots.begin(rows)?;
+        let m = views.iter().map(Vec::len).sum::<usize>();
+        let first = self.layers.first().map(|l| &l.spec);
+        check_input(first, m, x, beside)?;
+        let mut beside = beside.map(Matrix::values).transpose()?;
+        for layer in 0..self.layers.len() {
+            on_layer(layer, x);
+            self.layer(layer, rows, &views, x.values_mut()?, beside.take())?;
         }
+        on_layer(self.layers.len(), x);
+        Ok(())
     }
+}
+
+/// Checks what a stack's first layer is given for `m` rows.
+pub(super) fn check_input(
+    first: Option<&LayerSpec>,
+    m: usize,
+    x: &Matrix,
+    beside: Option<&Matrix>,
+) -> Result<()> {
+    let Some(spec) = first else {
+        return Err(Error::Invalid("a stack of no layers".into()));
+    };
+    let width = match spec.input {
+        AttentionInput::Beside(width) => Some((m, width)),
+        _ => None,
+    };
+    let given = beside.map(|b| (b.rows(), b.columns));
+    if (x.rows(), x.columns) != (m, spec.hidden) || given != width {
+        return Err(Error::Invalid(format!(
+            "{} x {} values and {given:?} beside them, for {m} rows of {} and {width:?}",
+            x.rows(),
+            x.columns,
+            spec.hidden
+        )));
+    }
+    Ok(())
 }

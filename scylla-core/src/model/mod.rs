@@ -1,56 +1,56 @@
-//! The transformer of the Llama and Qwen2 families, and the files it is read from.
+//! Models: what a layer is ([`LayerSpec`]), the families whose files say it, the executors that compute it, and targets
+//! made of them.
 
 mod config;
 mod cpu;
 mod device;
-mod ends;
-mod gguf;
-mod gguf_config;
-mod hf;
-mod known;
+mod executor;
+mod family;
+mod files;
 mod rope;
 mod slots;
-mod source;
-mod stack;
+mod spec;
+mod tokens;
+mod transformer;
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::Device;
 
-pub use config::{ModelConfig, RopeScaling};
-pub use cpu::CpuModel;
-pub use device::DeviceModel;
-pub use ends::Ends;
-pub(crate) use gguf::supported as gguf_types;
-pub use gguf::{Gguf, Value};
-pub use slots::Rows;
-pub(crate) use source::shards_of;
-pub use source::{Raw, Shards, Source};
-pub use stack::{CpuStack, Layer, Weights};
+pub use config::ModelConfig;
+pub use cpu::{Cpu, CpuStack, LayerWeights};
+pub use device::OnDevice;
+pub use executor::{Executor, Forms, Stack, WeightMatrix};
+pub use family::{Described, Family, Fields, families, of_draft};
+pub use files::{Gguf, ModelFiles, Raw, Shards, Source, StoredTensor, Value, Weights};
+pub(crate) use files::{gguf_types, shards_of};
+pub use rope::{Rope, RopeScaling, yarn_attention_factor};
+pub use slots::StackRows;
+pub use spec::{AttentionInput, Biases, LayerSpec};
+pub use tokens::TokenLayers;
+pub use transformer::Transformer;
 
-use crate::files::read_text;
-use crate::kernels::{CacheForm, Pool, Weight};
+use crate::kernels::{Pool, Weight};
 use crate::plugin::TargetModel;
 use crate::{Error, Result};
 
 /// The form in which weights are held.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum WeightForm {
-    /// As the file stores them (f16 is widened to f32 on a CPU; on other devices dense weights are).
+    /// As the file stores them (f16 is widened to f32).
     #[default]
     #[serde(rename = "as-is")]
     AsIs,
     /// Single precision.
     #[serde(rename = "f32")]
     F32,
-    /// Rounded to bf16; on a CPU only.
+    /// Rounded to bf16; on a device that runs through candle activations are bf16 too.
     #[serde(rename = "bf16")]
     Bf16,
     /// 8-bit blocks of 32; matrices whose rows are not whole blocks stay as they are.
     #[serde(rename = "q8_0")]
     Q8_0,
-    /// 4-bit blocks of 32 with a scale and an offset; the same, on a CPU only.
+    /// 4-bit blocks of 32 with a scale and an offset; the same.
     #[serde(rename = "q4")]
     Q4,
 }
@@ -101,70 +101,6 @@ impl WeightForm {
     }
 }
 
-/// A model's files: what they describe, and the weights.
-pub struct ModelFiles {
-    /// The directory or GGUF file.
-    pub path: PathBuf,
-    /// The model's shape.
-    pub config: ModelConfig,
-    /// The weights.
-    pub source: Source,
-    /// What the files say that was passed over, for the user to know.
-    pub notes: Vec<String>,
-}
-
-impl ModelFiles {
-    /// Opens a Hugging Face directory or a GGUF file. Nothing is read beyond headers.
-    ///
-    /// # Errors
-    /// If a file is not there or not whole, or says something of the model that is neither followed here nor known to
-    /// change nothing; names file, key or tensor.
-    pub fn open(path: &Path) -> Result<Self> {
-        let ((config, notes), source) = if path.is_dir() {
-            let file = path.join("config.json");
-            if !file.is_file() {
-                let adapter = path.join("adapter_config.json").is_file();
-                return Err(Error::file(
-                    path,
-                    match adapter {
-                        true => {
-                            "holds an adapter, not a model; merge it into its base model first (peft: merge_and_unload)"
-                        }
-                        false => {
-                            "has no config.json; a model is a directory with config.json and safetensors, or a GGUF file"
-                        }
-                    },
-                ));
-            }
-            let config = ModelConfig::from_hf(&read_text(&file)?, &file)?;
-            (config, Source::Safetensors(Shards::open(path)?))
-        } else if path.exists() {
-            let gguf = Gguf::open(path)?;
-            (gguf.config()?, Source::Gguf(Box::new(gguf)))
-        } else {
-            return Err(Error::file(
-                path,
-                "no such file or directory; a model is a directory with config.json and safetensors, or a GGUF file",
-            ));
-        };
-        source.check_names(&config)?;
-        Ok(Self {
-            path: path.to_path_buf(),
-            config,
-            source,
-            notes,
-        })
-    }
-
-    /// The files that make up the model, in order of name: its configuration, where that is one of its own, and its weights.
-    pub fn files(&self) -> Vec<PathBuf> {
-        let mut files = self.source.files().to_vec();
-        files.extend(self.path.is_dir().then(|| self.path.join("config.json")));
-        files.sort();
-        files
-    }
-}
-
 /// Positions a slot holds unless more are asked for.
 pub const USUAL_CONTEXT: usize = 8192;
 
@@ -196,24 +132,23 @@ impl LoadOptions {
     /// Positions a slot of this model holds under these options.
     ///
     /// # Errors
-    /// If they are more than the model was made for, or than a sliding window of its layers lets a row see.
+    /// If they are more than the model was made for.
     pub fn positions(&self, config: &ModelConfig) -> Result<usize> {
-        let positions = match self.context {
-            0 => config.context.min(USUAL_CONTEXT),
-            n if n <= config.context => n,
-            n => {
-                return Err(Error::Invalid(format!(
-                    "context {n} is longer than the model's {}",
-                    config.context
-                )));
-            }
-        };
-        match config.window {
-            Some(window) if window < positions => Err(Error::Unsupported(format!(
-                "sliding_window {window} in a context of {positions}: windows are not supported; a context within it is \
-                 (target.context = {window} or less)"
+        match self.context {
+            0 => Ok(config.context.min(USUAL_CONTEXT)),
+            n if n <= config.context => Ok(n),
+            n => Err(Error::Invalid(format!(
+                "context {n} is longer than the model's {}",
+                config.context
             ))),
-            _ => Ok(positions),
+        }
+    }
+
+    /// What computes under these options: this crate's kernels on a CPU, candle elsewhere.
+    pub fn executor(&self) -> Arc<dyn Executor> {
+        match &self.device {
+            Device::Cpu => Arc::new(Cpu::new(Arc::new(Pool::new(self.thread_count())))),
+            device => Arc::new(OnDevice::new(device.clone())),
         }
     }
 
@@ -257,39 +192,31 @@ pub struct Loaded {
     pub forms: Vec<&'static str>,
     /// Bytes of one position of a cache.
     pub cache_bytes: usize,
-    /// Its ends and threads, where it runs on the CPU.
-    shared: Option<(Ends, Arc<Pool>)>,
-}
-
-impl Loaded {
-    /// Embedding, head and threads, which drafts share with a target that runs on the CPU.
-    pub fn shared(&self) -> Option<&(Ends, Arc<Pool>)> {
-        self.shared.as_ref()
-    }
+    /// What computes it, and its drafts.
+    pub executor: Arc<dyn Executor>,
+    /// Embedding and head, which drafts share.
+    pub tokens: TokenLayers,
 }
 
 /// Loads a target: on a CPU with this crate's kernels, elsewhere through candle.
 pub fn load(files: &ModelFiles, options: &LoadOptions) -> Result<Loaded> {
-    let config = files.config.clone();
-    if matches!(options.device, Device::Cpu) {
-        let model = CpuModel::load(files, options)?;
-        Ok(Loaded {
-            weight_bytes: model.weight_bytes(),
-            forms: model.forms(),
-            cache_bytes: config.cache_values(1) * model.cache_form().bytes(),
-            shared: Some((model.ends().clone(), Arc::clone(model.pool()))),
-            model: Box::new(model),
-            config,
-        })
-    } else {
-        let model = DeviceModel::load(files, options)?;
-        Ok(Loaded {
-            weight_bytes: model.weight_bytes(),
-            forms: model.forms(),
-            cache_bytes: config.cache_values(1) * CacheForm::F32.bytes(),
-            shared: None,
-            model: Box::new(model),
-            config,
-        })
-    }
+    load_on(files, options, options.executor())
+}
+
+/// Loads a target, or a draft that is a whole model, on an executor.
+pub fn load_on(
+    files: &ModelFiles,
+    options: &LoadOptions,
+    executor: Arc<dyn Executor>,
+) -> Result<Loaded> {
+    let model = Transformer::load(files, options, Arc::clone(&executor))?;
+    Ok(Loaded {
+        config: files.config.clone(),
+        weight_bytes: model.weight_bytes(),
+        forms: model.forms(),
+        cache_bytes: model.cache_bytes(),
+        tokens: model.tokens().clone(),
+        model: Box::new(model),
+        executor,
+    })
 }

@@ -1,274 +1,137 @@
-//! How files spell the rotary positions, and what they mean by it.
+//! Rotary positions: base, stretch, and the tables that executors rotate with.
 
-use std::path::Path;
-
-use serde_json::{Map, Value};
-
-use super::config::RopeScaling;
-use super::gguf::Gguf;
-use super::hf::Fields;
-use crate::{Error, Result};
-
-/// Base and stretch of the rotary frequencies.
+/// How rotary frequencies are stretched for longer contexts.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Rope {
-    pub(super) theta: f64,
-    pub(super) scaling: RopeScaling,
+pub enum RopeScaling {
+    /// Plain rotary positions.
+    None,
+    /// Positions divided by a factor.
+    Linear {
+        /// The divisor.
+        factor: f64,
+    },
+    /// Llama-3.1's stretch of the long wavelengths.
+    Llama3 {
+        /// Divisor of the lowest frequencies.
+        factor: f64,
+        /// Wavelengths above `original / low` are stretched whole.
+        low_freq_factor: f64,
+        /// Wavelengths below `original / high` are left alone.
+        high_freq_factor: f64,
+        /// Context the model was first trained with.
+        original: f64,
+    },
+    /// YaRN (arXiv:2309.00071): frequencies that turn less than `beta_slow` times within the original context are divided by
+    /// the factor, those that turn more than `beta_fast` times are left alone, and a ramp lies between.
+    Yarn {
+        /// The divisor.
+        factor: f64,
+        /// Context the model was first trained with.
+        original: f64,
+        /// Turns from which on a frequency is left alone.
+        beta_fast: f64,
+        /// Turns up to which a frequency is divided.
+        beta_slow: f64,
+        /// What cosines and sines, hence q and k each, are multiplied by.
+        attention_factor: f64,
+        /// Whether the ramp's ends are rounded outwards to whole pairs.
+        truncate: bool,
+    },
+    /// A divisor per frequency, as GGUF's `rope_freqs.weight` stores Llama-3.1's stretch.
+    Factors(Vec<f32>),
 }
 
-/// Keys of a rope dictionary beside its type's own; each has to say "as usual", or is read elsewhere.
-const COMMON: [&str; 6] = [
-    "type",
-    "rope_type",
-    "rope_theta",
-    "partial_rotary_factor",
-    "attention_factor",
-    "original_max_position_embeddings",
-];
-
-/// The rope of a `config.json`: `rope_theta` with `rope_scaling`, or `rope_parameters`, which may be given by kind of
-/// layer. Where several spellings are there they must agree.
-pub(super) fn of_hf(fields: &Fields<'_>) -> Result<Rope> {
-    whole_head(fields, fields.number("partial_rotary_factor")?)?;
-    let theta = fields.number("rope_theta")?;
-    let newer = match fields.given("rope_parameters") {
-        None => None,
-        Some(Value::Object(map)) => Some(by_layer(fields, map, theta)?),
-        Some(other) => return Err(fields.wrong("rope_parameters", other, "an object")),
-    };
-    // The older dictionary has no base of its own.
-    let base = theta.or(newer.as_ref().map(|rope| rope.theta));
-    let older = match fields.given("rope_scaling") {
-        None => None,
-        Some(Value::Object(map)) => Some(read(fields, "rope_scaling", map, base)?),
-        Some(other) => return Err(fields.wrong("rope_scaling", other, "an object")),
-    };
-    let plain = || Rope {
-        theta: theta.unwrap_or(10000.0),
-        scaling: RopeScaling::None,
-    };
-    match (older, newer) {
-        (None, None) => Ok(plain()),
-        (Some(rope), None) | (None, Some(rope)) => match theta {
-            Some(theta) if theta != rope.theta => Err(disagree(fields)),
-            _ => Ok(rope),
-        },
-        (Some(a), Some(b)) if a == b && theta.is_none_or(|t| t == a.theta) => Ok(a),
-        _ => Err(disagree(fields)),
-    }
+/// Rotary positions of a layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rope {
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// Their stretch.
+    pub scaling: RopeScaling,
 }
 
-fn disagree(fields: &Fields<'_>) -> Error {
-    Error::file(
-        fields.path,
-        "`rope_theta`, `rope_scaling` and `rope_parameters` do not say the same; keep the one that holds",
-    )
-}
-
-/// `rope_parameters`, whole or by kind of layer (`full_attention`, `sliding_attention`).
-fn by_layer(fields: &Fields<'_>, map: &Map<String, Value>, theta: Option<f64>) -> Result<Rope> {
-    let nested: Vec<(&String, &Map<String, Value>)> = map
-        .iter()
-        .filter_map(|(key, value)| Some((key, value.as_object()?)))
-        .collect();
-    if nested.is_empty() {
-        return read(fields, "rope_parameters", map, theta);
-    }
-    if nested.len() != map.len() {
-        return Err(Error::Unsupported(format!(
-            "{}: `rope_parameters` holds kinds of layers beside values: {}",
-            fields.path.display(),
-            map.keys().cloned().collect::<Vec<_>>().join(", ")
-        )));
-    }
-    let read_one = |(kind, map): &(&String, &Map<String, Value>)| {
-        read(fields, &format!("rope_parameters.{kind}"), map, theta)
-    };
-    let ropes = nested.iter().map(read_one).collect::<Result<Vec<_>>>()?;
-    match ropes.iter().all(|rope| *rope == ropes[0]) {
-        true => Ok(ropes[0].clone()),
-        false => Err(Error::Unsupported(format!(
-            "{}: `rope_parameters` differs between kinds of layers ({}); one rope for all layers is supported",
-            fields.path.display(),
-            map.keys().cloned().collect::<Vec<_>>().join(", ")
-        ))),
-    }
-}
-
-fn whole_head(fields: &Fields<'_>, share: Option<f64>) -> Result<()> {
-    match share {
-        Some(share) if share != 1.0 => Err(Error::Unsupported(format!(
-            "{}: `partial_rotary_factor` is {share}; only whole heads are rotated (1)",
-            fields.path.display()
-        ))),
-        _ => Ok(()),
-    }
-}
-
-/// One dictionary.
-fn read(
-    fields: &Fields<'_>,
-    name: &str,
-    map: &Map<String, Value>,
-    theta: Option<f64>,
-) -> Result<Rope> {
-    let inner = Fields {
-        map,
-        path: fields.path,
-        prefix: format!("{name}."),
-    };
-    let refuse =
-        |message: String| Error::Unsupported(format!("{}: {message}", fields.path.display()));
-    let kind = match (inner.text("rope_type")?, inner.text("type")?) {
-        (Some(a), Some(b)) if a != b => {
-            return Err(refuse(format!(
-                "`{name}` has rope_type `{a}` and type `{b}`"
-            )));
+impl Rope {
+    /// Plain rotary positions.
+    pub fn plain(theta: f64) -> Self {
+        Self {
+            theta,
+            scaling: RopeScaling::None,
         }
-        (a, b) => a.or(b),
-    };
-    whole_head(fields, inner.number("partial_rotary_factor")?)?;
-    if let Some(factor) = inner.number("attention_factor")?
-        && factor != 1.0
-    {
-        return Err(refuse(format!(
-            "`{name}.attention_factor` is {factor}; supported: 1"
-        )));
     }
-    let positive = |key: &str| -> Result<f64> {
-        match inner.number(key)? {
-            Some(v) if v > 0.0 && v.is_finite() => Ok(v),
-            Some(v) => Err(Error::file(
-                fields.path,
-                format!("`{name}.{key}` is {v}; it must be positive"),
-            )),
-            None => Err(Error::file(
-                fields.path,
-                format!(
-                    "rope type `{}` needs a positive `{name}.{key}`",
-                    kind.unwrap_or_default()
-                ),
-            )),
-        }
-    };
-    let (scaling, own): (RopeScaling, &[&str]) = match kind {
-        None | Some("default") => (RopeScaling::None, &[]),
-        Some("linear") => (
-            RopeScaling::Linear {
-                factor: positive("factor")?,
-            },
-            &["factor"],
-        ),
-        Some("llama3") => {
-            let original = match inner.given("original_max_position_embeddings") {
-                Some(_) => positive("original_max_position_embeddings")?,
-                None => match fields.number("original_max_position_embeddings")? {
-                    Some(v) if v > 0.0 => v,
-                    _ => positive("original_max_position_embeddings")?,
-                },
-            };
-            let (low, high) = (positive("low_freq_factor")?, positive("high_freq_factor")?);
-            if high <= low {
-                return Err(Error::file(
-                    fields.path,
-                    format!(
-                        "`{name}.high_freq_factor` {high} must be above `low_freq_factor` {low}"
-                    ),
-                ));
-            }
-            let scaling = RopeScaling::Llama3 {
-                factor: positive("factor")?,
+
+    /// Tables of cosines and sines `[positions, E / 2]`, built in f64 and rounded once.
+    pub fn tables(&self, head_dim: usize, positions: usize) -> (Vec<f32>, Vec<f32>) {
+        let half = head_dim / 2;
+        let plain = |i: usize| self.theta.powf(-((2 * i) as f64) / head_dim as f64);
+        let frequencies: Vec<f64> = (0..half)
+            .map(|i| self.stretched(plain(i), i, head_dim))
+            .collect();
+        let scale = match self.scaling {
+            RopeScaling::Yarn {
+                attention_factor, ..
+            } => attention_factor,
+            _ => 1.0,
+        };
+        let angles = (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
+        angles
+            .map(|a| ((a.cos() * scale) as f32, (a.sin() * scale) as f32))
+            .unzip()
+    }
+
+    fn stretched(&self, frequency: f64, index: usize, head_dim: usize) -> f64 {
+        match &self.scaling {
+            RopeScaling::None => frequency,
+            RopeScaling::Linear { factor } => frequency / factor,
+            RopeScaling::Factors(f) => frequency / f64::from(f.get(index).copied().unwrap_or(1.0)),
+            RopeScaling::Llama3 {
+                factor,
                 low_freq_factor: low,
                 high_freq_factor: high,
                 original,
-            };
-            (scaling, &["factor", "low_freq_factor", "high_freq_factor"])
+            } => {
+                let wavelength = 2.0 * std::f64::consts::PI / frequency;
+                if wavelength < original / high {
+                    frequency
+                } else if wavelength > original / low {
+                    frequency / factor
+                } else {
+                    let smooth = (original / wavelength - low) / (high - low);
+                    (1.0 - smooth) * frequency / factor + smooth * frequency
+                }
+            }
+            &RopeScaling::Yarn {
+                factor,
+                original,
+                beta_fast,
+                beta_slow,
+                truncate,
+                ..
+            } => {
+                // The pair whose frequency turns so many times within the original context.
+                let pair = |turns: f64| {
+                    head_dim as f64 * (original / (turns * 2.0 * std::f64::consts::PI)).ln()
+                        / (2.0 * self.theta.ln())
+                };
+                let (mut low, mut high) = (pair(beta_fast), pair(beta_slow));
+                if truncate {
+                    (low, high) = (low.floor(), high.ceil());
+                }
+                low = low.max(0.0);
+                high = high.min(head_dim as f64 - 1.0);
+                if low == high {
+                    high += 0.001; // as in the reference: no ramp of no width
+                }
+                let ramp = ((index as f64 - low) / (high - low)).clamp(0.0, 1.0);
+                frequency / factor * ramp + frequency * (1.0 - ramp)
+            }
         }
-        Some(other) => {
-            return Err(refuse(format!(
-                "rope type `{other}`; supported: default, linear, llama3"
-            )));
-        }
-    };
-    let unread = |key: &&String| {
-        let known = COMMON.contains(&key.as_str()) || own.contains(&key.as_str());
-        !known && !super::known::neutral(key, &map[*key])
-    };
-    if let Some(key) = map.keys().find(unread) {
-        let kind = kind.map_or("none".into(), |k| format!("`{k}`"));
-        return Err(refuse(format!(
-            "`{name}.{key}` is {} beside rope type {kind}, which has no such key",
-            map[key]
-        )));
     }
-    let own_theta = inner.number("rope_theta")?.or(theta);
-    Ok(Rope {
-        theta: own_theta.unwrap_or(10000.0),
-        scaling,
-    })
 }
 
-/// The rope of a GGUF file, as llama.cpp reads it: a factor without a type is linear, and `rope.scale_linear` is the
-/// older spelling. `factors` are those of `rope_freqs.weight`, one per pair.
-pub(super) fn of_gguf(
-    gguf: &Gguf,
-    arch: &str,
-    head_dim: usize,
-    factors: Option<Vec<f32>>,
-) -> Result<Rope> {
-    let path: &Path = &gguf.path;
-    let key = |name: &str| format!("{arch}.rope.{name}");
-    let refuse =
-        |message: String| Err(Error::Unsupported(format!("{}: {message}", path.display())));
-    if let Some(size) = gguf.size(&key("dimension_count"))?
-        && size != head_dim
-    {
-        return refuse(format!(
-            "`{}` is {size} of heads of {head_dim}; only whole heads are rotated",
-            key("dimension_count")
-        ));
+/// YaRN's attention factor of a context stretched so many times, where a file gives none.
+pub fn yarn_attention_factor(factor: f64) -> f64 {
+    match factor > 1.0 {
+        true => 0.1 * factor.ln() + 1.0,
+        false => 1.0,
     }
-    let positive = |key: String| -> Result<Option<f64>> {
-        match gguf.number(&key)? {
-            Some(v) if !(v > 0.0 && v.is_finite()) => Err(Error::file(
-                path,
-                format!("metadata `{key}` is {v}; it must be positive"),
-            )),
-            found => Ok(found),
-        }
-    };
-    let factor = match positive(key("scaling.factor"))? {
-        Some(factor) => Some(factor),
-        None => positive(key("scale_linear"))?,
-    };
-    let factor = match gguf.text(&key("scaling.type"))? {
-        None => factor.unwrap_or(1.0),
-        Some("none") => 1.0,
-        Some("linear") => match factor {
-            Some(factor) => factor,
-            None => return Err(gguf.absent(&key("scaling.factor"))),
-        },
-        Some(other) => {
-            return refuse(format!(
-                "rope scaling `{other}`; supported: none, linear, rope_freqs.weight"
-            ));
-        }
-    };
-    let scaling = match factors {
-        Some(factors) => {
-            if let Some(f) = factors.iter().find(|f| !(f.is_finite() && **f > 0.0)) {
-                return Err(Error::file(
-                    path,
-                    format!("rope_freqs.weight holds the factor {f}; it must be positive"),
-                ));
-            }
-            RopeScaling::Factors(factors.into_iter().map(|f| f * factor as f32).collect())
-        }
-        None if factor == 1.0 => RopeScaling::None,
-        None => RopeScaling::Linear { factor },
-    };
-    Ok(Rope {
-        theta: positive(key("freq_base"))?.unwrap_or(10000.0),
-        scaling,
-    })
 }

@@ -5,7 +5,7 @@ use crate::{Error, Result};
 
 /// Rows to run in one slot; what they hold is passed beside.
 #[derive(Debug, Clone, Copy)]
-pub struct Rows<'a> {
+pub struct StackRows<'a> {
     /// Where.
     pub slot: Slot,
     /// How many.
@@ -47,6 +47,18 @@ pub(super) struct RowView {
     pub(super) position: usize,
     pub(super) contiguous: usize,
     pub(super) scattered: Vec<u32>,
+}
+
+impl RowView {
+    /// Where a window of so many positions begins: the first place of the contiguous ones that is seen, and how many of
+    /// the single ones are not. Distance is counted along positions.
+    pub(super) fn since(&self, window: Option<usize>) -> (usize, usize) {
+        let first = window.map_or(0, |window| (self.position + 1).saturating_sub(window));
+        (
+            first.min(self.contiguous),
+            first.saturating_sub(self.contiguous),
+        )
+    }
 }
 
 impl<C> Slots<C> {
@@ -93,7 +105,7 @@ impl<C> Slots<C> {
 
     /// Checks rows and notes them as waiting, after those that wait already; returns what each of them sees, slot
     /// by slot.
-    pub(super) fn begin(&mut self, rows: &[Rows<'_>]) -> Result<Vec<Vec<RowView>>> {
+    pub(super) fn begin(&mut self, rows: &[StackRows<'_>]) -> Result<Vec<Vec<RowView>>> {
         let capacity = self.capacity;
         for (i, r) in rows.iter().enumerate() {
             let state = self.get(r.slot)?;
@@ -105,12 +117,13 @@ impl<C> Slots<C> {
         rows.iter().map(|r| Ok(self.get(r.slot)?.wait(r))).collect()
     }
 
-    /// Checks a path and moves its rows together with `copy(cache, from, to)`; the others are dropped.
+    /// Checks a path and moves its rows together with `copy(cache, moves)`, each from one place to an earlier one, in
+    /// order; the others are dropped.
     pub(super) fn commit(
         &mut self,
         slot: usize,
         path: &[usize],
-        mut copy: impl FnMut(&mut C, usize, usize) -> Result<()>,
+        mut copy: impl FnMut(&mut C, &[(usize, usize)]) -> Result<()>,
     ) -> Result<()> {
         let state = self.get(slot)?;
         let mut parent = None;
@@ -123,10 +136,11 @@ impl<C> Slots<C> {
             }
             parent = Some(row);
         }
-        for (i, &row) in path.iter().enumerate() {
-            if row != i {
-                copy(&mut state.cache, state.len + row, state.len + i)?;
-            }
+        let len = state.len;
+        let moved = path.iter().enumerate().filter(|(i, row)| i != *row);
+        let moves: Vec<_> = moved.map(|(i, row)| (len + row, len + i)).collect();
+        if !moves.is_empty() {
+            copy(&mut state.cache, &moves)?;
         }
         state.len += path.len();
         state.waiting.clear();
@@ -135,7 +149,7 @@ impl<C> Slots<C> {
 }
 
 impl<C> SlotState<C> {
-    fn wait(&mut self, rows: &Rows<'_>) -> Vec<RowView> {
+    fn wait(&mut self, rows: &StackRows<'_>) -> Vec<RowView> {
         let first = self.waiting.len();
         for i in 0..rows.count {
             let parent = match rows.parents {
@@ -178,7 +192,7 @@ impl<C> SlotState<C> {
     }
 }
 
-fn check_rows(rows: &Rows<'_>, len: usize, waiting: usize, capacity: usize) -> Result<()> {
+fn check_rows(rows: &StackRows<'_>, len: usize, waiting: usize, capacity: usize) -> Result<()> {
     let n = rows.count;
     let bad = |message: String| Err(Error::Invalid(message));
     if n == 0 {
@@ -202,7 +216,7 @@ fn check_rows(rows: &Rows<'_>, len: usize, waiting: usize, capacity: usize) -> R
 }
 
 /// The rows of a step, its tokens and wanted rows checked.
-pub(super) fn rows_of<'a>(step: &Step<'a>, vocab: usize) -> Result<Vec<Rows<'a>>> {
+pub(super) fn rows_of<'a>(step: &Step<'a>, vocab: usize) -> Result<Vec<StackRows<'a>>> {
     let rows = step.slots.iter().map(|s| {
         if let Some(token) = s.tokens.iter().find(|&&t| t as usize >= vocab) {
             return Err(Error::Invalid(format!(
@@ -210,7 +224,7 @@ pub(super) fn rows_of<'a>(step: &Step<'a>, vocab: usize) -> Result<Vec<Rows<'a>>
             )));
         }
         s.want.of(s.tokens.len())?;
-        Ok(Rows {
+        Ok(StackRows {
             slot: s.slot,
             count: s.tokens.len(),
             parents: s.parents,
@@ -231,7 +245,7 @@ mod tests {
         let mut slots = Slots::new(64);
         slots.open(0, ()).expect("open");
         let begin = |slots: &mut Slots<()>, count, parents| {
-            let rows = Rows {
+            let rows = StackRows {
                 slot: 0,
                 count,
                 parents,
@@ -241,7 +255,7 @@ mod tests {
         if len > 0 {
             begin(&mut slots, len, &[]);
             let all: Vec<usize> = (0..len).collect();
-            slots.commit(0, &all, |_, _, _| Ok(())).expect("commit");
+            slots.commit(0, &all, |_, _| Ok(())).expect("commit");
         }
         let views = batches
             .iter()
@@ -285,18 +299,18 @@ mod tests {
         let mut slots = Slots::new(10);
         slots.open(0, ()).expect("open");
         let parents = [None, Some(0), Some(0)];
-        let rows = Rows {
+        let rows = StackRows {
             slot: 0,
             count: 3,
             parents: &parents,
         };
         slots.begin(&[rows]).expect("begin");
-        assert!(slots.commit(0, &[0, 3], |_, _, _| Ok(())).is_err());
-        assert!(slots.commit(0, &[1], |_, _, _| Ok(())).is_err());
+        assert!(slots.commit(0, &[0, 3], |_, _| Ok(())).is_err());
+        assert!(slots.commit(0, &[1], |_, _| Ok(())).is_err());
         let mut moved = Vec::new();
         slots
-            .commit(0, &[0, 2], |_, a, b| {
-                moved.push((a, b));
+            .commit(0, &[0, 2], |_, moves| {
+                moved.extend_from_slice(moves);
                 Ok(())
             })
             .expect("commit");
@@ -310,7 +324,7 @@ mod tests {
         slots.open(0, ()).expect("open");
         assert!(slots.open(0, ()).is_err());
         let mut refused = |slot, count, parents: &[Option<usize>]| {
-            let rows = Rows {
+            let rows = StackRows {
                 slot,
                 count,
                 parents,

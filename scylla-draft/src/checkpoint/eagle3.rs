@@ -5,7 +5,7 @@ use scylla_core::plugin::{Tap, TargetShape};
 use scylla_core::{Error, Result};
 use serde_json::Value;
 
-use super::Checkpoint;
+use super::{Checkpoint, DraftConfig, Eagle3Config};
 use crate::network::Ids;
 
 /// The layers whose inputs EAGLE-3 reads of a target of `n` layers: 2, n/2 and n-3.
@@ -25,7 +25,7 @@ pub fn default_taps(n: usize) -> Result<[usize; 3]> {
 
 /// Layer inputs that a configuration names: vLLM's top-level key counts inputs, SGLang's nested one counts outputs,
 /// of which -1 is the embedding.
-fn configured(json: &Value) -> Result<Option<Vec<usize>>> {
+pub(super) fn configured_taps(json: &Value) -> Result<Option<Vec<usize>>> {
     let key = "eagle_aux_hidden_state_layer_ids";
     let nested = json.get("eagle_config").and_then(|c| c.get(key));
     let given = |value: Option<&Value>| value.filter(|v| !v.is_null()).cloned();
@@ -50,18 +50,19 @@ pub fn offsets_of(targets: &[u32]) -> Vec<i64> {
     targets.iter().enumerate().map(offset).collect()
 }
 
-impl Checkpoint {
-    /// The taps an EAGLE-3 network reads: `layers` where given, else what the configuration says, else the default.
+impl Eagle3Config {
+    /// The taps it reads: `layers` where given, else what its configuration says, else the default.
+    ///
+    /// # Errors
+    /// If they are not as many as it was made for, do not rise, or lie beyond the target's layers.
     pub fn taps(&self, layers: Option<&[usize]>, target: &TargetShape) -> Result<Vec<Tap>> {
-        let layers = match layers {
-            Some(layers) => layers.to_vec(),
-            None => match configured(&self.json)? {
-                Some(layers) => layers,
-                None => default_taps(target.layers)?.to_vec(),
-            },
+        let layers = match (layers, &self.taps) {
+            (Some(layers), _) => layers.to_vec(),
+            (None, Some(layers)) => layers.clone(),
+            (None, None) => default_taps(target.layers)?.to_vec(),
         };
         let rising = layers.windows(2).all(|w| w[0] < w[1]);
-        let count = self.tap_count();
+        let count = self.tap_count;
         if layers.len() != count || !rising || layers.iter().any(|&l| l > target.layers) {
             return Err(Error::Invalid(format!(
                 "taps {layers:?}: expected {count} different layer inputs in rising order, of 0..={}",
@@ -70,34 +71,17 @@ impl Checkpoint {
         }
         Ok(layers.into_iter().map(Tap::Input).collect())
     }
+}
 
-    /// Hidden states side by side that make up a feature.
-    pub fn tap_count(&self) -> usize {
-        let listed = || configured(&self.json).ok().flatten().map(|l| l.len());
-        let count = self.size("num_aux_hidden_states");
-        count.or_else(listed).unwrap_or(3)
-    }
-
-    /// Checks what a configuration says of its taps, before a shape is made of it.
-    pub(super) fn check_taps(&self, target: &TargetShape) -> Result<()> {
-        configured(&self.json)?;
-        match self.tap_count() {
-            n if (1..=target.layers + 1).contains(&n) => Ok(()),
-            n => Err(Error::Invalid(format!(
-                "{n} hidden states make up a feature; expected 1..={} for a target of {} layers",
-                target.layers + 1,
-                target.layers
-            ))),
-        }
-    }
-
-    /// Whether the features are normed as one before `fc` (EAGLE-3.1); the nested key counts more.
-    pub fn norm_before_fc(&self) -> bool {
-        let key = "norm_before_fc";
-        let nested = self.json.get("eagle_config").and_then(|c| c.get(key));
-        match nested.and_then(Value::as_bool) {
-            Some(flag) => flag,
-            None => self.flag(key),
+impl Checkpoint {
+    /// The taps an EAGLE-3 network reads, as [`Eagle3Config::taps`]; other networks read the final state.
+    ///
+    /// # Errors
+    /// As [`Eagle3Config::taps`].
+    pub fn taps(&self, layers: Option<&[usize]>, target: &TargetShape) -> Result<Vec<Tap>> {
+        match &self.config {
+            DraftConfig::Eagle3(c) => c.taps(layers, target),
+            _ => Ok(vec![Tap::Final]),
         }
     }
 
@@ -106,7 +90,7 @@ impl Checkpoint {
     /// # Errors
     /// If an offset leads outside the target's vocabulary, two lead to one token, or `t2d` says otherwise.
     pub fn draft_ids(&self, known: usize) -> Result<Ids> {
-        let (count, vocab) = (self.draft_vocab(), self.config.vocab);
+        let (count, vocab) = (self.config.draft_vocab(), self.config.backbone().vocab);
         let marked = match self.has("t2d") {
             true => {
                 let (_, bytes) = self.stored("t2d", &[vocab])?;
@@ -144,7 +128,7 @@ impl Checkpoint {
 
     /// The target id of each draft id, by the offsets of `d2t`.
     fn mapped(&self) -> Result<Vec<u32>> {
-        let vocab = self.config.vocab;
+        let vocab = self.config.backbone().vocab;
         let target = |(i, offset): (usize, i64)| {
             let target = (i as i64)
                 .checked_add(offset)
@@ -163,7 +147,7 @@ impl Checkpoint {
 
     /// The values of `d2t`, of whatever width.
     pub(super) fn offsets(&self) -> Result<Vec<i64>> {
-        let (dtype, bytes) = self.stored("d2t", &[self.draft_vocab()])?;
+        let (dtype, bytes) = self.stored("d2t", &[self.config.draft_vocab()])?;
         Ok(match dtype {
             Dtype::I16 => bytes
                 .as_chunks()

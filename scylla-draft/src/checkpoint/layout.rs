@@ -3,12 +3,11 @@
 use std::path::Path;
 
 use safetensors::Dtype;
-use scylla_core::model::{ModelConfig, Shards};
-use scylla_core::plugin::TargetShape;
+use scylla_core::model::{LayerSpec, Shards};
 use scylla_core::{Error, Result};
 use serde_json::Value;
 
-use super::Checkpoint;
+use super::{DraftConfig, Eagle3Config};
 
 /// A network and the layout of its files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,14 +100,6 @@ impl Entry {
 /// Both names of an EAGLE-3 checkpoint's first layer.
 const FIRST: [&str; 2] = ["midlayer", "layers.0"];
 
-/// Where an EAGLE-3 checkpoint keeps a layer.
-pub(crate) fn eagle3_prefix(family: Family, layer: usize) -> String {
-    match (family, layer) {
-        (Family::Speculators, _) | (_, 1..) => format!("layers.{layer}"),
-        _ => "midlayer".into(),
-    }
-}
-
 /// Keys that trainers leave in their files and no engine uses: copies of the target's head and norm.
 pub(super) fn passed_over_in(family: Family) -> &'static [&'static str] {
     match family {
@@ -122,106 +113,80 @@ pub(super) fn passed_over_in(family: Family) -> &'static [&'static str] {
     }
 }
 
-/// The keys of one decoder layer whose attention takes `input` values, input norm aside.
-fn layer(c: &ModelConfig, prefix: &str, input: usize) -> Vec<Entry> {
-    let h = c.hidden;
-    let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-    let at = |name: &str, shape: &[usize]| float(format!("{prefix}.{name}"), shape);
-    let mut all = vec![
-        at("self_attn.q_proj.weight", &[q, input]),
-        at("self_attn.k_proj.weight", &[kv, input]),
-        at("self_attn.v_proj.weight", &[kv, input]),
-        at("self_attn.o_proj.weight", &[h, q]),
-        at("mlp.gate_proj.weight", &[c.ffn, h]),
-        at("mlp.up_proj.weight", &[c.ffn, h]),
-        at("mlp.down_proj.weight", &[h, c.ffn]),
-        at("post_attention_layernorm.weight", &[h]),
-    ];
-    if c.qkv_bias {
-        for (name, n) in [("q", q), ("k", kv), ("v", kv)] {
-            all.push(at(&format!("self_attn.{name}_proj.bias"), &[n]));
-        }
-    }
-    all
+/// The keys of one decoder layer.
+fn layer(spec: &LayerSpec, prefix: &str) -> impl Iterator<Item = Entry> {
+    let tensors = spec.tensors(prefix).into_iter();
+    tensors.map(|(name, shape)| float(name, &shape))
 }
 
-/// The keys of a checkpoint's family and shape.
-pub fn entries(checkpoint: &Checkpoint, target: &TargetShape) -> Vec<Entry> {
-    let c = &checkpoint.config;
+/// Where a network's file keeps a layer.
+pub(crate) fn layer_prefix(family: Family, layer: usize) -> String {
+    match (family, layer) {
+        (Family::Eagle3, 0) => "midlayer".into(),
+        _ => format!("layers.{layer}"),
+    }
+}
+
+/// The layers of a network with the prefixes of their keys.
+pub(crate) fn layers(config: &DraftConfig) -> Vec<(String, LayerSpec)> {
+    let family = config.family();
+    let all = config.backbone().layers.iter().enumerate();
+    all.map(|(i, spec)| (layer_prefix(family, i), spec.clone()))
+        .collect()
+}
+
+/// The keys of a network. `has` says which there are, since of an EAGLE-3 network's two maps either may be missing.
+pub fn entries(config: &DraftConfig, has: &dyn Fn(&str) -> bool) -> Vec<Entry> {
+    let c = config.backbone();
     let h = c.hidden;
-    let mut all = match checkpoint.family {
-        Family::Eagle => {
-            let mut all = layer(c, "layers.0", h);
-            all.push(float("fc.weight", &[h, 2 * h]));
-            all.push(float("fc.bias", &[h]).optional());
-            all
+    let mut all: Vec<Entry> = layers(config)
+        .iter()
+        .flat_map(|(prefix, spec)| layer(spec, prefix))
+        .collect();
+    match config {
+        DraftConfig::Eagle(_) => all.extend([
+            float("fc.weight", &[h, 2 * h]),
+            float("fc.bias", &[h]).optional(),
+        ]),
+        DraftConfig::Scylla(_) => {
+            all.extend([float("fc.weight", &[h, 2 * h]), float("norm.weight", &[h])]);
         }
-        Family::Scylla => {
-            let mut all = vec![float("fc.weight", &[h, 2 * h]), float("norm.weight", &[h])];
-            for i in 0..c.layers {
-                let prefix = format!("layers.{i}");
-                all.extend(layer(c, &prefix, h));
-                if i > 0 || checkpoint.flag("input_norm_first") {
-                    all.push(float(format!("{prefix}.input_layernorm.weight"), &[h]));
-                }
-            }
-            all
-        }
-        Family::Eagle3 | Family::Speculators => eagle3(checkpoint, target),
-    };
+        DraftConfig::Eagle3(eagle3) => all.extend(self::eagle3(eagle3, config.family(), has)),
+    }
     all.push(float("embed_tokens.weight", &[c.vocab, h]).optional());
     all
 }
 
-/// The keys of an EAGLE-3 checkpoint.
-fn eagle3(checkpoint: &Checkpoint, target: &TargetShape) -> Vec<Entry> {
-    let c = &checkpoint.config;
-    let h = c.hidden;
-    let prefix = eagle3_prefix(checkpoint.family, 0);
-    let taps = checkpoint.tap_count();
-    let draft_vocab = checkpoint.draft_vocab();
-    let mut all = layer(c, &prefix, 2 * h);
-    for i in 1..c.layers {
-        let prefix = eagle3_prefix(checkpoint.family, i);
-        all.extend(layer(c, &prefix, h));
-        all.push(float(format!("{prefix}.input_layernorm.weight"), &[h]));
-    }
+/// The keys of an EAGLE-3 network beside its layers.
+fn eagle3(c: &Eagle3Config, family: Family, has: &dyn Fn(&str) -> bool) -> Vec<Entry> {
+    let (h, vocab, taps) = (c.backbone.hidden, c.backbone.vocab, c.tap_count);
+    let prefix = layer_prefix(family, 0);
     // The target's head does where the two vocabularies are one.
-    let head = float("lm_head.weight", &[draft_vocab, h]);
-    let own = draft_vocab != c.vocab || h != target.hidden;
-    all.extend([
-        float("fc.weight", &[h, taps * target.hidden]),
+    let head = float("lm_head.weight", &[c.draft_vocab, h]);
+    let own = c.draft_vocab != vocab || h != c.target_hidden;
+    let mut all = vec![
+        float("fc.weight", &[h, taps * c.target_hidden]),
         float(format!("{prefix}.hidden_norm.weight"), &[h]),
         float(format!("{prefix}.input_layernorm.weight"), &[h]),
         float("norm.weight", &[h]),
         if own { head } else { head.optional() },
-    ]);
-    if checkpoint.flag("fc_norm") {
-        let norm = |i| float(format!("fc_norm.{i}.weight"), &[target.hidden]);
+    ];
+    if c.fc_norm {
+        let norm = |i| float(format!("fc_norm.{i}.weight"), &[c.target_hidden]);
         all.extend((0..taps).map(norm));
     }
-    if checkpoint.norm_before_fc() {
-        all.push(float("input_norm.weight", &[taps * target.hidden]));
+    if c.norm_before_fc {
+        all.push(float("input_norm.weight", &[taps * c.target_hidden]));
     }
     let map = |name: &str, count, kinds| Entry {
         name: name.into(),
         shape: vec![count],
         kinds,
         // Without a vocabulary of its own a draft needs no maps, and one follows from the other.
-        optional: draft_vocab == c.vocab
-            || ["d2t", "t2d"]
-                .iter()
-                .any(|m| *m != name && checkpoint.has(m)),
+        optional: c.draft_vocab == vocab || ["d2t", "t2d"].iter().any(|m| *m != name && has(m)),
     };
-    all.push(map(
-        "d2t",
-        draft_vocab,
-        &[Dtype::I64, Dtype::I32, Dtype::I16],
-    ));
-    all.push(map(
-        "t2d",
-        c.vocab,
-        &[Dtype::BOOL, Dtype::U8, Dtype::I32, Dtype::I64],
-    ));
+    let offsets = &[Dtype::I64, Dtype::I32, Dtype::I16];
+    let marks = &[Dtype::BOOL, Dtype::U8, Dtype::I32, Dtype::I64];
+    all.extend([map("d2t", c.draft_vocab, offsets), map("t2d", vocab, marks)]);
     all
 }

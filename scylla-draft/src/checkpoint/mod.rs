@@ -3,41 +3,55 @@
 //! Everything is checked against the layout before a weight is used: a key too many is as wrong as one too few, since
 //! vLLM rejects what SGLang silently skips.
 
+mod config;
 mod eagle3;
 mod export;
-
 mod layout;
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 use scylla_core::files::{parse_json, read_text};
-use scylla_core::kernels::Weight;
-use scylla_core::model::{ModelConfig, Shards, WeightForm, Weights};
+use scylla_core::model::{Shards, StoredTensor, WeightForm, Weights, of_draft};
 use scylla_core::plugin::TargetShape;
 use scylla_core::{Error, Result};
-use serde_json::Value;
 
+pub use config::{Backbone, DraftConfig, Eagle3Config, EagleConfig, ScyllaConfig};
 pub use eagle3::{default_taps, offsets_of};
-
 pub use export::{Export, Format, Precision, Written, export};
-pub(crate) use layout::eagle3_prefix;
 use layout::passed_over_in;
 pub use layout::{Entry, Family, entries};
+pub(crate) use layout::{layer_prefix, layers};
 
-/// An opened draft directory: shape, options and weights, nothing read beyond headers.
+/// A tensor in memory, as a file would store it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeldTensor {
+    /// The type of its elements.
+    pub dtype: Dtype,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Its elements, row by row.
+    pub bytes: Vec<u8>,
+}
+
+/// Where a checkpoint's tensors are.
+enum Tensors {
+    Files(Shards),
+    Memory(BTreeMap<String, HeldTensor>),
+}
+
+/// A draft's network with its tensors: of a directory, of which nothing is read beyond headers, or in memory, as a
+/// trainer has them.
 pub struct Checkpoint {
-    /// The directory.
+    /// The directory; for messages, where the tensors are in memory.
     pub dir: PathBuf,
-    /// The whole `config.json`.
-    pub json: Value,
-    /// The network's shape.
-    pub config: ModelConfig,
-    /// Which network it is.
-    pub family: Family,
+    /// What the network is.
+    pub config: DraftConfig,
     /// What was passed over or taken for granted, for the user to know.
     pub notes: Vec<String>,
-    shards: Shards,
+    tensors: Tensors,
     form: WeightForm,
 }
 
@@ -57,7 +71,6 @@ impl Checkpoint {
         let file = dir.join("config.json");
         let text = read_text(&file)?;
         let json = parse_json(&text, &file, "a configuration")?;
-        check_options(&json, &file)?;
         // SGLang takes a leading `model.`, and both engines either name of the first layer.
         let bare = |name: &str| name.strip_prefix("model.").unwrap_or(name).to_string();
         let shards = Shards::open(dir)?.renamed(bare)?;
@@ -68,7 +81,7 @@ impl Checkpoint {
                     .iter()
                     .find_map(|p| name.strip_prefix(p));
                 match rest {
-                    Some(rest) => format!("{}.{rest}", eagle3_prefix(family, 0)),
+                    Some(rest) => format!("{}.{rest}", layer_prefix(family, 0)),
                     None => name.to_string(),
                 }
             })?,
@@ -81,33 +94,83 @@ impl Checkpoint {
                 format!("holds {family}; expected {}", known.join(" or ")),
             ));
         }
-        let (config, notes) = ModelConfig::of_draft(&json, &file)?;
-        if let Some(window) = config.window.filter(|&window| window < target.context) {
-            return Err(Error::Unsupported(format!(
-                "{}: sliding_window {window} is shorter than the target's context of {}: windows are not supported; \
-                 a context within it is (target.context = {window} or less)",
-                file.display(),
-                target.context
-            )));
-        }
+        let (layer, notes) = of_draft(&json, &file)?;
+        let config = DraftConfig::read(&json, family, layer, target, &file)?;
         let mut checkpoint = Self {
             dir: dir.to_path_buf(),
-            json,
             config,
-            family,
             notes,
-            shards,
+            tensors: Tensors::Files(shards),
             form,
         };
         checkpoint.check_sizes(target, &file)?;
-        checkpoint.check_keys(target)?;
-        if family == Family::Speculators && checkpoint.json.get("norm_before_residual").is_none() {
+        checkpoint.check_keys()?;
+        if family == Family::Speculators && json.get("norm_before_residual").is_none() {
             checkpoint.notes.push(format!(
                 "{}: norm_before_residual is not said and taken as false, as speculators does; vLLM takes it as true",
                 file.display()
             ));
         }
         Ok(checkpoint)
+    }
+
+    /// A network whose tensors are in memory, under the names that its layout has in a file; they are checked as a
+    /// file's are.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn in_memory(
+        config: DraftConfig,
+        tensors: BTreeMap<String, HeldTensor>,
+        target: &TargetShape,
+        form: WeightForm,
+    ) -> Result<Self> {
+        let dir = PathBuf::from("memory");
+        let mut checkpoint = Self {
+            config,
+            notes: Vec::new(),
+            tensors: Tensors::Memory(tensors),
+            form,
+            dir: dir.clone(),
+        };
+        checkpoint.check_sizes(target, &dir)?;
+        checkpoint.check_keys()?;
+        Ok(checkpoint)
+    }
+
+    /// Refuses networks of other families.
+    pub(crate) fn expect(&self, families: &[Family]) -> Result<()> {
+        let family = self.config.family();
+        if families.contains(&family) {
+            return Ok(());
+        }
+        let known: Vec<String> = families.iter().map(Family::to_string).collect();
+        Err(Error::file(
+            &self.dir,
+            format!("holds {family}; expected {}", known.join(" or ")),
+        ))
+    }
+
+    /// The first file; for messages.
+    fn path(&self) -> &Path {
+        match &self.tensors {
+            Tensors::Files(shards) => shards.path(),
+            Tensors::Memory(_) => &self.dir,
+        }
+    }
+
+    fn names(&self) -> Vec<&str> {
+        match &self.tensors {
+            Tensors::Files(shards) => shards.names(),
+            Tensors::Memory(all) => all.keys().map(String::as_str).collect(),
+        }
+    }
+
+    fn shape(&self, name: &str) -> Option<&[usize]> {
+        match &self.tensors {
+            Tensors::Files(shards) => shards.shape(name),
+            Tensors::Memory(all) => all.get(name).map(|t| &t.shape[..]),
+        }
     }
 
     fn check_sizes(&self, target: &TargetShape, file: &Path) -> Result<()> {
@@ -117,7 +180,7 @@ impl Checkpoint {
                 format!("`{key}` is {found}; expected {expected}"),
             ))
         };
-        let c = &self.config;
+        let c = self.config.backbone();
         if c.vocab != target.vocab {
             return bad(
                 "vocab_size",
@@ -125,30 +188,21 @@ impl Checkpoint {
                 format!("{}, the target's", target.vocab),
             );
         }
-        let tensors = self.shards.names().len();
-        match self.family {
-            // A file of so many layers has more keys than that.
-            Family::Scylla if c.layers > tensors => {
-                let expected = format!("no more than the file's {tensors} keys");
-                return bad("num_hidden_layers", c.layers, expected);
-            }
-            Family::Scylla => {}
-            Family::Eagle if c.layers != 1 => {
-                return bad("num_hidden_layers", c.layers, "1".into());
-            }
-            _ if c.layers > tensors => {
-                let expected = format!("no more than the file's {tensors} keys");
-                return bad("num_hidden_layers", c.layers, expected);
-            }
-            Family::Eagle3 | Family::Speculators => self.check_taps(target)?,
-            Family::Eagle => {}
+        let (tensors, layers) = (self.names().len(), c.layers.len());
+        if matches!(self.config, DraftConfig::Eagle(_)) && layers != 1 {
+            return bad("num_hidden_layers", layers, "1".into());
         }
-        let may_differ = matches!(self.family, Family::Eagle3 | Family::Speculators);
+        // A file of so many layers has more keys than that.
+        if layers > tensors {
+            let expected = format!("no more than the file's {tensors} keys");
+            return bad("num_hidden_layers", layers, expected);
+        }
+        let may_differ = matches!(self.config, DraftConfig::Eagle3(_));
         if c.hidden != target.hidden && !(may_differ && self.has("embed_tokens.weight")) {
             let expected = format!("{}, the target's", target.hidden);
             return bad("hidden_size", c.hidden, expected);
         }
-        let draft_vocab = self.draft_vocab();
+        let draft_vocab = self.config.draft_vocab();
         if draft_vocab == 0 || draft_vocab > c.vocab {
             return bad("draft_vocab_size", draft_vocab, format!("1..={}", c.vocab));
         }
@@ -156,8 +210,9 @@ impl Checkpoint {
     }
 
     /// Compares the keys with the layout's.
-    fn check_keys(&mut self, target: &TargetShape) -> Result<()> {
-        let layout = entries(self, target);
+    fn check_keys(&mut self) -> Result<()> {
+        let layout = self.entries();
+        let family = self.config.family();
         for entry in &layout {
             if !entry.optional || self.has(&entry.name) {
                 // Shape and type are checked where the header is, before anything is read.
@@ -165,27 +220,27 @@ impl Checkpoint {
             }
         }
         let mut passed_over = Vec::new();
-        for name in self.shards.names() {
+        for name in self.names() {
             if layout.iter().any(|entry| entry.name == name)
                 || name.ends_with("rotary_emb.inv_freq")
             {
                 continue;
             }
-            if passed_over_in(self.family).contains(&name) {
+            if passed_over_in(family).contains(&name) {
                 passed_over.push(name);
                 continue;
             }
             return Err(Error::Tensor {
-                path: self.shards.path().to_path_buf(),
+                path: self.path().to_path_buf(),
                 tensor: name.into(),
-                expected: format!("no such key in {}", self.family),
-                found: format!("shape {:?}", self.shards.shape(name).unwrap_or_default()),
+                expected: format!("no such key in {family}"),
+                found: format!("shape {:?}", self.shape(name).unwrap_or_default()),
             });
         }
         if !passed_over.is_empty() {
             let note = format!(
                 "{}: {} are copies of the target's from training, and passed over",
-                self.shards.path().display(),
+                self.path().display(),
                 passed_over.join(", ")
             );
             self.notes.push(note);
@@ -193,49 +248,73 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// The keys that its network has.
+    pub fn entries(&self) -> Vec<Entry> {
+        entries(&self.config, &|name| self.has(name))
+    }
+
     fn check_entry(&self, entry: &Entry) -> Result<()> {
-        let dtype = self.shards.dtype(&entry.name, &entry.shape)?;
+        let dtype = match &self.tensors {
+            Tensors::Files(shards) => shards.dtype(&entry.name, &entry.shape)?,
+            Tensors::Memory(_) => self.held(&entry.name, &entry.shape)?.dtype,
+        };
         match entry.kinds.contains(&dtype) {
             true => Ok(()),
-            false => Err(Error::Tensor {
-                path: self.shards.path().to_path_buf(),
-                tensor: entry.name.clone(),
-                expected: format!("type {:?}", entry.kinds),
-                found: format!("{dtype:?}"),
-            }),
+            false => Err(self.wrong(
+                &entry.name,
+                format!("type {:?}", entry.kinds),
+                format!("{dtype:?}"),
+            )),
+        }
+    }
+
+    /// A tensor in memory, its shape and length checked.
+    fn held(&self, name: &str, shape: &[usize]) -> Result<&HeldTensor> {
+        let found = match &self.tensors {
+            Tensors::Memory(all) => all.get(name),
+            Tensors::Files(_) => None,
+        };
+        let expected = || format!("shape {shape:?}");
+        let Some(found) = found else {
+            return Err(self.wrong(name, expected(), "no such tensor".into()));
+        };
+        if found.shape != shape {
+            let shape = format!("shape {:?}", found.shape);
+            return Err(self.wrong(name, expected(), shape));
+        }
+        let bits = found.dtype.bitsize() * shape.iter().product::<usize>();
+        match found.bytes.len() * 8 == bits {
+            true => Ok(found),
+            false => Err(self.wrong(
+                name,
+                format!("{} bytes", bits / 8),
+                format!("{} bytes", found.bytes.len()),
+            )),
         }
     }
 
     /// Whether a tensor is there.
     pub fn has(&self, name: &str) -> bool {
-        self.shards.contains(name)
-    }
-
-    /// V_d: the draft's vocabulary, the target's where the file says nothing.
-    pub fn draft_vocab(&self) -> usize {
-        self.size("draft_vocab_size").unwrap_or(self.config.vocab)
-    }
-
-    /// A size of the configuration.
-    fn size(&self, key: &str) -> Option<usize> {
-        let value = self.json.get(key)?.as_u64()?;
-        usize::try_from(value).ok()
-    }
-
-    /// A switch of the configuration; `false` where it is not there.
-    pub fn flag(&self, key: &str) -> bool {
-        self.json.get(key).and_then(Value::as_bool).unwrap_or(false)
+        match &self.tensors {
+            Tensors::Files(shards) => shards.contains(name),
+            Tensors::Memory(all) => all.contains_key(name),
+        }
     }
 
     /// Type and bytes of a tensor, as stored.
-    pub fn stored(&self, name: &str, shape: &[usize]) -> Result<(Dtype, Vec<u8>)> {
-        self.shards.stored(name, shape)
+    pub fn stored(&self, name: &str, shape: &[usize]) -> Result<(Dtype, Cow<'_, [u8]>)> {
+        if let Tensors::Files(shards) = &self.tensors {
+            let (dtype, bytes) = shards.stored(name, shape)?;
+            return Ok((dtype, bytes.into()));
+        }
+        let held = self.held(name, shape)?;
+        Ok((held.dtype, (&held.bytes[..]).into()))
     }
 
     /// An error about a tensor's content.
     fn wrong(&self, tensor: &str, expected: String, found: String) -> Error {
         Error::Tensor {
-            path: self.shards.path().to_path_buf(),
+            path: self.path().to_path_buf(),
             tensor: tensor.into(),
             expected,
             found,
@@ -244,47 +323,21 @@ impl Checkpoint {
 }
 
 impl Weights for Checkpoint {
-    fn matrix(&self, name: &str, n: usize, k: usize) -> Result<Weight> {
-        self.form.apply(self.shards.weight(name, &[n, k])?)
+    fn find(&self, name: &str, shape: &[usize]) -> Result<StoredTensor<'_>> {
+        if let Tensors::Files(shards) = &self.tensors {
+            return shards.find(name, shape);
+        }
+        let held = self.held(name, shape)?;
+        StoredTensor::in_memory(name.to_string(), held.dtype, shape, &held.bytes[..])
     }
-    fn vector(&self, name: &str, n: usize) -> Result<Vec<f32>> {
-        Ok(self.shards.weight(name, &[n])?.to_f32())
-    }
-}
 
-/// Checks the types of what a configuration says beside the layer's shape.
-fn check_options(json: &Value, file: &Path) -> Result<()> {
-    let flags = [
-        "norm_before_residual",
-        "norm_before_fc",
-        "norm_output",
-        "fc_norm",
-        "input_norm_first",
-        "recur_before_norm",
-    ];
-    let sizes = [
-        "draft_vocab_size",
-        "num_aux_hidden_states",
-        "target_hidden_size",
-    ];
-    let said = |key: &str| json.get(key).filter(|v| !v.is_null());
-    let bad = |key: &str, found: &Value, expected: &str| {
-        Err(Error::file(
-            file,
-            format!("`{key}` is {found}; expected {expected}"),
-        ))
-    };
-    for key in flags {
-        if let Some(found) = said(key).filter(|v| !v.is_boolean()) {
-            return bad(key, found, "true or false");
-        }
+    fn contains(&self, name: &str) -> bool {
+        self.has(name)
     }
-    for key in sizes {
-        if let Some(found) = said(key).filter(|v| !v.is_u64()) {
-            return bad(key, found, "a size");
-        }
+
+    fn form(&self) -> WeightForm {
+        self.form
     }
-    Ok(())
 }
 
 /// Pickle runs code when it is loaded, so it is never read.

@@ -2,76 +2,59 @@
 
 use std::sync::Arc;
 
-use scylla_core::kernels::{Linear, Pool, Scratch, Weight, rms_norm};
-use scylla_core::model::{CpuStack, Ends, Layer, Rows, Weights};
-use scylla_core::plugin::Tap;
+use scylla_core::model::{Executor, Forms, Stack, StackRows, WeightMatrix};
+use scylla_core::plugin::{Matrix, Tap};
 use scylla_core::{Error, Result};
 
 use super::feature::capacity;
-use super::{Body, Feature, Ids, Shared};
-use crate::checkpoint::Checkpoint;
+use super::{Body, DraftHost, Feature, Ids};
+use crate::checkpoint::{Backbone, Checkpoint, layers};
 
-/// Token embeddings: the target's, or the draft's own.
-pub(super) enum Embedding {
-    Target(Ends),
-    Own(Weight),
+/// The token embedding: the target's, or the draft's own where its file has one.
+pub(super) fn embedding(from: &Checkpoint, host: &DraftHost) -> Result<Arc<dyn WeightMatrix>> {
+    let Backbone { vocab, hidden, .. } = *from.config.backbone();
+    match from.has("embed_tokens.weight") {
+        true => {
+            let shape = [vocab, hidden];
+            host.executor.weight(from, "embed_tokens", shape, false)
+        }
+        false => Ok(Arc::clone(&host.tokens.embedding)),
+    }
 }
 
-impl Embedding {
-    /// The draft's own `embed_tokens` where its file has one, else the target's.
-    pub(super) fn read(from: &Checkpoint, shared: &Shared) -> Result<Self> {
-        let (vocab, hidden) = (from.config.vocab, from.config.hidden);
-        Ok(match from.has("embed_tokens.weight") {
-            true => Self::Own(from.matrix("embed_tokens.weight", vocab, hidden)?),
-            false => Self::Target(shared.ends.clone()),
-        })
-    }
-
-    /// Writes the embedding of a token `[H]`.
-    pub(super) fn row(&self, token: u32, out: &mut [f32]) -> Result<()> {
-        match self {
-            Self::Target(ends) => ends.embed(token, out),
-            Self::Own(table) if (token as usize) < table.n => {
-                table.row(token as usize, out);
-                Ok(())
-            }
-            Self::Own(table) => Err(Error::Invalid(format!(
-                "token {token} outside the vocabulary of {}",
-                table.n
-            ))),
-        }
-    }
+/// A draft's decoder layers, with room for nodes.
+pub(super) fn stack(from: &Checkpoint, host: &DraftHost) -> Result<Box<dyn Stack>> {
+    let positions = capacity(host.target.context);
+    host.executor.stack(from, &layers(&from.config), positions)
 }
 
 /// Logits over draft ids.
 pub(super) struct Head {
-    linear: Arc<Linear>,
+    weight: Arc<dyn WeightMatrix>,
     pub(super) ids: Ids,
-    scratch: Scratch,
 }
 
 impl Head {
     /// The target's head, or its rows of the ids that the draft may propose.
-    pub(super) fn of_target(shared: &Shared) -> Result<Self> {
-        Ok(match &shared.head {
-            None => {
-                let ids = Ids::same(shared.target.vocab, shared.known);
-                Self::new(Arc::clone(shared.ends.head()), ids)
-            }
-            Some(chosen) => {
-                let ids = Ids::mapped(chosen.to_vec(), shared.target.vocab)?;
-                Self::new(Arc::new(shared.ends.head_rows(chosen)?), ids)
-            }
+    pub(super) fn of_target(host: &DraftHost) -> Result<Self> {
+        Ok(match &host.head {
+            None => Self {
+                weight: Arc::clone(&host.tokens.head),
+                ids: Ids::same(host.target.vocab, host.known),
+            },
+            Some(chosen) => Self {
+                weight: host.tokens.cut_head(chosen)?,
+                ids: Ids::mapped(chosen.to_vec(), host.target.vocab)?,
+            },
         })
     }
 
     /// A head of the draft's own `[V_d, H]`, cut to the ids that the draft may propose.
-    pub(super) fn own(weight: Weight, ids: Ids, shared: &Shared) -> Result<Self> {
-        let Some(chosen) = &shared.head else {
-            return Ok(Self::new(
-                Arc::new(Linear::new(weight, None).settled()),
-                ids,
-            ));
+    pub(super) fn own(from: &Checkpoint, ids: Ids, host: &DraftHost) -> Result<Self> {
+        let shape = [ids.columns, from.config.backbone().hidden];
+        let weight = host.executor.weight(from, "lm_head", shape, false)?;
+        let Some(chosen) = &host.head else {
+            return Ok(Self { weight, ids });
         };
         let (targets, rows): (Vec<u32>, Vec<u32>) = chosen
             .iter()
@@ -84,37 +67,25 @@ impl Head {
                 ids.columns
             )));
         }
-        let weight = weight.rows(&rows);
-        let ids = Ids::mapped(targets, shared.target.vocab)?;
-        Ok(Self::new(
-            Arc::new(Linear::new(weight, None).settled()),
-            ids,
-        ))
-    }
-
-    fn new(linear: Arc<Linear>, ids: Ids) -> Self {
-        Self {
-            linear,
-            ids,
-            scratch: Scratch::default(),
-        }
-    }
-
-    /// Bytes of weights held.
-    pub(super) fn bytes(&self) -> usize {
-        self.linear.bytes()
+        Ok(Self {
+            weight: weight.cut(&rows)?,
+            ids: Ids::mapped(targets, host.target.vocab)?,
+        })
     }
 
     /// Logits `[M, V_d]` of `[M, H]`.
-    pub(super) fn forward(&mut self, pool: &Pool, x: &[f32], out: &mut Vec<f32>) -> Result<()> {
-        out.resize(x.len() / self.linear.k * self.linear.n, 0.0);
-        self.linear.forward(pool, x, &mut self.scratch, out)
+    pub(super) fn forward(&self, x: &Matrix, out: &mut Matrix) -> Result<()> {
+        self.weight.multiply(x, out)
     }
 }
 
-/// Bytes of a stack's weights.
-pub(super) fn layer_bytes(stack: &CpuStack) -> usize {
-    stack.layers().iter().map(Layer::bytes).sum()
+/// Bytes of weights that one step reads: the layers' products, others given, and the head's.
+pub(super) fn step_bytes(stack: &dyn Stack, others: &[&dyn WeightMatrix], head: &Head) -> usize {
+    let mut forms = Forms::new();
+    let norms = stack.count(&mut forms);
+    others.iter().for_each(|weight| weight.count(&mut forms));
+    head.weight.count(&mut forms);
+    forms.values().sum::<usize>() + norms
 }
 
 /// The network that EAGLE-1, EAGLE-2, HASS and Scylla share: `fc(cat(embed(x), f))`, decoder layers of which the first
@@ -122,43 +93,43 @@ pub(super) fn layer_bytes(stack: &CpuStack) -> usize {
 pub(super) struct Reduced {
     hidden: usize,
     eps: f32,
-    embedding: Embedding,
+    executor: Arc<dyn Executor>,
+    embedding: Arc<dyn WeightMatrix>,
     /// `[H, 2 H]`
-    fc: Linear,
-    stack: CpuStack,
+    fc: Arc<dyn WeightMatrix>,
+    stack: Box<dyn Stack>,
     /// Final norm, and whether the state recurs after it.
-    norm: Option<(Vec<f32>, bool)>,
+    norm: Option<(Matrix, bool)>,
     head: Head,
-    joined: Vec<f32>,
-    normed: Vec<f32>,
-    scratch: Scratch,
+    embedded: Matrix,
+    joined: Matrix,
+    normed: Matrix,
 }
 
 impl Reduced {
-    /// A network of these layers, with the front that all of them have.
+    /// The network of a checkpoint; `recurs_normed` says of a final norm whether the state recurs after it.
     pub(super) fn new(
         from: &Checkpoint,
-        layers: Vec<Layer>,
-        norm: Option<(Vec<f32>, bool)>,
-        shared: &Shared,
+        recurs_normed: Option<bool>,
+        host: &DraftHost,
     ) -> Result<Feature<Self>> {
-        let c = &from.config;
-        let h = c.hidden;
-        let positions = shared.target.context;
-        let pool = Arc::clone(&shared.pool);
+        let Backbone { hidden: h, eps, .. } = *from.config.backbone();
+        let executor = Arc::clone(&host.executor);
+        let norm = |after| Ok::<_, Error>((executor.vector(from, "norm.weight", h)?, after));
         let body = Self {
             hidden: h,
-            eps: c.norm_eps,
-            embedding: Embedding::read(from, shared)?,
-            fc: from.linear("fc", h, 2 * h, from.has("fc.bias"))?.settled(),
-            stack: CpuStack::new(c.clone(), layers, capacity(positions), pool),
-            norm,
-            head: Head::of_target(shared)?,
-            joined: Vec::new(),
-            normed: Vec::new(),
-            scratch: Scratch::default(),
+            eps,
+            embedding: embedding(from, host)?,
+            fc: executor.weight(from, "fc", [h, 2 * h], from.has("fc.bias"))?,
+            stack: stack(from, host)?,
+            norm: recurs_normed.map(norm).transpose()?,
+            head: Head::of_target(host)?,
+            executor,
+            embedded: Matrix::default(),
+            joined: Matrix::default(),
+            normed: Matrix::default(),
         };
-        Ok(Feature::new(body, positions).noting(from.notes.clone()))
+        Ok(Feature::new(body, host.target.context).noting(from.notes.clone()))
     }
 }
 
@@ -171,65 +142,57 @@ impl Body for Reduced {
         self.hidden
     }
 
-    fn hidden(&self) -> usize {
-        self.hidden
-    }
-
     fn ids(&self) -> &Ids {
         &self.head.ids
     }
 
     fn step_bytes(&self) -> usize {
-        layer_bytes(&self.stack) + self.fc.bytes() + self.head.bytes()
+        step_bytes(&*self.stack, &[&*self.fc], &self.head)
     }
 
-    fn stack(&mut self) -> &mut CpuStack {
-        &mut self.stack
+    fn stack(&mut self) -> &mut dyn Stack {
+        &mut *self.stack
     }
 
-    fn project(&mut self, features: &[f32], out: &mut Vec<f32>) -> Result<()> {
-        out.clear();
-        out.extend_from_slice(features);
+    fn project(&mut self, features: &mut Matrix, out: &mut Matrix) -> Result<()> {
+        std::mem::swap(features, out);
         Ok(())
     }
 
     fn run(
         &mut self,
-        rows: &[Rows<'_>],
-        features: &[f32],
+        rows: &[StackRows<'_>],
+        features: &Matrix,
         tokens: &[u32],
-        out: &mut Vec<f32>,
+        out: &mut Matrix,
     ) -> Result<()> {
-        let h = self.hidden;
-        self.joined.resize(tokens.len() * 2 * h, 0.0);
-        let lines = self.joined.chunks_exact_mut(2 * h);
-        for ((line, feature), &token) in lines.zip(features.chunks_exact(h)).zip(tokens) {
-            let (embedded, below) = line.split_at_mut(h);
-            self.embedding.row(token, embedded)?;
-            below.copy_from_slice(feature);
-        }
-        out.resize(tokens.len() * h, 0.0);
-        let pool = Arc::clone(self.stack.pool());
-        self.fc
-            .forward(&pool, &self.joined, &mut self.scratch, out)?;
-        self.stack.forward(rows, out, None, |_, _| {})?;
+        self.embedding.rows(tokens, &mut self.embedded)?;
+        beside(&self.embedded, features, &mut self.joined)?;
+        self.fc.multiply(&self.joined, out)?;
+        self.stack.forward(rows, out, None, &mut |_, _| {})?;
         if let Some((norm, true)) = &self.norm {
-            self.normed.clear();
-            self.normed.extend_from_slice(out);
-            rms_norm(&self.normed, norm, self.eps, out);
+            self.executor
+                .rms_norm(out, norm, self.eps, &mut self.normed)?;
+            std::mem::swap(out, &mut self.normed);
         }
         Ok(())
     }
 
-    fn logits(&mut self, states: &[f32], out: &mut Vec<f32>) -> Result<()> {
-        let pool = Arc::clone(self.stack.pool());
+    fn logits(&mut self, states: &Matrix, out: &mut Matrix) -> Result<()> {
         match &self.norm {
             Some((norm, false)) => {
-                self.normed.resize(states.len(), 0.0);
-                rms_norm(states, norm, self.eps, &mut self.normed);
-                self.head.forward(&pool, &self.normed, out)
+                self.executor
+                    .rms_norm(states, norm, self.eps, &mut self.normed)?;
+                self.head.forward(&self.normed, out)
             }
-            _ => self.head.forward(&pool, states, out),
+            _ => self.head.forward(states, out),
         }
     }
+}
+
+/// Rows of two matrices side by side.
+pub(super) fn beside(left: &Matrix, right: &Matrix, out: &mut Matrix) -> Result<()> {
+    let rows: Vec<usize> = (0..left.rows()).collect();
+    out.clear();
+    out.append(&[left, right], &rows)
 }

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use scylla_core::plugin::{Committed, Slot, SlotRows, Step, Tap, TargetModel, Want};
+use scylla_core::plugin::{Committed, Matrix, Slot, SlotRows, Step, Tap, TargetModel, Want};
 use scylla_core::{Error, Result};
 
 use super::{Ids, Network, Nodes};
@@ -14,7 +14,7 @@ struct Sequence {
     /// Tokens that wait for a forward.
     tokens: Vec<u32>,
     /// Logits after the last committed token; empty before the first.
-    last: Vec<f32>,
+    last: Matrix,
     /// Whether the sequence has outgrown the model's context; it drafts no more then.
     full: bool,
 }
@@ -90,7 +90,7 @@ impl DraftLm {
             s.committed += count;
             s.tokens.clear();
             s.last.clear();
-            s.last.extend_from_slice(&logits.row(0)?);
+            s.last.append(&[logits], &[0])?;
         }
         Ok(())
     }
@@ -149,22 +149,22 @@ impl Network for DraftLm {
         Some(self.positions - s.committed - s.tokens.len())
     }
 
-    fn start(&mut self, slots: &[Slot], logits: &mut Vec<f32>) -> Result<()> {
+    fn start(&mut self, slots: &[Slot], logits: &mut Matrix) -> Result<()> {
         self.catch_up(slots)?;
         logits.clear();
         for slot in slots {
             let s = self.slots.get(slot).ok_or_else(|| closed(*slot))?;
-            if s.last.is_empty() {
+            if s.last.rows() == 0 {
                 return Err(Error::Invalid(format!(
                     "slot {slot} is asked for a tree before it saw a token"
                 )));
             }
-            logits.extend_from_slice(&s.last);
+            logits.append(&[&s.last], &[0])?;
         }
         Ok(())
     }
 
-    fn expand(&mut self, nodes: &[Nodes<'_>], logits: &mut Vec<f32>) -> Result<()> {
+    fn expand(&mut self, nodes: &[Nodes<'_>], logits: &mut Matrix) -> Result<()> {
         let rows = nodes.iter().map(|n| SlotRows {
             slot: n.slot,
             tokens: n.tokens,
@@ -177,7 +177,8 @@ impl Network for DraftLm {
         })?;
         logits.clear();
         for rows in &found.logits {
-            logits.extend_from_slice(&rows.all()?);
+            let all: Vec<usize> = (0..rows.rows()).collect();
+            logits.append(&[rows], &all)?;
         }
         self.model.recycle(found);
         Ok(())

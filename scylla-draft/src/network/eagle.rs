@@ -4,16 +4,19 @@
 use std::path::Path;
 
 use scylla_core::Result;
-use scylla_core::model::Layer;
 
 use super::blocks::Reduced;
-use super::{Body, Feature, Shared};
+use super::{Body, DraftHost, Feature};
 use crate::checkpoint::{Checkpoint, Family};
 
 /// Loads an EAGLE-1/2 checkpoint.
-pub fn load(dir: &Path, shared: &Shared) -> Result<Feature<impl Body + use<>>> {
-    let from = Checkpoint::open(dir, &[Family::Eagle], &shared.target, shared.weights)?;
-    let c = &from.config;
-    let layer = Layer::read(&from, "layers.0", c, c.hidden, false)?;
-    Reduced::new(&from, vec![layer], None, shared)
+pub fn load(dir: &Path, host: &DraftHost) -> Result<Feature<impl Body + use<>>> {
+    let from = Checkpoint::open(dir, &[Family::Eagle], &host.target, host.weights)?;
+    build(&from, host)
+}
+
+/// The network of an EAGLE-1/2 checkpoint.
+pub fn build(from: &Checkpoint, host: &DraftHost) -> Result<Feature<impl Body + use<>>> {
+    from.expect(&[Family::Eagle])?;
+    Reduced::new(from, None, host)
 }

@@ -10,104 +10,118 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use scylla_core::kernels::{Linear, Scratch, rms_norm};
-use scylla_core::model::{CpuStack, Layer, Rows, Weights};
-use scylla_core::plugin::Tap;
+use scylla_core::model::{Executor, Stack, StackRows, WeightMatrix};
+use scylla_core::plugin::{Matrix, Tap};
 use scylla_core::{Error, Result};
 
-use super::blocks::{Embedding, Head, layer_bytes};
-use super::feature::capacity;
-use super::{Body, Feature, Ids, Shared};
-use crate::checkpoint::{Checkpoint, Family, eagle3_prefix};
+use super::blocks::{Head, beside, embedding, stack, step_bytes};
+use super::{Body, DraftHost, Feature, Ids};
+use crate::checkpoint::{Checkpoint, DraftConfig, Eagle3Config, Family, layer_prefix};
 
 struct Eagle3 {
+    config: Eagle3Config,
+    executor: Arc<dyn Executor>,
     taps: Vec<Tap>,
-    width: usize,
-    hidden: usize,
-    eps: f32,
-    embedding: Embedding,
-    /// Norms of the features before `fc`: as one, then tap by tap.
-    whole_norm: Option<Vec<f32>>,
-    tap_norms: Vec<Vec<f32>>,
+    embedding: Arc<dyn WeightMatrix>,
+    /// Norms of the features before `fc`: as one, then of all taps, one after the other.
+    whole_norm: Option<Matrix>,
+    tap_norms: Vec<Matrix>,
     /// `[H, taps H_t]`
-    fc: Linear,
-    input_norm: Vec<f32>,
-    hidden_norm: Vec<f32>,
-    /// Whether the residual stream begins with the normed feature.
-    norm_before_residual: bool,
-    /// Whether the state recurs after the final norm.
-    norm_output: bool,
-    stack: CpuStack,
-    norm: Vec<f32>,
+    fc: Arc<dyn WeightMatrix>,
+    input_norm: Matrix,
+    hidden_norm: Matrix,
+    stack: Box<dyn Stack>,
+    norm: Matrix,
     head: Head,
-    embedded: Vec<f32>,
-    normed: Vec<f32>,
-    joined: Vec<f32>,
-    scratch: Scratch,
+    embedded: Matrix,
+    normed_embedding: Matrix,
+    normed: Matrix,
+    joined: Matrix,
 }
+
+const FAMILIES: [Family; 2] = [Family::Eagle3, Family::Speculators];
 
 /// Loads an EAGLE-3 checkpoint, raw or in speculators format. `taps` overrides the layers whose inputs it reads.
 pub fn load(
     dir: &Path,
     taps: Option<&[usize]>,
-    shared: &Shared,
+    host: &DraftHost,
 ) -> Result<Feature<impl Body + use<>>> {
-    let families = [Family::Eagle3, Family::Speculators];
-    let from = Checkpoint::open(dir, &families, &shared.target, shared.weights)?;
-    let c = &from.config;
-    let (h, tapped) = (c.hidden, shared.target.hidden);
-    let width = from.tap_count() * tapped;
-    let tap_norm = |i| from.vector(&format!("fc_norm.{i}.weight"), tapped);
-    let tap_norms = match from.flag("fc_norm") {
-        true => (0..from.tap_count()).map(tap_norm).collect::<Result<_>>()?,
+    let from = Checkpoint::open(dir, &FAMILIES, &host.target, host.weights)?;
+    build(&from, taps, host)
+}
+
+/// The network of an EAGLE-3 checkpoint.
+pub fn build(
+    from: &Checkpoint,
+    taps: Option<&[usize]>,
+    host: &DraftHost,
+) -> Result<Feature<impl Body + use<>>> {
+    from.expect(&FAMILIES)?;
+    let DraftConfig::Eagle3(c) = from.config.clone() else {
+        return Err(Error::Invalid("another network than EAGLE-3".into()));
+    };
+    let executor = Arc::clone(&host.executor);
+    let (h, tapped) = (c.backbone.hidden, c.target_hidden);
+    let width = c.tap_count * tapped;
+    let vector = |name: &str, n| executor.vector(from, &format!("{name}.weight"), n);
+    let tap_norm = |i| vector(&format!("fc_norm.{i}"), tapped);
+    let tap_norms = match c.fc_norm {
+        true => (0..c.tap_count).map(tap_norm).collect::<Result<_>>()?,
         false => Vec::new(),
     };
-    let whole_norm = match from.norm_before_fc() {
-        true => Some(from.vector("input_norm.weight", width)?),
+    let whole_norm = match c.norm_before_fc {
+        true => Some(vector("input_norm", width)?),
         false => None,
     };
-    let prefix = eagle3_prefix(from.family, 0);
-    let ids = from.draft_ids(shared.known)?;
+    let prefix = layer_prefix(from.config.family(), 0);
+    let ids = from.draft_ids(host.known)?;
     let head = match from.has("lm_head.weight") {
-        true => Head::own(from.matrix("lm_head.weight", ids.columns, h)?, ids, shared)?,
+        true => Head::own(from, ids, host)?,
         false if (0..ids.columns).any(|i| ids.target(i) as usize != i) => {
             return Err(Error::file(
-                dir,
+                &from.dir,
                 "no lm_head.weight, and d2t puts the vocabulary into another order than the target's head has",
             ));
         }
-        false => Head::of_target(shared)?,
+        false => Head::of_target(host)?,
     };
-    let layers = (0..c.layers).map(|i| match i {
-        0 => Layer::read(&from, &prefix, c, 2 * h, false),
-        // Those behind the first are plain decoder layers, as vLLM and speculators run them.
-        _ => Layer::read(&from, &eagle3_prefix(from.family, i), c, h, true),
-    });
-    let layers = layers.collect::<Result<_>>()?;
-    let positions = shared.target.context;
-    let pool = Arc::clone(&shared.pool);
     let body = Eagle3 {
-        taps: from.taps(taps, &shared.target)?,
-        width,
-        hidden: h,
-        eps: c.norm_eps,
-        embedding: Embedding::read(&from, shared)?,
+        taps: c.taps(taps, &host.target)?,
+        embedding: embedding(from, host)?,
         whole_norm,
         tap_norms,
-        fc: from.linear("fc", h, width, false)?.settled(),
-        input_norm: from.vector(&format!("{prefix}.input_layernorm.weight"), h)?,
-        hidden_norm: from.vector(&format!("{prefix}.hidden_norm.weight"), h)?,
-        norm_before_residual: from.flag("norm_before_residual"),
-        norm_output: from.flag("norm_output"),
-        stack: CpuStack::new(c.clone(), layers, capacity(positions), pool),
-        norm: from.vector("norm.weight", h)?,
+        fc: executor.weight(from, "fc", [h, width], false)?,
+        input_norm: vector(&format!("{prefix}.input_layernorm"), h)?,
+        hidden_norm: vector(&format!("{prefix}.hidden_norm"), h)?,
+        stack: stack(from, host)?,
+        norm: vector("norm", h)?,
         head,
-        embedded: Vec::new(),
-        normed: Vec::new(),
-        joined: Vec::new(),
-        scratch: Scratch::default(),
+        executor: Arc::clone(&executor),
+        config: c,
+        embedded: Matrix::default(),
+        normed_embedding: Matrix::default(),
+        normed: Matrix::default(),
+        joined: Matrix::default(),
     };
-    Ok(Feature::new(body, positions).noting(from.notes))
+    Ok(Feature::new(body, host.target.context).noting(from.notes.clone()))
+}
+
+impl Eagle3 {
+    /// Norms each tap by its own weight; all taps of a row lie side by side.
+    fn norm_taps(&mut self, features: &mut Matrix) -> Result<()> {
+        let eps = self.config.backbone.eps;
+        let rows: Vec<usize> = (0..features.rows()).collect();
+        let taps = features.columns_split(self.tap_norms.len())?;
+        let mut normed = Vec::with_capacity(taps.len());
+        for (tap, norm) in taps.iter().zip(&self.tap_norms) {
+            let mut out = Matrix::default();
+            self.executor.rms_norm(tap, norm, eps, &mut out)?;
+            normed.push(out);
+        }
+        features.clear();
+        features.append(&normed.iter().collect::<Vec<_>>(), &rows)
+    }
 }
 
 impl Body for Eagle3 {
@@ -116,11 +130,7 @@ impl Body for Eagle3 {
     }
 
     fn feature_width(&self) -> usize {
-        self.width
-    }
-
-    fn hidden(&self) -> usize {
-        self.hidden
+        self.config.tap_count * self.config.target_hidden
     }
 
     fn ids(&self) -> &Ids {
@@ -128,80 +138,67 @@ impl Body for Eagle3 {
     }
 
     fn step_bytes(&self) -> usize {
-        layer_bytes(&self.stack) + self.head.bytes()
+        step_bytes(&*self.stack, &[], &self.head)
     }
 
-    fn stack(&mut self) -> &mut CpuStack {
-        &mut self.stack
+    fn stack(&mut self) -> &mut dyn Stack {
+        &mut *self.stack
     }
 
-    fn project(&mut self, features: &[f32], out: &mut Vec<f32>) -> Result<()> {
-        out.resize(features.len() / self.width * self.hidden, 0.0);
-        let mut features = std::borrow::Cow::Borrowed(features);
+    fn project(&mut self, features: &mut Matrix, out: &mut Matrix) -> Result<()> {
         if let Some(norm) = &self.whole_norm {
-            self.normed.resize(features.len(), 0.0);
-            rms_norm(&features, norm, self.eps, &mut self.normed);
-            features.to_mut().copy_from_slice(&self.normed);
+            let eps = self.config.backbone.eps;
+            self.executor
+                .rms_norm(features, norm, eps, &mut self.normed)?;
+            std::mem::swap(features, &mut self.normed);
         }
         if !self.tap_norms.is_empty() {
-            let each = self.width / self.tap_norms.len();
-            self.normed.resize(each, 0.0);
-            let norms = self.tap_norms.iter().cycle();
-            for (tap, norm) in features.to_mut().chunks_exact_mut(each).zip(norms) {
-                rms_norm(tap, norm, self.eps, &mut self.normed);
-                tap.copy_from_slice(&self.normed);
-            }
+            self.norm_taps(features)?;
         }
-        let pool = self.stack.pool();
-        self.fc.forward(pool, &features, &mut self.scratch, out)
+        self.fc.multiply(features, out)
     }
 
     fn run(
         &mut self,
-        rows: &[Rows<'_>],
-        features: &[f32],
+        rows: &[StackRows<'_>],
+        features: &Matrix,
         tokens: &[u32],
-        out: &mut Vec<f32>,
+        out: &mut Matrix,
     ) -> Result<()> {
-        let (h, m) = (self.hidden, tokens.len());
-        for buffer in [&mut self.embedded, &mut self.normed] {
-            buffer.resize(m * h, 0.0);
-        }
-        for (&token, line) in tokens.iter().zip(self.normed.chunks_exact_mut(h)) {
-            self.embedding.row(token, line)?;
-        }
-        rms_norm(&self.normed, &self.input_norm, self.eps, &mut self.embedded);
-        rms_norm(features, &self.hidden_norm, self.eps, &mut self.normed);
-        self.joined.clear();
-        let pairs = self
-            .embedded
-            .chunks_exact(h)
-            .zip(self.normed.chunks_exact(h));
-        for (embedded, feature) in pairs {
-            self.joined.extend_from_slice(embedded);
-            self.joined.extend_from_slice(feature);
-        }
-        out.clear();
-        out.extend_from_slice(match self.norm_before_residual {
+        let eps = self.config.backbone.eps;
+        let on = &self.executor;
+        self.embedding.rows(tokens, &mut self.embedded)?;
+        on.rms_norm(
+            &self.embedded,
+            &self.input_norm,
+            eps,
+            &mut self.normed_embedding,
+        )?;
+        on.rms_norm(features, &self.hidden_norm, eps, &mut self.normed)?;
+        beside(&self.normed_embedding, &self.normed, &mut self.joined)?;
+        // The residual stream.
+        let begins = match self.config.norm_before_residual {
             true => &self.normed,
             false => features,
-        });
+        };
+        out.copy_of(begins);
         self.stack
-            .forward(rows, out, Some(&self.joined), |_, _| {})?;
-        if self.norm_output {
-            self.normed.copy_from_slice(out);
-            rms_norm(&self.normed, &self.norm, self.eps, out);
+            .forward(rows, out, Some(&self.joined), &mut |_, _| {})?;
+        if self.config.norm_output {
+            self.executor
+                .rms_norm(out, &self.norm, eps, &mut self.normed)?;
+            std::mem::swap(out, &mut self.normed);
         }
         Ok(())
     }
 
-    fn logits(&mut self, states: &[f32], out: &mut Vec<f32>) -> Result<()> {
-        let pool = Arc::clone(self.stack.pool());
-        if self.norm_output {
-            return self.head.forward(&pool, states, out);
+    fn logits(&mut self, states: &Matrix, out: &mut Matrix) -> Result<()> {
+        if self.config.norm_output {
+            return self.head.forward(states, out);
         }
-        self.normed.resize(states.len(), 0.0);
-        rms_norm(states, &self.norm, self.eps, &mut self.normed);
-        self.head.forward(&pool, &self.normed, out)
+        let eps = self.config.backbone.eps;
+        self.executor
+            .rms_norm(states, &self.norm, eps, &mut self.normed)?;
+        self.head.forward(&self.normed, out)
     }
 }

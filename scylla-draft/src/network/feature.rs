@@ -7,39 +7,37 @@
 
 use std::collections::HashMap;
 
-use scylla_core::model::{CpuStack, Rows};
-use scylla_core::plugin::{Committed, Slot, Tap};
+use scylla_core::model::{Stack, StackRows};
+use scylla_core::plugin::{Committed, Matrix, Slot, Tap};
 use scylla_core::{Error, Result};
 
 use super::{Ids, NODES, Network, Nodes};
 
-/// One network: from (feature, token) rows to states, and from states to logits. `M` rows, `F` values of the
-/// target's features, `H` of the state that recurs.
+/// One network: from (feature, token) rows to states, and from states to logits, where its executor keeps them. `M`
+/// rows, `F` values of the target's features, `H` of the state that recurs.
 pub trait Body: Send {
     /// Hidden states of the target that make up a feature, side by side.
     fn taps(&self) -> &[Tap];
     /// `F`.
     fn feature_width(&self) -> usize;
-    /// `H`.
-    fn hidden(&self) -> usize;
     /// The ids it proposes among.
     fn ids(&self) -> &Ids;
     /// Bytes of weights that one step reads.
     fn step_bytes(&self) -> usize;
     /// Its decoder layers.
-    fn stack(&mut self) -> &mut CpuStack;
-    /// Brings target features `[M, F]` to the width that recurs, `[M, H]`.
-    fn project(&mut self, features: &[f32], out: &mut Vec<f32>) -> Result<()>;
+    fn stack(&mut self) -> &mut dyn Stack;
+    /// Brings target features `[M, F]` to the width that recurs, `[M, H]`; the features are used up.
+    fn project(&mut self, features: &mut Matrix, out: &mut Matrix) -> Result<()>;
     /// Runs rows, features `[M, H]` beside tokens `[M]`, and writes the states that recur `[M, H]`.
     fn run(
         &mut self,
-        rows: &[Rows<'_>],
-        features: &[f32],
+        rows: &[StackRows<'_>],
+        features: &Matrix,
         tokens: &[u32],
-        out: &mut Vec<f32>,
+        out: &mut Matrix,
     ) -> Result<()>;
     /// Writes the logits `[M, V_d]` of states `[M, H]`.
-    fn logits(&mut self, states: &[f32], out: &mut Vec<f32>) -> Result<()>;
+    fn logits(&mut self, states: &Matrix, out: &mut Matrix) -> Result<()>;
 }
 
 /// Rows that wait for one forward: enough to be worth it, few enough to be no memory.
@@ -52,12 +50,10 @@ struct Sequence {
     /// Rows in the cache.
     committed: usize,
     /// Features `[., F]` and tokens that wait; features may be one ahead.
-    features: Vec<f32>,
+    features: Matrix,
     tokens: Vec<u32>,
-    /// State of the last committed row `[H]`; empty before the first.
-    last: Vec<f32>,
-    /// States of the nodes of the tree that grows `[., H]`.
-    nodes: Vec<f32>,
+    /// State of the last committed row, then those of the nodes of the tree that grows `[., H]`; none before the first.
+    states: Matrix,
 }
 
 /// A feature draft's network over any number of slots.
@@ -67,9 +63,9 @@ pub struct Feature<B> {
     positions: usize,
     notes: Vec<String>,
     slots: HashMap<Slot, Sequence>,
-    features: Vec<f32>,
-    projected: Vec<f32>,
-    states: Vec<f32>,
+    features: Matrix,
+    projected: Matrix,
+    states: Matrix,
     tokens: Vec<u32>,
 }
 
@@ -81,9 +77,9 @@ impl<B: Body> Feature<B> {
             positions,
             notes: Vec::new(),
             slots: HashMap::new(),
-            features: Vec::new(),
-            projected: Vec::new(),
-            states: Vec::new(),
+            features: Matrix::default(),
+            projected: Matrix::default(),
+            states: Matrix::default(),
             tokens: Vec::new(),
         }
     }
@@ -93,62 +89,62 @@ impl<B: Body> Feature<B> {
         Self { notes, ..self }
     }
 
-    /// State of a slot's last committed row `[H]`, and those of the nodes forwarded since `[., H]`.
-    pub fn states(&self, slot: Slot) -> Option<(&[f32], &[f32])> {
-        let s = self.slots.get(&slot)?;
-        Some((&s.last, &s.nodes))
-    }
-
-    fn sequence(&mut self, slot: Slot) -> Result<&mut Sequence> {
-        let closed = || Error::Invalid(format!("slot {slot} is not open"));
-        self.slots.get_mut(&slot).ok_or_else(closed)
+    /// State of a slot's last committed row, then those of the nodes forwarded since `[., H]`.
+    pub fn states(&self, slot: Slot) -> Option<&Matrix> {
+        Some(&self.slots.get(&slot)?.states)
     }
 
     /// Runs the whole rows that wait in these slots, in one forward, and commits them.
     fn catch_up(&mut self, slots: &[Slot]) -> Result<()> {
-        let width = self.body.feature_width();
         self.features.clear();
         self.tokens.clear();
         let mut counts = Vec::with_capacity(slots.len());
         for &slot in slots {
-            let closed = || Error::Invalid(format!("slot {slot} is not open"));
-            let s = self.slots.get_mut(&slot).ok_or_else(closed)?;
-            s.nodes.clear();
-            let count = s.tokens.len().min(s.features.len() / width);
-            self.features.extend(s.features.drain(..count * width));
+            let s = open(&mut self.slots, slot)?;
+            let count = s.tokens.len().min(s.features.rows());
+            let whole: Vec<usize> = (0..count).collect();
+            self.features.append(&[&s.features], &whole)?;
+            s.features.drop_first(count)?;
             self.tokens.extend(s.tokens.drain(..count));
             self.body.stack().commit(slot, &[])?;
-            if count > 0 {
-                counts.push((slot, count));
+            match count {
+                // Nodes of an earlier tree go, what they followed stays.
+                0 => s.states.keep_first(1)?,
+                _ => counts.push((slot, count)),
             }
         }
         if counts.is_empty() {
             return Ok(());
         }
-        let rows: Vec<Rows<'_>> = counts
+        let rows: Vec<StackRows<'_>> = counts
             .iter()
-            .map(|&(slot, count)| Rows {
+            .map(|&(slot, count)| StackRows {
                 slot,
                 count,
                 parents: &[],
             })
             .collect();
-        self.body.project(&self.features, &mut self.projected)?;
+        self.body.project(&mut self.features, &mut self.projected)?;
         self.body
             .run(&rows, &self.projected, &self.tokens, &mut self.states)?;
-        let hidden = self.body.hidden();
         let mut end = 0;
         for (slot, count) in counts {
             end += count;
             let path: Vec<usize> = (0..count).collect();
             self.body.stack().commit(slot, &path)?;
-            let last = self.states[(end - 1) * hidden..end * hidden].to_vec();
-            let s = self.sequence(slot)?;
+            let s = open(&mut self.slots, slot)?;
             s.committed += count;
-            s.last = last;
+            s.states.clear();
+            s.states.append(&[&self.states], &[end - 1])?;
         }
         Ok(())
     }
+}
+
+/// An open slot.
+fn open(slots: &mut HashMap<Slot, Sequence>, slot: Slot) -> Result<&mut Sequence> {
+    let closed = || Error::Invalid(format!("slot {slot} is not open"));
+    slots.get_mut(&slot).ok_or_else(closed)
 }
 
 impl<B: Body> Network for Feature<B> {
@@ -187,20 +183,13 @@ impl<B: Body> Network for Feature<B> {
                 "features of {given} values a row; the draft expects {width}"
             )));
         }
-        let s = self.sequence(committed.slot)?;
-        let values = committed.taps.iter().map(|t| Ok((t.columns, t.all()?)));
-        let values = values.collect::<Result<Vec<_>>>()?;
-        for &row in committed.path {
-            for (columns, values) in &values {
-                let feature = values.get(row * columns..(row + 1) * columns);
-                let beyond = || Error::Invalid(format!("no features of row {row}"));
-                s.features.extend_from_slice(feature.ok_or_else(beyond)?);
-            }
-        }
+        let s = open(&mut self.slots, committed.slot)?;
+        let taps: Vec<&Matrix> = committed.taps.iter().collect();
+        s.features.append(&taps, committed.path)?;
         let skipped = usize::from(!s.begun).min(committed.tokens.len());
         s.begun |= skipped > 0;
         s.tokens.extend_from_slice(&committed.tokens[skipped..]);
-        if s.tokens.len().min(s.features.len() / width) >= CHUNK {
+        if s.tokens.len().min(s.features.rows()) >= CHUNK {
             self.catch_up(&[committed.slot])?;
         }
         Ok(())
@@ -211,52 +200,46 @@ impl<B: Body> Network for Feature<B> {
         (self.positions + NODES).checked_sub(s.committed + s.tokens.len())
     }
 
-    fn start(&mut self, slots: &[Slot], logits: &mut Vec<f32>) -> Result<()> {
+    fn start(&mut self, slots: &[Slot], logits: &mut Matrix) -> Result<()> {
         self.catch_up(slots)?;
         self.states.clear();
-        for slot in slots {
-            let last = &self.slots[slot].last;
-            if last.is_empty() {
+        for &slot in slots {
+            let s = open(&mut self.slots, slot)?;
+            if s.states.rows() == 0 {
                 return Err(Error::Invalid(format!(
                     "slot {slot} is asked for a tree before it saw a position of its target"
                 )));
             }
-            self.states.extend_from_slice(last);
+            self.states.append(&[&s.states], &[0])?;
         }
         self.body.logits(&self.states, logits)
     }
 
-    fn expand(&mut self, nodes: &[Nodes<'_>], logits: &mut Vec<f32>) -> Result<()> {
-        let hidden = self.body.hidden();
+    fn expand(&mut self, nodes: &[Nodes<'_>], logits: &mut Matrix) -> Result<()> {
         self.features.clear();
         self.tokens.clear();
         for n in nodes {
             self.tokens.extend_from_slice(n.tokens);
-            let closed = || Error::Invalid(format!("slot {} is not open", n.slot));
-            let s = self.slots.get(&n.slot).ok_or_else(closed)?;
-            for parent in n.parents {
-                let state = match parent {
-                    None => &s.last[..],
-                    Some(p) => &s.nodes[p * hidden..(p + 1) * hidden],
-                };
-                self.features.extend_from_slice(state);
-            }
+            let s = open(&mut self.slots, n.slot)?;
+            // The root's state comes first, then those of the nodes.
+            let above = n.parents.iter().map(|p| p.map_or(0, |p| p + 1));
+            self.features
+                .append(&[&s.states], &above.collect::<Vec<_>>())?;
         }
-        let rows = nodes.iter().map(|n| Rows {
+        let rows = nodes.iter().map(|n| StackRows {
             slot: n.slot,
             count: n.tokens.len(),
             parents: n.parents,
         });
-        let rows: Vec<Rows<'_>> = rows.collect();
+        let rows: Vec<StackRows<'_>> = rows.collect();
         self.body
             .run(&rows, &self.features, &self.tokens, &mut self.states)?;
         let mut first = 0;
         for n in nodes {
-            let values = &self.states[first * hidden..(first + n.tokens.len()) * hidden];
+            let own: Vec<usize> = (first..first + n.tokens.len()).collect();
             first += n.tokens.len();
-            if let Some(s) = self.slots.get_mut(&n.slot) {
-                s.nodes.extend_from_slice(values);
-            }
+            let s = open(&mut self.slots, n.slot)?;
+            s.states.append(&[&self.states], &own)?;
         }
         self.body.logits(&self.states, logits)
     }

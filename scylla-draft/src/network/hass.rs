@@ -5,9 +5,9 @@ use std::path::Path;
 
 use scylla_core::Result;
 
-use super::{Body, Feature, Shared, eagle};
+use super::{Body, DraftHost, Feature, eagle};
 
 /// Loads a HASS checkpoint.
-pub fn load(dir: &Path, shared: &Shared) -> Result<Feature<impl Body + use<>>> {
-    eagle(dir, shared)
+pub fn load(dir: &Path, host: &DraftHost) -> Result<Feature<impl Body + use<>>> {
+    eagle(dir, host)
 }

@@ -12,17 +12,16 @@ mod scylla;
 use std::sync::Arc;
 
 use scylla_core::Result;
-use scylla_core::kernels::Pool;
-use scylla_core::model::{Ends, WeightForm};
-use scylla_core::plugin::{Committed, Slot, Tap, TargetShape};
+use scylla_core::model::{Executor, Loaded, TokenLayers, WeightForm};
+use scylla_core::plugin::{Committed, Matrix, Slot, Tap, TargetShape};
 
 pub use draft_lm::DraftLm;
-pub use eagle::load as eagle;
-pub use eagle3::load as eagle3;
+pub use eagle::{build as eagle_of, load as eagle};
+pub use eagle3::{build as eagle3_of, load as eagle3};
 pub use feature::{Body, Feature};
 pub use hass::load as hass;
 pub use ids::Ids;
-pub use scylla::load as scylla;
+pub use scylla::{build as scylla_of, load as scylla};
 
 /// Nodes that a draft's cache has room for beside the target's context; a tree stops growing there.
 pub const NODES: usize = 1024;
@@ -60,19 +59,19 @@ pub trait Network: Send {
     /// sequence any more.
     fn room(&self, slot: Slot) -> Option<usize>;
     /// Drops all nodes, brings the caches up to date in one forward, and writes the logits after the last committed
-    /// token of each slot, `[slots, V_d]`.
-    fn start(&mut self, slots: &[Slot], logits: &mut Vec<f32>) -> Result<()>;
+    /// token of each slot, `[slots, V_d]`, where the network is computed.
+    fn start(&mut self, slots: &[Slot], logits: &mut Matrix) -> Result<()>;
     /// Forwards new nodes, all slots at once, and writes the logits after each `[nodes, V_d]`, slot by slot.
-    fn expand(&mut self, nodes: &[Nodes<'_>], logits: &mut Vec<f32>) -> Result<()>;
+    fn expand(&mut self, nodes: &[Nodes<'_>], logits: &mut Matrix) -> Result<()>;
 }
 
-/// What a draft shares with its target, and how it is held.
+/// The target that a draft is made for, what it shares with it, and how it is held.
 #[derive(Clone)]
-pub struct Shared {
+pub struct DraftHost {
+    /// What computes the target, and the draft beside it.
+    pub executor: Arc<dyn Executor>,
     /// The target's embedding and head.
-    pub ends: Ends,
-    /// The threads that work.
-    pub pool: Arc<Pool>,
+    pub tokens: TokenLayers,
     /// The target's sizes.
     pub target: TargetShape,
     /// Tokens the tokenizer knows; ids beyond are padding.
@@ -81,4 +80,18 @@ pub struct Shared {
     pub weights: WeightForm,
     /// Target ids that the draft may propose, where its head is truncated.
     pub head: Option<Arc<[u32]>>,
+}
+
+impl DraftHost {
+    /// A loaded target, of whose tokens all are known, for drafts whose weights are held as stored.
+    pub fn of(target: &Loaded) -> Self {
+        Self {
+            executor: Arc::clone(&target.executor),
+            tokens: target.tokens.clone(),
+            target: target.model.shape(),
+            known: target.config.vocab,
+            weights: WeightForm::AsIs,
+            head: None,
+        }
+    }
 }

@@ -7,22 +7,20 @@
 use std::path::Path;
 
 use scylla_core::Result;
-use scylla_core::model::{Layer, Weights};
 
 use super::blocks::Reduced;
-use super::{Body, Feature, Shared};
-use crate::checkpoint::{Checkpoint, Family};
+use super::{Body, DraftHost, Feature};
+use crate::checkpoint::{Checkpoint, DraftConfig, Family};
 
 /// Loads a Scylla checkpoint.
-pub fn load(dir: &Path, shared: &Shared) -> Result<Feature<impl Body + use<>>> {
-    let from = Checkpoint::open(dir, &[Family::Scylla], &shared.target, shared.weights)?;
-    let c = &from.config;
-    let layers = (0..c.layers).map(|i| {
-        let normed = i > 0 || from.flag("input_norm_first");
-        Layer::read(&from, &format!("layers.{i}"), c, c.hidden, normed)
-    });
-    let layers = layers.collect::<Result<_>>()?;
-    let norm = from.vector("norm.weight", c.hidden)?;
-    let after = !from.flag("recur_before_norm");
-    Reduced::new(&from, layers, Some((norm, after)), shared)
+pub fn load(dir: &Path, host: &DraftHost) -> Result<Feature<impl Body + use<>>> {
+    let from = Checkpoint::open(dir, &[Family::Scylla], &host.target, host.weights)?;
+    build(&from, host)
+}
+
+/// The network of a Scylla checkpoint.
+pub fn build(from: &Checkpoint, host: &DraftHost) -> Result<Feature<impl Body + use<>>> {
+    from.expect(&[Family::Scylla])?;
+    let before = matches!(&from.config, DraftConfig::Scylla(c) if c.recur_before_norm);
+    Reduced::new(from, Some(!before), host)
 }

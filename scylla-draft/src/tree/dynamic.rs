@@ -73,7 +73,7 @@ mod tests {
 
     use proptest::prelude::*;
     use scylla_core::chance::Seeded;
-    use scylla_core::plugin::{Committed, DraftModel, Request, Slot, Tap};
+    use scylla_core::plugin::{Committed, DraftModel, Matrix, Request, Slot, Tap};
 
     use super::*;
     use crate::network::{Ids, Network, Nodes};
@@ -124,22 +124,24 @@ mod tests {
         fn room(&self, _: Slot) -> Option<usize> {
             Some(1000)
         }
-        fn start(&mut self, slots: &[Slot], out: &mut Vec<f32>) -> Result<()> {
+        fn start(&mut self, slots: &[Slot], out: &mut Matrix) -> Result<()> {
             self.nodes = slots.iter().map(|&s| (s, Vec::new())).collect();
-            *out = slots.iter().flat_map(|_| logits(&[], self.seed)).collect();
+            let rows = slots.iter().flat_map(|_| logits(&[], self.seed));
+            *out = Matrix::host(rows.collect(), VOCAB);
             Ok(())
         }
-        fn expand(&mut self, nodes: &[Nodes<'_>], out: &mut Vec<f32>) -> Result<()> {
-            out.clear();
+        fn expand(&mut self, nodes: &[Nodes<'_>], out: &mut Matrix) -> Result<()> {
+            let mut rows = Vec::new();
             for n in nodes {
                 let known = self.nodes.entry(n.slot).or_default();
                 for (&token, &parent) in n.tokens.iter().zip(n.parents) {
                     let mut path = parent.map_or(Vec::new(), |p| known[p].clone());
                     path.push(token);
-                    out.extend(logits(&path, self.seed));
+                    rows.extend(logits(&path, self.seed));
                     known.push(path);
                 }
             }
+            *out = Matrix::host(rows, VOCAB);
             Ok(())
         }
     }

@@ -10,7 +10,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use scylla_core::Result;
-use scylla_core::plugin::{Committed, DraftModel, Request, Slot, Tap};
+use scylla_core::plugin::{Committed, DraftModel, Matrix, Request, Slot, Tap, TopRows};
 use scylla_core::sampling::{Sampling, top_log_probabilities};
 use scylla_core::tree::{Budget, Drawing, Tree};
 
@@ -85,7 +85,11 @@ impl Growth {
 
 /// What a shape sees of one slot and level: the logits after each node of the frontier.
 pub struct Level<'a, 'r> {
-    logits: &'a [f32],
+    /// Those of all slots; this slot's begin at row `first`.
+    logits: &'a Matrix,
+    first: usize,
+    /// The best of all rows, where the logits are on a device and were asked for.
+    top: &'a mut Option<TopRows>,
     ids: &'a Ids,
     /// Draft ids that occurred, each once.
     seen: &'a [u32],
@@ -100,35 +104,50 @@ impl Level<'_, '_> {
     }
 
     /// The logits after the `i`-th node of the frontier, penalised as the target's are.
-    fn row(&self, i: usize, tree: &Tree, node: usize) -> std::borrow::Cow<'_, [f32]> {
-        let columns = self.ids.columns;
-        let row = &self.logits[i * columns..(i + 1) * columns];
+    fn row(&self, i: usize, tree: &Tree, node: usize) -> Result<std::borrow::Cow<'_, [f32]>> {
+        let row = self.logits.row(self.first + i)?;
         if self.request.sampling.repetition_penalty == 1.0 {
-            return row.into();
+            return Ok(row);
         }
-        let mut row = row.to_vec();
+        let mut row = row.into_owned();
         let path = tree.tokens_to(node);
         let path = path[1..].iter();
         let drafted = path.filter_map(|&t| Some(self.ids.draft(t)? as u32));
         let seen = self.seen.iter().copied().chain(drafted);
         self.request.sampling.penalise(&mut row, seen);
-        row.into()
+        Ok(row.into())
     }
 
     /// The `k` most probable children of the `i`-th node of the frontier: target id and log-probability.
-    pub fn top(&self, i: usize, tree: &Tree, node: usize, k: usize) -> Result<Vec<(u32, f64)>> {
-        let top = top_log_probabilities(&self.row(i, tree, node), self.ids.limit, k)?;
-        let target = |(id, log): (usize, f64)| (self.ids.target(id), log);
-        Ok(top.into_iter().map(target).collect())
+    pub fn top(&mut self, i: usize, tree: &Tree, node: usize, k: usize) -> Result<Vec<(u32, f64)>> {
+        let (ids, limit) = (self.ids, self.ids.limit);
+        let target = |&(id, log): &(usize, f64)| (ids.target(id), log);
+        let is_plain = self.request.sampling.repetition_penalty == 1.0;
+        if !(self.logits.is_on_device() && is_plain) {
+            let row = self.row(i, tree, node)?;
+            return Ok(top_log_probabilities(&row, limit, k)?
+                .iter()
+                .map(target)
+                .collect());
+        }
+        // All rows of all slots at once, and no more than the best leave the device.
+        let most = k.min(limit);
+        let top = match self.top.take().filter(|top| top.k >= most) {
+            Some(top) => top,
+            None => self.logits.top_log_probabilities(limit, k)?,
+        };
+        let best = top.row(self.first + i)[..most].iter().map(target);
+        let best = best.collect();
+        *self.top = Some(top);
+        Ok(best)
     }
 
     /// The distribution after the `i`-th node of the frontier, through the same transform as the target's.
     pub fn q(&mut self, i: usize, tree: &Tree, node: usize) -> Result<Arc<[f64]>> {
         let mut scratch = std::mem::take(self.scratch);
-        let row = self.row(i, tree, node);
         let sampling = self.request.sampling;
-        let done = sampling.distribution(&row, self.ids.limit, &mut scratch);
-        drop(row);
+        let row = self.row(i, tree, node);
+        let done = row.and_then(|row| sampling.distribution(&row, self.ids.limit, &mut scratch));
         let q = done.map(|()| Arc::from(&scratch[..]));
         *self.scratch = scratch;
         q
@@ -168,7 +187,7 @@ pub struct TreeDraft {
     stop: Option<EarlyStop>,
     /// Draft ids that occurred in each slot, for the repetition penalty.
     seen: HashMap<Slot, Seen>,
-    logits: Vec<f32>,
+    logits: Matrix,
     scratch: Vec<f64>,
 }
 
@@ -180,7 +199,7 @@ impl TreeDraft {
             shape: settings.shape()?,
             stop: settings.early_stop.then(EarlyStop::default),
             seen: HashMap::new(),
-            logits: Vec::new(),
+            logits: Matrix::default(),
             scratch: Vec::new(),
         })
     }
@@ -188,23 +207,24 @@ impl TreeDraft {
     /// Lets every growth take its level; the logits are those of all frontiers, one after the other.
     fn grow(&mut self, growths: &mut [Growth], requests: &mut [Request<'_>]) -> Result<()> {
         let ids = self.network.ids();
-        let mut first = 0;
+        let (mut first, mut top) = (0, None);
         for (growth, request) in growths.iter_mut().zip(requests) {
             let count = growth.frontier.len();
             if count == 0 {
                 continue;
             }
-            let rows = first * ids.columns..(first + count) * ids.columns;
-            first += count;
             let seen = self.seen.get(&request.slot);
             let mut level = Level {
-                logits: &self.logits[rows],
+                logits: &self.logits,
+                first,
+                top: &mut top,
                 ids,
                 seen: seen.map_or(&[], |s| &s.ids[..]),
                 request,
                 scratch: &mut self.scratch,
             };
             self.shape.grow(growth, &mut level)?;
+            first += count;
             growth.level += 1;
         }
         Ok(())

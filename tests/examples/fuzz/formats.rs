@@ -40,6 +40,7 @@ pub(crate) struct Reader {
 
 const TINY: Tiny = Tiny {
     family: "llama",
+    window: None,
     vocab: 40,
     hidden: 32,
     ffn: 32,

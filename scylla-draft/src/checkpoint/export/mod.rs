@@ -12,7 +12,7 @@ use scylla_core::model::{ModelConfig, Weights};
 use scylla_core::plugin::Tap;
 use scylla_core::{Error, Result};
 
-use super::{Checkpoint, Entry, Family, eagle3_prefix, entries, offsets_of};
+use super::{Checkpoint, DraftConfig, Entry, Family, layer_prefix, offsets_of};
 
 /// The layouts that can be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +23,8 @@ pub enum Format {
     Eagle3,
     /// EAGLE-3 for the speculators library.
     Speculators,
+    /// Scylla, which this project alone reads.
+    Scylla,
 }
 
 impl std::str::FromStr for Format {
@@ -32,8 +34,9 @@ impl std::str::FromStr for Format {
             "eagle" => Ok(Self::Eagle),
             "eagle3" => Ok(Self::Eagle3),
             "speculators" => Ok(Self::Speculators),
+            "scylla" => Ok(Self::Scylla),
             other => {
-                let known = ["eagle", "eagle3", "speculators"];
+                let known = ["eagle", "eagle3", "speculators", "scylla"];
                 Err(Error::unknown("format", other, known))
             }
         }
@@ -113,19 +116,22 @@ struct Stored {
 /// If the network cannot be said in the format, or a file cannot be written.
 pub fn export(what: &Export<'_>, dir: &Path) -> Result<Written> {
     let from = what.checkpoint;
-    let fits = match what.format {
-        Format::Eagle => from.family == Family::Eagle,
-        Format::Eagle3 | Format::Speculators => {
-            matches!(from.family, Family::Eagle3 | Family::Speculators)
-        }
-    };
-    if !fits {
-        return Err(Error::Unsupported(format!(
-            "{}: {} cannot be written in format {:?}",
+    let cannot = |why: &str| {
+        Err(Error::Unsupported(format!(
+            "{}: {} cannot be written in format {:?}{why}",
             from.dir.display(),
-            from.family,
+            from.config.family(),
             what.format
-        )));
+        )))
+    };
+    match (what.format, &from.config) {
+        (Format::Eagle, DraftConfig::Eagle(_)) | (Format::Scylla, DraftConfig::Scylla(_)) => {}
+        (Format::Eagle3 | Format::Speculators, DraftConfig::Eagle3(_)) => {}
+        _ => return cannot(""),
+    }
+    let layers = &from.config.backbone().layers;
+    if layers.iter().any(|l| l.qk_norm || l.window.is_some()) {
+        return cannot(": a plain Llama layer has no norms of q and k, and no window");
     }
     let mut written = Written::default();
     let tensors = tensors(what, &mut written)?;
@@ -136,7 +142,7 @@ pub fn export(what: &Export<'_>, dir: &Path) -> Result<Written> {
         Some(Dtype::F16) => "float16",
         _ => "float32",
     };
-    let config = config::config(what, biased, dtype, &mut written.notes);
+    let config = config::config(what, biased, dtype, &mut written.notes)?;
     std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
     let views = tensors.iter().map(|t| {
         let view = TensorView::new(t.dtype, t.shape.clone(), &t.bytes);
@@ -158,8 +164,8 @@ pub fn export(what: &Export<'_>, dir: &Path) -> Result<Written> {
 /// The tensors of the format, under its names.
 fn tensors(what: &Export<'_>, written: &mut Written) -> Result<Vec<Stored>> {
     let from = what.checkpoint;
-    let c = &from.config;
-    let same_vocab = from.draft_vocab() == c.vocab;
+    let c = from.config.backbone();
+    let same_vocab = from.config.draft_vocab() == c.vocab;
     let moved = same_vocab && from.has("d2t") && from.offsets()?.iter().any(|&offset| offset != 0);
     if moved {
         return Err(Error::Unsupported(format!(
@@ -168,7 +174,7 @@ fn tensors(what: &Export<'_>, written: &mut Written) -> Result<Vec<Stored>> {
         )));
     }
     let mut all = Vec::new();
-    for Entry { name, shape, .. } in entries(from, &what.target.shape()) {
+    for Entry { name, shape, .. } in from.entries() {
         // vLLM refuses maps where there is nothing to map; EAGLE-1's bias is written below, where it is wanted.
         let dropped = same_vocab && (name == "d2t" || name == "t2d");
         let zero = name == "fc.bias" && is_zero(from, &shape)?;
@@ -185,7 +191,10 @@ fn tensors(what: &Export<'_>, written: &mut Written) -> Result<Vec<Stored>> {
                     .collect();
                 (Dtype::I64, bytes)
             }
-            _ => from.stored(&name, &shape)?,
+            _ => {
+                let (dtype, bytes) = from.stored(&name, &shape)?;
+                (dtype, bytes.into_owned())
+            }
         };
         all.push(Stored {
             name: renamed(&name, what),
@@ -223,9 +232,8 @@ fn tensors(what: &Export<'_>, written: &mut Written) -> Result<Vec<Stored>> {
 
 /// Writes the map that the checkpoint leaves out because it follows from the other.
 fn complete_maps(from: &Checkpoint, all: &mut Vec<Stored>) -> Result<()> {
-    let (count, vocab) = (from.draft_vocab(), from.config.vocab);
-    let is_eagle3 = matches!(from.family, Family::Eagle3 | Family::Speculators);
-    if !is_eagle3 || count == vocab {
+    let (count, vocab) = (from.config.draft_vocab(), from.config.backbone().vocab);
+    if !matches!(from.config, DraftConfig::Eagle3(_)) || count == vocab {
         return Ok(());
     }
     let ids = from.draft_ids(vocab)?;
@@ -262,11 +270,11 @@ fn is_zero(from: &Checkpoint, shape: &[usize]) -> Result<bool> {
 }
 
 fn renamed(name: &str, what: &Export<'_>) -> String {
-    let ours = eagle3_prefix(what.checkpoint.family, 0);
+    let ours = layer_prefix(what.checkpoint.config.family(), 0);
     let theirs = match what.format {
-        Format::Eagle => return name.into(),
-        Format::Eagle3 => eagle3_prefix(Family::Eagle3, 0),
-        Format::Speculators => eagle3_prefix(Family::Speculators, 0),
+        Format::Eagle | Format::Scylla => return name.into(),
+        Format::Eagle3 => layer_prefix(Family::Eagle3, 0),
+        Format::Speculators => layer_prefix(Family::Speculators, 0),
     };
     match name.strip_prefix(&ours) {
         Some(rest) => format!("{theirs}{rest}"),

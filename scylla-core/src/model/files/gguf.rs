@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::quantized::GgmlDType;
 
-use super::source::{Place, missing};
+use super::stored::{Place, StoredTensor, missing};
 use crate::files::refuse_pointer;
 use crate::{Error, Result};
 
@@ -596,12 +596,15 @@ impl Gguf {
         }
     }
 
-    pub(super) fn absent(&self, key: &str) -> Error {
+    pub(in crate::model) fn absent(&self, key: &str) -> Error {
         Error::file(&self.path, format!("metadata key `{key}` is missing"))
     }
 
-    /// Finds a tensor, its shape checked.
-    pub(super) fn place(&self, name: &str, shape: &[usize]) -> Result<Place<'_>> {
+    /// Finds a tensor by the file's name for it, its shape checked.
+    ///
+    /// # Errors
+    /// If it is not there, or has another shape.
+    pub fn find(&self, name: &str, shape: &[usize]) -> Result<StoredTensor<'_>> {
         let Some((name, info)) = self.tensors.get_key_value(name) else {
             return Err(missing(self.path.clone(), name, shape));
         };
@@ -613,12 +616,16 @@ impl Gguf {
                 found: format!("{:?}", info.shape),
             });
         }
-        Ok(Place {
-            name,
+        Ok(StoredTensor {
+            name: name.into(),
             path: &self.files[info.file],
             dtype: info.dtype,
-            start: info.start,
-            length: info.length,
+            shape: shape.to_vec(),
+            place: Place::File {
+                start: info.start,
+                length: info.length,
+            },
+            interleaved: None,
         })
     }
 }

@@ -4,7 +4,7 @@
 use serde_json::Value;
 
 /// Keys of `config.json` that change nothing here.
-pub(super) const HF_KEYS: &[(&str, &str)] = &[
+pub(in crate::model) const HF_KEYS: &[(&str, &str)] = &[
     ("architectures", "the family is named by model_type"),
     ("torch_dtype", "the file says each tensor's own type"),
     ("dtype", "the file says each tensor's own type"),
@@ -17,7 +17,7 @@ pub(super) const HF_KEYS: &[(&str, &str)] = &[
     ("pretraining_tp", "another order of the same sums"),
     (
         "max_window_layers",
-        "means something beside an active window only, which is seen to",
+        "read by the families whose windows begin there",
     ),
     ("is_llama_config", "a name"),
     ("attn_implementation", "the same mathematics"),
@@ -35,7 +35,7 @@ pub(super) const HF_KEYS: &[(&str, &str)] = &[
 ];
 
 /// Keys of a draft's `config.json` that are read where drafts are, or say what layout the file has.
-pub(super) const DRAFT_KEYS: &[&str] = &[
+pub(in crate::model) const DRAFT_KEYS: &[&str] = &[
     "bias",
     "draft_vocab_size",
     "target_hidden_size",
@@ -56,7 +56,7 @@ pub(super) const DRAFT_KEYS: &[&str] = &[
 ];
 
 /// Tensors of a Hugging Face directory that change nothing, by what their names end with.
-pub(super) const HF_TENSORS: &[(&str, &str)] = &[
+pub(in crate::model) const HF_TENSORS: &[(&str, &str)] = &[
     (
         "rotary_emb.inv_freq",
         "follows from the configuration's rope, as which it was computed",
@@ -66,23 +66,20 @@ pub(super) const HF_TENSORS: &[(&str, &str)] = &[
 ];
 
 /// Tensors of a GGUF file that change nothing, by what their names end with.
-pub(super) const GGUF_TENSORS: &[(&str, &str)] = &[(
+pub(in crate::model) const GGUF_TENSORS: &[(&str, &str)] = &[(
     ".attn_rot_embd",
     "follows from the metadata's rope, as which it was computed",
 )];
 
 /// Keys of GGUF metadata, behind the architecture, that change nothing.
-pub(super) const GGUF_KEYS: &[(&str, &str)] = &[
+pub(in crate::model) const GGUF_KEYS: &[(&str, &str)] = &[
     ("rope.scaling.finetuned", "says how the model was made"),
-    (
-        "rope.scaling.original_context_length",
-        "means something to yarn only, which is refused",
-    ),
     ("tensor_data_layout", "says how the file was made"),
 ];
 
 /// Beginnings of GGUF metadata keys that describe the file, or are read where the tokenizer is.
-pub(super) const GGUF_PREFIXES: &[&str] = &["general.", "tokenizer.", "split.", "quantize."];
+pub(in crate::model) const GGUF_PREFIXES: &[&str] =
+    &["general.", "tokenizer.", "split.", "quantize."];
 
 /// Words of keys that name a part of the mathematics.
 const MATHEMATICAL: &[&str] = &[
@@ -137,7 +134,7 @@ const MATHEMATICAL: &[&str] = &[
 
 /// Whether a key that is not known may be passed over with a word: what it says is nothing, or it names no part of
 /// the mathematics.
-pub(super) fn harmless(key: &str, value: &Value) -> bool {
+pub(in crate::model) fn harmless(key: &str, value: &Value) -> bool {
     neutral(key, value) || {
         let key = key.to_lowercase();
         !MATHEMATICAL.iter().any(|word| key.contains(word))
@@ -146,7 +143,7 @@ pub(super) fn harmless(key: &str, value: &Value) -> bool {
 }
 
 /// Whether a value says "as usual": nothing, no, none of them; of a factor, one.
-pub(super) fn neutral(key: &str, value: &Value) -> bool {
+pub(in crate::model) fn neutral(key: &str, value: &Value) -> bool {
     let has = |words: &[&str]| words.iter().any(|w| key.contains(w));
     if has(&["causal", "use_rope"]) {
         return value.is_null() || value == true;

@@ -1,0 +1,98 @@
+//! What computes networks: the CPU kernels, or candle on a device.
+//!
+//! A network, of a target or a draft, is written once over these traits. Its values are [`Matrix`]es where the executor
+//! keeps them; nothing leaves a device unless it is asked for. The graph that trains takes the same specs and the same
+//! named tensors, and is no executor of these: it has no cache, and keeps what a gradient needs.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::files::Weights;
+use super::slots::StackRows;
+use super::spec::LayerSpec;
+use crate::Result;
+use crate::kernels::Pool;
+use crate::plugin::{Matrix, Slot};
+
+/// Bytes of weights by the form they are held in.
+pub type Forms = BTreeMap<&'static str, usize>;
+
+/// A weight `[N, K]`, with a bias `[N]` or without.
+pub trait WeightMatrix: Send + Sync {
+    /// N: values a row of a product.
+    fn n(&self) -> usize;
+    /// K: values a row that is multiplied.
+    fn k(&self) -> usize;
+    /// Writes the product `[M, N]` of rows `[M, K]`, the bias added.
+    fn multiply(&self, x: &Matrix, out: &mut Matrix) -> Result<()>;
+    /// Writes the weight's rows of these ids `[., K]`, as an embedding gives them.
+    ///
+    /// # Errors
+    /// If an id is outside `0..N`.
+    fn rows(&self, ids: &[u32], out: &mut Matrix) -> Result<()>;
+    /// The weight's rows of these ids alone, in that order, without bias: a head cut to some tokens.
+    ///
+    /// # Errors
+    /// If an id is outside `0..N`.
+    fn cut(&self, ids: &[u32]) -> Result<Arc<dyn WeightMatrix>>;
+    /// Adds the bytes it holds.
+    fn count(&self, forms: &mut Forms);
+}
+
+/// Decoder layers with a cache for each slot.
+pub trait Stack: Send {
+    /// Positions a slot can hold.
+    fn capacity(&self) -> usize;
+    /// Bytes of one position of a cache.
+    fn cache_bytes(&self) -> usize;
+    /// Adds the bytes of weights it holds; norms, which are always in single precision, are returned apart.
+    fn count(&self, forms: &mut Forms) -> usize;
+    /// Starts an empty sequence in a slot.
+    fn open(&mut self, slot: Slot) -> Result<()>;
+    /// Ends it, and keeps its memory for the next one; closing a slot that is not open does nothing.
+    fn close(&mut self, slot: Slot);
+    /// Keeps the waiting rows that are listed, a path from a first row, and drops the rest.
+    fn commit(&mut self, slot: Slot, path: &[usize]) -> Result<()>;
+    /// Runs rows through all layers: `x` `[M, H]`, rows slot by slot, goes from the input of the first to the output
+    /// of the last. `beside` `[M, .]` is what the first layer's attention takes where its spec says so. `on_layer(i, x)`
+    /// sees what enters layer `i`, and what leaves the last as that of the one behind it.
+    fn forward(
+        &mut self,
+        rows: &[StackRows<'_>],
+        x: &mut Matrix,
+        beside: Option<&Matrix>,
+        on_layer: &mut dyn FnMut(usize, &Matrix),
+    ) -> Result<()>;
+}
+
+/// Reads weights to where it computes, and computes with them.
+pub trait Executor: Send + Sync {
+    /// Brings rows from the host to where it computes.
+    fn bring(&self, rows: Matrix) -> Result<Matrix>;
+    /// Reads a vector of weights, as a matrix of one row.
+    fn vector(&self, from: &dyn Weights, name: &str, n: usize) -> Result<Matrix>;
+    /// Reads `{name}.weight` `[n, k]`, and `{name}.bias` `[n]` where asked to.
+    ///
+    /// # Errors
+    /// If it cannot be held in the form that `from` asks for.
+    fn weight(
+        &self,
+        from: &dyn Weights,
+        name: &str,
+        shape: [usize; 2],
+        bias: bool,
+    ) -> Result<Arc<dyn WeightMatrix>>;
+    /// Reads decoder layers, each with the prefix of its tensors' names, whose slots hold `positions` rows.
+    fn stack(
+        &self,
+        from: &dyn Weights,
+        layers: &[(String, LayerSpec)],
+        positions: usize,
+    ) -> Result<Box<dyn Stack>>;
+    /// Root-mean-square normalisation of each row of `x` `[M, H]`, or of each piece of a row that is as long as `weight`.
+    fn rms_norm(&self, x: &Matrix, weight: &Matrix, eps: f32, out: &mut Matrix) -> Result<()>;
+    /// The threads that work, where it computes on the CPU kernels.
+    fn pool(&self) -> Option<&Arc<Pool>> {
+        None
+    }
+}

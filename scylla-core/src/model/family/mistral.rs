@@ -1,0 +1,28 @@
+//! Mistral: Llama with a sliding window in every layer.
+
+use super::{Family, Fields};
+use crate::Result;
+use crate::model::spec::LayerSpec;
+
+pub(super) struct Mistral;
+
+impl Family for Mistral {
+    fn name(&self) -> &'static str {
+        "mistral"
+    }
+
+    fn keys(&self) -> &'static [&'static str] {
+        &["sliding_window"]
+    }
+
+    fn layers_of_hf(&self, fields: &Fields<'_>, layers: &mut [LayerSpec]) -> Result<()> {
+        for (layer, window) in layers.iter_mut().zip(fields.windows(true, 0)?) {
+            layer.window = window;
+        }
+        Ok(())
+    }
+
+    fn is_interleaved(&self) -> bool {
+        true // its GGUF files say `llama`; one that says its own name is written the same way
+    }
+}

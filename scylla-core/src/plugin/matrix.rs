@@ -1,0 +1,551 @@
+//! Rows of values where a network is computed: on the host, or on a device, which they leave only when asked to.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use candle_core::{D, DType, Tensor};
+
+use crate::{Error, Result};
+
+/// Rows of values, on the host in f32, or on a device in its network's precision.
+#[derive(Debug, Clone)]
+pub struct Matrix {
+    /// Values per row.
+    pub columns: usize,
+    data: Data,
+}
+
+#[derive(Debug, Clone)]
+enum Data {
+    /// Values from `first` on, `rows` of them; several matrices may share them.
+    Host {
+        values: Arc<Vec<f32>>,
+        first: usize,
+        rows: usize,
+    },
+    Device(Tensor),
+}
+
+impl Default for Matrix {
+    fn default() -> Self {
+        Self {
+            columns: 0,
+            data: Data::Host {
+                values: Arc::default(),
+                first: 0,
+                rows: 0,
+            },
+        }
+    }
+}
+
+/// The most probable columns of each row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TopRows {
+    /// How many of each.
+    pub k: usize,
+    /// Columns and log-probabilities, row by row, best first; ties go to the lowest column.
+    pub entries: Vec<(usize, f64)>,
+}
+
+impl TopRows {
+    /// The best of one row.
+    pub fn row(&self, row: usize) -> &[(usize, f64)] {
+        &self.entries[row * self.k..(row + 1) * self.k]
+    }
+}
+
+/// Columns that candle sorts at once: of the powers of two that its kernel takes, the one that is fast.
+const SORTED: usize = 1024;
+
+impl Matrix {
+    /// Rows on the host, one after the other.
+    ///
+    /// # Panics
+    /// If the values are no whole rows of `columns`.
+    pub fn host(data: Vec<f32>, columns: usize) -> Self {
+        let rows = data.len().checked_div(columns).unwrap_or(0);
+        let mut parts = Self::parts(data, columns, &[rows]);
+        parts.swap_remove(0)
+    }
+
+    /// Matrices of so many rows each, one after the other in the same memory.
+    ///
+    /// # Panics
+    /// If the values are not that many rows of `columns`.
+    pub fn parts(data: Vec<f32>, columns: usize, counts: &[usize]) -> Vec<Self> {
+        let total: usize = counts.iter().sum();
+        assert!(
+            columns > 0 && data.len() == total * columns,
+            "{} values are not {total} rows of {columns}",
+            data.len()
+        );
+        let whole = Self {
+            columns,
+            data: Data::Host {
+                values: Arc::new(data),
+                first: 0,
+                rows: total,
+            },
+        };
+        whole.split(counts).unwrap_or_default()
+    }
+
+    /// Rows of a two-dimensional tensor of floating-point values.
+    pub fn device(tensor: Tensor) -> Result<Self> {
+        let (_, columns) = tensor.dims2()?;
+        Ok(Self {
+            columns,
+            data: Data::Device(tensor),
+        })
+    }
+
+    /// The matrices that so many rows each make, one after the other; they share its memory.
+    ///
+    /// # Errors
+    /// If there are fewer rows.
+    pub fn split(&self, counts: &[usize]) -> Result<Vec<Self>> {
+        let mut next = 0;
+        let part = |&count: &usize| {
+            let begin = next;
+            next += count;
+            if next > self.rows() {
+                return Err(Error::Invalid(format!("row {next} of {}", self.rows())));
+            }
+            let data = match &self.data {
+                Data::Host { values, first, .. } => Data::Host {
+                    values: Arc::clone(values),
+                    first: first + begin * self.columns,
+                    rows: count,
+                },
+                Data::Device(t) => Data::Device(t.narrow(0, begin, count)?),
+            };
+            Ok(Self {
+                columns: self.columns,
+                data,
+            })
+        };
+        counts.iter().map(part).collect()
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        match &self.data {
+            Data::Host { rows, .. } => *rows,
+            Data::Device(t) => t.dim(0).unwrap_or(0),
+        }
+    }
+
+    /// Whether the values are on a device.
+    pub fn is_on_device(&self) -> bool {
+        matches!(self.data, Data::Device(_))
+    }
+
+    /// All rows on the host.
+    ///
+    /// # Errors
+    /// If they are on a device.
+    pub fn values(&self) -> Result<&[f32]> {
+        match &self.data {
+            Data::Host {
+                values,
+                first,
+                rows,
+            } => Ok(&values[*first..first + rows * self.columns]),
+            Data::Device(_) => Err(Error::Invalid(
+                "values on a device where the host's are wanted".into(),
+            )),
+        }
+    }
+
+    /// The tensor `[rows, columns]` on a device.
+    ///
+    /// # Errors
+    /// If the values are on the host.
+    pub fn tensor(&self) -> Result<&Tensor> {
+        match &self.data {
+            Data::Device(t) => Ok(t),
+            Data::Host { .. } => Err(Error::Invalid(
+                "values on the host where a device's are wanted".into(),
+            )),
+        }
+    }
+
+    /// The same values, which a later change of this matrix does not reach: a copy on the host, shared on a device, where
+    /// values do not change.
+    pub fn snapshot(&self) -> Self {
+        match self.values() {
+            Ok(values) if self.columns > 0 => Self::host(values.to_vec(), self.columns),
+            _ => self.clone(),
+        }
+    }
+
+    /// Makes it a matrix of this size on the host, in the memory it has where nobody shares it; what stands there may be
+    /// anything.
+    pub fn sized(&mut self, rows: usize, columns: usize) -> &mut [f32] {
+        let memory = std::mem::take(self).into_memory().unwrap_or_default();
+        self.columns = columns;
+        self.data = Data::Host {
+            values: Arc::new(memory),
+            first: 0,
+            rows,
+        };
+        match &mut self.data {
+            Data::Host { values, .. } => {
+                let values = Arc::make_mut(values);
+                values.resize(rows * columns, 0.0);
+                values
+            }
+            Data::Device(_) => &mut [],
+        }
+    }
+
+    /// The rows on the host, to be changed; memory that others share is copied first.
+    ///
+    /// # Errors
+    /// If they are on a device.
+    pub fn values_mut(&mut self) -> Result<&mut [f32]> {
+        let columns = self.columns;
+        match &mut self.data {
+            Data::Host {
+                values,
+                first,
+                rows,
+            } => {
+                let range = *first..*first + *rows * columns;
+                Ok(&mut Arc::make_mut(values)[range])
+            }
+            Data::Device(_) => Err(Error::Invalid(
+                "values on a device where the host's are wanted".into(),
+            )),
+        }
+    }
+
+    /// Forgets all rows; memory is kept.
+    pub fn clear(&mut self) {
+        if !self.is_on_device() {
+            self.sized(0, 0);
+        } else {
+            *self = Self::default();
+        }
+    }
+
+    /// Becomes a copy of another matrix, in the memory it has where both are on the host.
+    pub fn copy_of(&mut self, other: &Self) {
+        match other.values() {
+            Ok(values) => self
+                .sized(other.rows(), other.columns)
+                .copy_from_slice(values),
+            Err(_) => self.clone_from(other),
+        }
+    }
+
+    /// Matrices of so many equal shares of each row.
+    ///
+    /// # Errors
+    /// If the columns are no whole number of shares.
+    pub fn columns_split(&self, shares: usize) -> Result<Vec<Self>> {
+        if shares == 0 || !self.columns.is_multiple_of(shares) {
+            return Err(Error::Invalid(format!(
+                "{} columns in {shares} shares",
+                self.columns
+            )));
+        }
+        let each = self.columns / shares;
+        let share = |i: usize| match &self.data {
+            Data::Device(t) => Self::device(t.narrow(1, i * each, each)?),
+            Data::Host { .. } => {
+                let rows = self.values()?.chunks_exact(self.columns);
+                let share = rows.flat_map(|row| &row[i * each..(i + 1) * each]);
+                Ok(Self::host(share.copied().collect(), each))
+            }
+        };
+        (0..shares).map(share).collect()
+    }
+
+    /// Keeps the first `n` rows, or all where there are fewer.
+    pub fn keep_first(&mut self, n: usize) -> Result<()> {
+        match &mut self.data {
+            Data::Host { rows, .. } => *rows = n.min(*rows),
+            Data::Device(t) => *t = t.narrow(0, 0, n.min(t.dim(0)?))?,
+        }
+        Ok(())
+    }
+
+    /// Forgets the first `n` rows, or all where there are fewer.
+    pub fn drop_first(&mut self, n: usize) -> Result<()> {
+        let (n, columns) = (n.min(self.rows()), self.columns);
+        match &mut self.data {
+            Data::Host {
+                values,
+                first,
+                rows,
+            } => {
+                *rows -= n;
+                match Arc::get_mut(values) {
+                    Some(values) => {
+                        values.drain(..*first + n * columns);
+                        *first = 0;
+                    }
+                    None => *first += n * columns,
+                }
+            }
+            Data::Device(t) => *t = t.narrow(0, n, t.dim(0)? - n)?,
+        }
+        Ok(())
+    }
+
+    /// Appends rows, each of which is the listed row of all `parts` side by side. A matrix without rows becomes one of
+    /// their width, where they are.
+    ///
+    /// # Errors
+    /// If a row lies beyond a part, or the widths do not fit.
+    pub fn append(&mut self, parts: &[&Self], rows: &[usize]) -> Result<()> {
+        let width: usize = parts.iter().map(|p| p.columns).sum();
+        for part in parts {
+            if let Some(row) = rows.iter().find(|&&row| row >= part.rows()) {
+                return Err(Error::Invalid(format!("row {row} of {}", part.rows())));
+            }
+        }
+        if self.rows() == 0 {
+            self.columns = width;
+        }
+        if rows.is_empty() {
+            return Ok(());
+        }
+        if width != self.columns {
+            return Err(Error::Invalid(format!(
+                "rows of {width} values behind rows of {}",
+                self.columns
+            )));
+        }
+        if parts.iter().any(|p| p.is_on_device()) {
+            return self.append_on_device(parts, rows);
+        }
+        let values = parts
+            .iter()
+            .map(|p| p.values())
+            .collect::<Result<Vec<_>>>()?;
+        let to = self.tail()?;
+        for &row in rows {
+            for (part, values) in parts.iter().zip(&values) {
+                to.extend_from_slice(&values[row * part.columns..(row + 1) * part.columns]);
+            }
+        }
+        if let Data::Host { rows: count, .. } = &mut self.data {
+            *count += rows.len();
+        }
+        Ok(())
+    }
+
+    /// The memory of a matrix on the host, ending with its last row.
+    fn tail(&mut self) -> Result<&mut Vec<f32>> {
+        let columns = self.columns;
+        let Data::Host {
+            values,
+            first,
+            rows,
+        } = &mut self.data
+        else {
+            return Err(Error::Invalid("rows of the host behind a device's".into()));
+        };
+        let range = *first..*first + *rows * columns;
+        if Arc::get_mut(values).is_none() {
+            *values = Arc::new(values[range].to_vec());
+            *first = 0;
+        }
+        let values = Arc::make_mut(values);
+        values.truncate(*first + *rows * columns);
+        Ok(values)
+    }
+
+    fn append_on_device(&mut self, parts: &[&Self], rows: &[usize]) -> Result<()> {
+        let run = rows.windows(2).all(|w| w[1] == w[0] + 1);
+        let chosen = |part: &&Self| -> Result<Tensor> {
+            let t = part.tensor()?;
+            if run {
+                return Ok(t.narrow(0, rows[0], rows.len())?);
+            }
+            let ids: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
+            Ok(t.index_select(&Tensor::new(ids, t.device())?, 0)?)
+        };
+        let chosen = parts.iter().map(chosen).collect::<Result<Vec<_>>>()?;
+        let beside = cat(&chosen, 1)?;
+        let all = match self.rows() {
+            0 => beside,
+            _ => cat(&[self.tensor()?.clone(), beside], 0)?,
+        };
+        self.data = Data::Device(all);
+        Ok(())
+    }
+
+    /// One row; only this row leaves a device.
+    pub fn row(&self, row: usize) -> Result<Cow<'_, [f32]>> {
+        if row >= self.rows() {
+            return Err(Error::Invalid(format!("row {row} of {}", self.rows())));
+        }
+        Ok(match &self.data {
+            Data::Host { values, first, .. } => {
+                let at = first + row * self.columns;
+                Cow::Borrowed(&values[at..at + self.columns])
+            }
+            Data::Device(t) => Cow::Owned(to_host(&t.get(row)?)?),
+        })
+    }
+
+    /// All rows, row-major.
+    pub fn all(&self) -> Result<Cow<'_, [f32]>> {
+        Ok(match &self.data {
+            Data::Host { .. } => Cow::Borrowed(self.values()?),
+            Data::Device(t) => Cow::Owned(to_host(t)?),
+        })
+    }
+
+    /// The column of the largest value among the first `limit` of each row asked for; ties go to the lowest.
+    ///
+    /// # Errors
+    /// If a row holds NaN, or its largest value is not finite.
+    pub fn argmax(&self, rows: &[usize], limit: usize) -> Result<Vec<u32>> {
+        let limit = limit.min(self.columns);
+        if self.is_on_device() && !rows.is_empty() {
+            return self.argmax_on_device(rows, limit);
+        }
+        rows.iter()
+            .map(|&row| crate::sampling::argmax(&self.row(row)?[..limit]))
+            .collect()
+    }
+
+    /// Two numbers a row leave the device. A device's own argmax gives any of several equal values.
+    fn argmax_on_device(&self, rows: &[usize], limit: usize) -> Result<Vec<u32>> {
+        let mut chosen = Self::default();
+        chosen.append(&[self], rows)?;
+        let values = chosen.tensor()?.narrow(1, 0, limit)?.to_dtype(DType::F32)?;
+        // NaN is not equal to itself, nor to any maximum, and so never the largest below; it is counted.
+        let broken = values.ne(&values)?.to_dtype(DType::F32)?.max(D::Minus1)?;
+        let largest = values.max_keepdim(D::Minus1)?;
+        let ids = Tensor::arange(0u32, limit as u32, values.device())?.to_dtype(DType::F32)?;
+        let beyond = Tensor::full(limit as f32, values.shape(), values.device())?;
+        let ids = values
+            .broadcast_eq(&largest)?
+            .where_cond(&ids.broadcast_as(values.shape())?, &beyond)?
+            .min(D::Minus1)?;
+        let found = Tensor::stack(&[&ids, &largest.squeeze(1)?, &broken], 1)?.to_vec2::<f32>()?;
+        let id = |found: &Vec<f32>| match found[..] {
+            [id, largest, 0.0] if largest.is_finite() => Ok(id as u32),
+            [_, largest, broken] => Err(Error::Invalid(format!(
+                "logits whose largest value is {}",
+                if broken == 0.0 { largest } else { f32::NAN }
+            ))),
+            _ => Err(Error::Invalid("a row of no logits".into())),
+        };
+        found.iter().map(id).collect()
+    }
+
+    /// The `k` largest of the first `limit` columns of every row, as log-probabilities among those columns.
+    ///
+    /// On a device by sorting runs of columns, then the best of all runs: candle has no top-k there, and its sort takes
+    /// some thousand columns at most. Of equal values at the end of a run any may be dropped; those that are kept are in
+    /// order of their columns.
+    ///
+    /// # Errors
+    /// If a row holds NaN, or its largest value is not finite.
+    pub fn top_log_probabilities(&self, limit: usize, k: usize) -> Result<TopRows> {
+        let limit = limit.min(self.columns);
+        let k = k.min(limit);
+        let mut top = TopRows {
+            k,
+            entries: Vec::with_capacity(self.rows() * k),
+        };
+        if k == 0 || self.rows() == 0 {
+            return Ok(top);
+        }
+        if !self.is_on_device() {
+            for row in 0..self.rows() {
+                let row = &self.row(row)?[..limit];
+                top.entries
+                    .extend(crate::sampling::top_log_probabilities(row, limit, k)?);
+            }
+            return Ok(top);
+        }
+        let values = self.tensor()?.narrow(1, 0, limit)?.to_dtype(DType::F32)?;
+        let total = values.log_sum_exp(D::Minus1)?.unsqueeze(1)?;
+        let (values, ids) = top_k(&values.contiguous()?, k)?;
+        let ids = ids.to_dtype(DType::F32)?;
+        let found = Tensor::cat(&[&total, &values, &ids], 1)?.to_vec2::<f32>()?;
+        for row in &found {
+            let total = f64::from(row[0]);
+            if !total.is_finite() {
+                return Err(Error::Invalid(format!(
+                    "logits whose sum of exponentials is {total}"
+                )));
+            }
+            let entry = |(&v, &id): (&f32, &f32)| (id as usize, f64::from(v) - total);
+            let first = top.entries.len();
+            let pairs = row[1..=k].iter().zip(&row[1 + k..]);
+            top.entries.extend(pairs.map(entry));
+            if top.entries[first..].iter().any(|(id, _)| *id >= limit) {
+                // Fewer than k values are finite, and a run was filled up.
+                let row = self.row(first / k)?;
+                let best = crate::sampling::top_log_probabilities(&row, limit, k)?;
+                top.entries.splice(first.., best);
+            }
+            top.entries[first..].sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        }
+        Ok(top)
+    }
+
+    /// The memory behind the matrix, where it is on the host and no other matrix shares it any more: what it holds may
+    /// be more than these rows, and is done with.
+    pub fn into_memory(self) -> Option<Vec<f32>> {
+        match self.data {
+            Data::Host { values, .. } => Arc::try_unwrap(values).ok(),
+            Data::Device(_) => None,
+        }
+    }
+}
+
+/// Tensors one after the other; where their precisions differ, in single precision.
+fn cat(parts: &[Tensor], dim: usize) -> Result<Tensor> {
+    if let [one] = parts {
+        return Ok(one.clone());
+    }
+    if parts.windows(2).all(|w| w[0].dtype() == w[1].dtype()) {
+        return Ok(Tensor::cat(parts, dim)?);
+    }
+    let wide = parts.iter().map(|t| t.to_dtype(DType::F32));
+    Ok(Tensor::cat(
+        &wide.collect::<candle_core::Result<Vec<_>>>()?,
+        dim,
+    )?)
+}
+
+fn to_host(t: &Tensor) -> Result<Vec<f32>> {
+    Ok(t.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+}
+
+/// The `k` largest of each row `[M, N]` with their columns (u32), best first.
+fn top_k(values: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
+    let (m, n) = values.dims2()?;
+    let chunk = SORTED.max(k.next_power_of_two() * 2);
+    if n <= chunk {
+        let order = values.arg_sort_last_dim(false)?.narrow(1, 0, k)?;
+        let order = order.contiguous()?;
+        return Ok((values.gather(&order, 1)?, order));
+    }
+    let runs = n.div_ceil(chunk);
+    let padded = match runs * chunk - n {
+        0 => values.clone(),
+        more => {
+            let filler = Tensor::full(f32::NEG_INFINITY, (m, more), values.device())?;
+            Tensor::cat(&[values, &filler], 1)?
+        }
+    };
+    let (best, within) = top_k(&padded.reshape((m * runs, chunk))?, k)?;
+    let firsts = Tensor::arange_step(0u32, (runs * chunk) as u32, chunk as u32, values.device())?;
+    let columns = within
+        .reshape((m, runs, k))?
+        .broadcast_add(&firsts.reshape((1, runs, 1))?)?
+        .reshape((m, runs * k))?;
+    let (best, at) = top_k(&best.reshape((m, runs * k))?, k)?;
+    Ok((best, columns.gather(&at, 1)?))
+}

@@ -1,0 +1,82 @@
+//! A loss that carries a teacher's knowledge to a student with another tokenizer.
+
+use candle_core::Tensor;
+
+use crate::Result;
+
+/// Logits over a batch of texts whose answers are distilled, of a teacher or a student.
+#[derive(Debug, Clone)]
+pub struct AnswerLogits {
+    /// `[B, S, W]`; row `s` predicts the token at `s + 1`.
+    pub logits: Tensor,
+    /// `[B, S]` i64: the token at each position, -100 where it is not part of the answer.
+    pub labels: Tensor,
+    /// How many of the `W` columns belong to tokens; those of a padded vocabulary follow and take no part.
+    pub vocab: usize,
+    /// Ids of all tokens `[B, S]` i64, where the aligner asked for them.
+    pub tokens: Option<Tensor>,
+    /// Where each answer token lies in the bytes of its answer, `[B]` by answer tokens, where the aligner asked for it.
+    pub offsets: Option<Vec<Vec<(usize, usize)>>>,
+    /// Hidden states `[B, S, H]`, where the aligner asked for them.
+    pub hidden: Option<Tensor>,
+}
+
+/// What an aligner needs beside logits and labels.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct AlignNeeds {
+    /// Ids of all tokens.
+    pub tokens: bool,
+    /// Byte offsets of the answers' tokens.
+    pub offsets: bool,
+    /// Hidden states.
+    pub hidden: bool,
+}
+
+/// Where in training a loss is asked for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct AlignContext {
+    /// Optimizer steps done.
+    pub step: usize,
+}
+
+/// One term of a loss.
+#[derive(Debug, Clone)]
+pub struct Part {
+    /// ce, had, sl, sd, ...
+    pub name: &'static str,
+    /// What the total multiplies it by.
+    pub weight: f64,
+    /// Scalar without its weight, differentiable as the total is.
+    pub value: Tensor,
+}
+
+/// A loss and its parts.
+#[derive(Debug, Clone)]
+pub struct AlignLoss {
+    /// Scalar, the weighted sum of the parts, differentiable with respect to what the student gave.
+    pub total: Tensor,
+    /// Its terms.
+    pub parts: Vec<Part>,
+    /// The total's gradient with respect to the student's logits, where it was computed beside it and those are tracked. It is
+    /// what `total.backward()` arrives at by way of two more tensors of its size.
+    pub gradient: Option<Tensor>,
+    /// What else there is to know, by name: how far a matching may be from the best one, or how many tokens took part.
+    pub notes: Vec<(&'static str, f64)>,
+}
+
+/// A loss that carries a teacher's knowledge to a student with another tokenizer.
+pub trait Aligner {
+    /// What it needs beside logits and labels.
+    fn needs(&self) -> AlignNeeds;
+    /// The loss of the student's answers against the teacher's. Nothing flows into the teacher.
+    fn loss(
+        &self,
+        teacher: &AnswerLogits,
+        student: &AnswerLogits,
+        context: &AlignContext,
+    ) -> Result<AlignLoss>;
+    /// Parameters it trains beside the student's.
+    fn parameters(&self) -> Vec<candle_core::Var> {
+        Vec::new()
+    }
+}
