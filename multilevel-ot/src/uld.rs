@@ -1,11 +1,11 @@
 use serde::Deserialize;
 
 use crate::answer::{Answer, Pair};
+use crate::cross_entropy::mean_cross_entropy;
 use crate::loss::{Evaluation, Objective, aligner, mean_of_sequences};
-use crate::multilevel_ot::Mode;
-use crate::reference_code::mean_cross_entropy;
 use crate::rows::Rows;
 use crate::scalar::dot;
+use crate::settings::Mode;
 use crate::sorted::Scratch;
 use crate::{Result, Scalar};
 

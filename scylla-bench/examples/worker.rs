@@ -18,7 +18,8 @@ use std::io::{BufRead, Write};
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use scylla_bench::experiment::{Experiment, Prompts};
+use scylla_bench::experiment::Experiment;
+use scylla_bench::prompts::PromptSpec;
 use scylla_bench::{Decoder, Error, Override, Registry, Result, Session, prompts};
 use scylla_core::decode::{Job, Phases, Settings};
 use scylla_core::kernels::Pool;
@@ -188,7 +189,7 @@ impl Worker {
 
     /// The first turn of each prompt through the chat template.
     fn prompts(&self, part: String, per_task: usize) -> Result<Value> {
-        let wanted = Prompts {
+        let wanted = PromptSpec {
             part,
             per_task,
             ..Default::default()

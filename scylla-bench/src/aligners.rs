@@ -1,41 +1,15 @@
 //! The aligners, made from their settings in an experiment.
 
 use multilevel_ot::{
-    Alm, Dskd, Gold, GoldSettings, MinEd, MinEdSettings, MultiLevelOt, Projection, Space, Uld,
-    Vocabulary, XToken, XTokenSettings,
+    Alm, Dskd, Gold, GoldSettings, MinEd, MinEdSettings, MultiLevelOt, Projection, Uld, XToken,
+    XTokenSettings,
 };
-use scylla_core::text::Tokenizer;
 use scylla_core::train::Aligner;
 use toml::Table;
 
-use crate::registry::{Registry, parse};
+use crate::context::{AlignerContext, parse};
+use crate::registry::Registry;
 use crate::{Error, Result};
-
-/// What an aligner may want to know when it is made.
-#[derive(Default)]
-pub struct AlignerContext {
-    /// Tokenizers of student and teacher.
-    pub tokenizers: Option<(Tokenizer, Tokenizer)>,
-    /// Heads and embeddings of student and teacher.
-    pub spaces: Option<(Space, Space)>,
-}
-
-impl AlignerContext {
-    fn tokenizers(&self, name: &str) -> Result<(&Tokenizer, &Tokenizer)> {
-        let missing = || {
-            Error::Experiment(format!(
-                "aligner `{name}` needs both tokenizers: --student-tokenizer and --teacher-tokenizer"
-            ))
-        };
-        let both = self.tokenizers.as_ref().ok_or_else(missing)?;
-        Ok((&both.0, &both.1))
-    }
-
-    fn vocabularies(&self, name: &str) -> Result<(Vocabulary, Vocabulary)> {
-        let (student, teacher) = self.tokenizers(name)?;
-        Ok((Vocabulary::of(student), Vocabulary::of(teacher)))
-    }
-}
 
 /// Registers every aligner of this project.
 pub(crate) fn register(registry: &mut Registry) {

@@ -16,7 +16,7 @@ use scylla_core::sampling::{Sampling, argmax};
 use scylla_core::tree::{Drawing, Tree};
 use serde::Serialize;
 
-use crate::prove::Proposals;
+use crate::cases::Proposals;
 use crate::stats::{chi_square_tail, pearson};
 use crate::{Error, Result};
 

@@ -14,7 +14,7 @@ use serde::Deserialize;
 use toml::Table;
 
 use crate::cli::warn;
-use crate::registry::{DraftContext, parse};
+use crate::context::{DraftContext, parse};
 use crate::{Error, Result};
 
 /// Settings of a draft with weights, beside those of its tree.

@@ -9,6 +9,7 @@ use scylla_core::tree::Budget;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
+use crate::prompts::PromptSpec;
 use crate::{Error, Result};
 
 /// The comparison that runs when no file is given.
@@ -29,7 +30,7 @@ pub struct Experiment {
     /// Limits of the trees.
     pub budget: BudgetSpec,
     /// What is decoded.
-    pub prompts: Prompts,
+    pub prompts: PromptSpec,
     /// How it is run.
     pub run: Run,
     /// Decoders compared in one interleaved run: each a table of overrides of this experiment. Without any, the
@@ -141,62 +142,6 @@ impl From<BudgetSpec> for Budget {
             total: b.total,
             width: b.width,
             depth: b.depth,
-        }
-    }
-}
-
-/// What is decoded.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Prompts {
-    /// `core`, the set that comes with the project, or a JSONL file.
-    pub set: String,
-    /// `dev`, `test` or `all`.
-    pub part: String,
-    /// Prompts per task; 0 takes all.
-    pub per_task: usize,
-    /// Tasks (categories); empty takes all.
-    pub tasks: Vec<String>,
-    /// Whether prompts are taken as they are, without the chat template.
-    pub raw: bool,
-    /// Name of the chat template, where a model has several; empty takes its default one.
-    pub template: String,
-    /// What the chat template is told as date, as `2026-07-26` or `2026-07-26T18:30:00`; empty is the real one.
-    pub date: String,
-    /// Whether special tokens in a prompt's text are text; else they are recognised, as transformers does.
-    pub literal: bool,
-}
-
-impl Prompts {
-    /// The date that the chat template is told; `None` is the real one.
-    ///
-    /// # Errors
-    /// If it is none.
-    pub fn date(&self) -> Result<Option<jiff::civil::DateTime>> {
-        let text = self.date.trim();
-        if text.is_empty() {
-            return Ok(None);
-        }
-        let parsed = text.parse().map_err(|e| {
-            Error::Experiment(format!(
-                "prompts.date `{text}`: {e}; expected 2026-07-26 or 2026-07-26T18:30:00"
-            ))
-        });
-        parsed.map(Some)
-    }
-}
-
-impl Default for Prompts {
-    fn default() -> Self {
-        Self {
-            set: crate::prompts::CORE.into(),
-            part: "test".into(),
-            per_task: 0,
-            tasks: Vec::new(),
-            raw: false,
-            template: String::new(),
-            date: String::new(),
-            literal: false,
         }
     }
 }

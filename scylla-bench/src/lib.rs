@@ -11,23 +11,26 @@
 
 mod aligners;
 pub mod bench;
+mod builtin;
+pub mod cases;
 pub mod chi_square;
 pub mod cli;
+mod context;
 pub mod data;
 mod drafts;
 mod environment;
 mod error;
 pub mod experiment;
 pub mod prompts;
-pub mod prove;
+
 mod registry;
 mod session;
 pub mod stats;
-mod table;
+mod terminal;
 
-pub use aligners::AlignerContext;
+pub use context::{AlignerContext, DraftContext, parse as parse_settings};
 pub use environment::Environment;
 pub use error::{Error, Result};
 pub use experiment::Override;
-pub use registry::{AUTO, DraftContext, PLAIN, Registry, parse as parse_settings};
+pub use registry::{AUTO, PLAIN, Registry};
 pub use session::{Decoder, Session};

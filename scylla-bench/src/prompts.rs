@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::data::conversations::{self, Conversation};
@@ -11,6 +12,62 @@ use crate::{Error, Result};
 pub const CORE: &str = "core";
 
 const CORE_ROWS: &str = include_str!("../../assets/prompts/core.jsonl");
+
+/// Which prompts are decoded, and how they become ids.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PromptSpec {
+    /// `core`, the set that comes with the project, or a JSONL file.
+    pub set: String,
+    /// `dev`, `test` or `all`.
+    pub part: String,
+    /// Prompts per task; 0 takes all.
+    pub per_task: usize,
+    /// Tasks (categories); empty takes all.
+    pub tasks: Vec<String>,
+    /// Whether prompts are taken as they are, without the chat template.
+    pub raw: bool,
+    /// Name of the chat template, where a model has several; empty takes its default one.
+    pub template: String,
+    /// What the chat template is told as date, as `2026-07-26` or `2026-07-26T18:30:00`; empty is the real one.
+    pub date: String,
+    /// Whether special tokens in a prompt's text are text; else they are recognised, as transformers does.
+    pub literal: bool,
+}
+
+impl PromptSpec {
+    /// The date that the chat template is told; `None` is the real one.
+    ///
+    /// # Errors
+    /// If it is none.
+    pub fn date(&self) -> Result<Option<jiff::civil::DateTime>> {
+        let text = self.date.trim();
+        if text.is_empty() {
+            return Ok(None);
+        }
+        let parsed = text.parse().map_err(|e| {
+            Error::Experiment(format!(
+                "prompts.date `{text}`: {e}; expected 2026-07-26 or 2026-07-26T18:30:00"
+            ))
+        });
+        parsed.map(Some)
+    }
+}
+
+impl Default for PromptSpec {
+    fn default() -> Self {
+        Self {
+            set: CORE.into(),
+            part: "test".into(),
+            per_task: 0,
+            tasks: Vec::new(),
+            raw: false,
+            template: String::new(),
+            date: String::new(),
+            literal: false,
+        }
+    }
+}
 
 /// One prompt of one or more turns.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,7 +124,7 @@ impl From<Conversation> for Prompt {
 }
 
 /// Chooses the part, tasks and number of prompts that an experiment asks for; the order is the set's.
-pub fn select(prompts: Vec<Prompt>, spec: &crate::experiment::Prompts) -> Result<Vec<Prompt>> {
+pub fn select(prompts: Vec<Prompt>, spec: &PromptSpec) -> Result<Vec<Prompt>> {
     let mut known: Vec<String> = Vec::new();
     for p in &prompts {
         if !known.contains(&p.category) {
@@ -126,7 +183,7 @@ mod tests {
 
     #[test]
     fn an_unknown_task_is_answered_with_the_known_ones() {
-        let spec = crate::experiment::Prompts {
+        let spec = PromptSpec {
             tasks: vec!["cooking".into()],
             ..Default::default()
         };

@@ -12,9 +12,11 @@ use scylla_core::model::{LoadOptions, Loaded, ModelFiles, load, parse_device};
 use scylla_core::plugin::{DraftModel, FixedBudget, Verifier};
 use scylla_core::text::{Message, Tokenizer, eos_of_model, no_tokenizer};
 
+use crate::context::DraftContext;
 use crate::environment::{Environment, commit, cpu};
-use crate::experiment::{Experiment, Prompts};
-use crate::registry::{DraftContext, Registry};
+use crate::experiment::Experiment;
+use crate::prompts::PromptSpec;
+use crate::registry::Registry;
 use crate::{Error, Result};
 
 /// A target ready to decode.
@@ -119,7 +121,7 @@ impl Session {
         Ok(Environment {
             commit: commit(),
             cpu: cpu(),
-            simd: format!("{:?}", scylla_core::kernels::Level::detect()).to_lowercase(),
+            simd: format!("{:?}", scylla_core::kernels::InstructionSet::detect()).to_lowercase(),
             threads: self.options.thread_count(),
             device: self.device.clone(),
             dtypes: self.target.forms.iter().map(|f| (*f).into()).collect(),
@@ -142,7 +144,7 @@ impl Session {
     ///
     /// # Errors
     /// If there is no tokenizer or template, or the template refuses the conversation.
-    pub fn prompt(&self, messages: &[Message], how: &Prompts) -> Result<Vec<u32>> {
+    pub fn prompt(&self, messages: &[Message], how: &PromptSpec) -> Result<Vec<u32>> {
         let tokenizer = self.tokenizer()?;
         if how.raw {
             let text = messages.last().map_or("", |m| &m.content);

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use scylla_bench::Registry;
-use scylla_bench::prove::{Proposals, load};
+use scylla_bench::cases::{Proposals, load};
 use scylla_core::plugin::{Chance, TargetRows, Verdict, Verifier};
 use scylla_core::sampling::Sampling;
 use scylla_core::tree::{Drawing, Tree};

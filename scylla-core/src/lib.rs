@@ -15,7 +15,7 @@ pub mod kernels;
 pub mod model;
 pub mod plugin;
 pub mod sampling;
-pub mod table;
+pub mod tabular;
 pub mod text;
 pub mod train;
 pub mod tree;

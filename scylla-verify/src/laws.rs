@@ -7,7 +7,7 @@ use proptest::sample::select;
 use scylla_core::chance::Seeded;
 use scylla_core::plugin::{Chance, TargetRows, Verdict, Verifier};
 use scylla_core::sampling::Sampling;
-use scylla_core::table::{Law, TableDraft, TableRows};
+use scylla_core::tabular::{Law, TableDraft, TableRows};
 use scylla_core::tree::{Budget, Drawing, Tree};
 use scylla_core::{Result, draw};
 

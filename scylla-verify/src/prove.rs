@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use scylla_core::chance::enumerate;
 use scylla_core::plugin::{Chance, Committed, DraftModel, Request, Verifier};
 use scylla_core::sampling::Sampling;
-use scylla_core::table::{Law, TableRows};
+use scylla_core::tabular::{Law, TableRows};
 use scylla_core::tree::{Budget, Tree};
 use scylla_core::{Error, Result};
 

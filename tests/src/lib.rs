@@ -8,12 +8,14 @@ mod tiny;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use candle_core::Device;
 use safetensors::{Dtype, SafeTensors};
 use scylla_core::assets::{DEFAULT_MODEL, cache_dir};
 use scylla_core::kernels::Pool;
 use scylla_core::model::{
     Cpu, Executor, LoadOptions, Loaded, ModelFiles, OnDevice, WeightForm, load_on, parse_device,
 };
+use scylla_core::plugin::{SlotRows, Step, TargetModel, Want};
 
 pub use drafts::{DraftTensor, TinyDraft};
 pub use random::{RandomWeights, llama_shape};
@@ -73,6 +75,45 @@ pub fn backends(files: &ModelFiles, weights: WeightForm) -> Vec<(String, Loaded)
     let load = |(name, executor)| (name, load_on(files, &options, executor).expect("loads"));
     executors().into_iter().map(load).collect()
 }
+
+/// Candle's tensors on the first GPU where the build has CUDA, and else on the CPU, which stands in for one.
+pub fn on_device() -> Arc<dyn Executor> {
+    Arc::new(OnDevice::new(match cfg!(feature = "cuda") {
+        true => parse_device("cuda").expect("a GPU"),
+        false => Device::Cpu,
+    }))
+}
+
+/// Where two texts behind a prompt part, the distance of the two tokens' logits by the model itself; nothing where they
+/// are one. On a device rows depend on their company in the last places, so that tokens that are nearly as probable may
+/// change places.
+pub fn parting(
+    model: &mut dyn TargetModel,
+    prompt: &[u32],
+    one: &[u32],
+    other: &[u32],
+) -> Option<f32> {
+    let at = one.iter().zip(other).position(|(a, b)| a != b)?;
+    let slot = 1000;
+    let tokens = [prompt, &one[..at]].concat();
+    model.open(slot).expect("open");
+    let step = Step {
+        slots: vec![SlotRows {
+            slot,
+            tokens: &tokens,
+            parents: &[],
+            want: Want::Last,
+        }],
+        taps: &[],
+    };
+    let found = model.forward(&step).expect("forward");
+    model.close(slot);
+    let row = found.logits[0].row(0).expect("logits").into_owned();
+    Some((row[one[at] as usize] - row[other[at] as usize]).abs())
+}
+
+/// Logits that lie no further apart than this may change places on a device in single precision.
+pub const NEAR_TIE: f32 = 1e-3;
 
 /// A safetensors file read whole.
 pub struct Tensors(Vec<u8>);

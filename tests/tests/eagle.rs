@@ -157,6 +157,76 @@ fn network_outputs_match() {
     check!("network_outputs_match", outputs);
 }
 
+/// Every golden draft on candle's tensors beside the kernels: states and logits of the golden rows.
+#[test]
+fn a_device_computes_what_the_kernels_compute() {
+    let Some(golden) = golden("a_device_computes_what_the_kernels_compute") else {
+        return;
+    };
+    for (draft, target) in [
+        ("eagle1-llama2-tiny", "llama2-tiny"),
+        ("eagle3-llama3-tiny", "llama3-tiny"),
+    ] {
+        let all = executors();
+        let found = all.iter().map(|(name, executor)| {
+            let case = case(&golden, draft, target, executor);
+            let found = match draft.starts_with("eagle3") {
+                false => rows_and_nodes(&case, network::eagle(&case.dir, &case.host).expect(draft)),
+                true => {
+                    let network = network::eagle3(&case.dir, None, &case.host);
+                    rows_and_nodes(&case, network.expect(draft))
+                }
+            };
+            (name, found)
+        });
+        let found: Vec<_> = found.collect();
+        for (name, (states, logits)) in &found[1..] {
+            let (expected_states, expected_logits) = &found[0].1;
+            close(
+                &format!("{draft} on {name}: states"),
+                states,
+                expected_states,
+                1e-4,
+            );
+            close(
+                &format!("{draft} on {name}: logits"),
+                logits,
+                expected_logits,
+                1e-4,
+            );
+        }
+    }
+}
+
+/// States and logits after the golden rows, and after three nodes of which two are siblings.
+fn rows_and_nodes<B: Body>(case: &Case, mut network: Feature<B>) -> (Vec<f32>, Vec<f32>) {
+    let v = &case.values;
+    let input = ids(&v.i64("forward.input_ids"));
+    let (features, shape) = v.f32("forward.features");
+    let count = network.taps().len();
+    let path: Vec<usize> = (0..shape[0]).collect();
+    let committed = Committed {
+        slot: 0,
+        tokens: &input,
+        path: &path,
+        taps: &taps(&case.host, &features, shape[1], count),
+    };
+    network.open(0).expect("open");
+    network.observe(&committed).expect("observe");
+    let mut logits = Matrix::default();
+    network.start(&[0], &mut logits).expect("start");
+    let mut all = logits.all().expect("logits").into_owned();
+    let nodes = Nodes {
+        slot: 0,
+        tokens: &[7, 11, 13],
+        parents: &[None, None, Some(1)],
+    };
+    network.expand(&[nodes], &mut logits).expect("expand");
+    all.extend_from_slice(&logits.all().expect("logits"));
+    let states = network.states(0).expect("open");
+    (states.all().expect("states").into_owned(), all)
+}
+
 fn numbers<T: TryFrom<i64>>(value: &Value) -> Vec<T> {
     let number = |v: &Value| {
         T::try_from(v.as_i64().expect("a number"))

@@ -11,7 +11,7 @@ use scylla_core::plugin::{
     Verifier,
 };
 use scylla_core::sampling::Sampling;
-use scylla_core::table::{Law, TableDraft, TableTarget};
+use scylla_core::tabular::{Law, TableDraft, TableTarget};
 use scylla_core::tree::{Budget, Drawing, Tree};
 use scylla_core::{Error, Result};
 use scylla_verify::{

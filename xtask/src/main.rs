@@ -1,7 +1,8 @@
 //! Developer automation: starts cargo and the built binary, and links none of the crates.
 
+mod chi_square;
 mod compare;
-mod prove;
+mod pack;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -19,6 +20,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
                   need a nightly toolchain with the component miri
   compare [...]   beside llama.cpp, candle-transformers and, where installed, PyTorch, on the same files, prompts and threads;
                   `compare --help` lists its options
+  gpu-pack OUT    what a machine with a GPU and neither network nor Rust needs, in parts to carry there; `gpu-pack --help`
 ";
 
 fn main() -> ExitCode {
@@ -28,12 +30,17 @@ fn main() -> ExitCode {
         Some("bench") => bench(rest),
         Some("test") => test(),
         Some("sound") => sound(rest),
-        Some("prove") => prove::run(rest),
+        Some("prove") => chi_square::run(rest),
         Some("compare") if rest.iter().any(|a| a == "--help") => {
             let _ = std::io::Write::write_all(&mut std::io::stdout(), compare::USAGE.as_bytes());
             Ok(())
         }
         Some("compare") => compare::run(rest),
+        Some("gpu-pack") if rest.iter().any(|a| a == "--help") => {
+            let _ = std::io::Write::write_all(&mut std::io::stdout(), pack::USAGE.as_bytes());
+            Ok(())
+        }
+        Some("gpu-pack") => pack::pack(rest),
         _ => {
             eprint!("{USAGE}");
             return ExitCode::from(2);

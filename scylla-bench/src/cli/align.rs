@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 use toml::Table;
 
 use super::{print_json, print_text, with_download};
-use crate::aligners::AlignerContext;
+use crate::context::AlignerContext;
 use crate::experiment::Override;
 use crate::{Error, Registry, Result};
 

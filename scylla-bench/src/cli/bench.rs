@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::{ModelOptions, Progress, open_session, print_json, print_text, say, warn};
 use crate::experiment::{Experiment, Override};
-use crate::{Error, Registry, Result, bench, table};
+use crate::{Error, Registry, Result, bench, terminal};
 
 #[derive(Args)]
 pub(super) struct Bench {
@@ -44,7 +44,7 @@ impl Bench {
         if self.json {
             print_json(&summary)?;
         } else {
-            print_text(&table::summary(&summary))?;
+            print_text(&terminal::summary(&summary))?;
             if summary.unwritten.is_empty() {
                 say(&format!("results in {}", summary.output.display()));
             }

@@ -11,9 +11,9 @@ use scylla_core::sampling::Sampling;
 use serde::Serialize;
 
 use super::{ModelOptions, Progress, open_session, print_json, print_text, say};
+use crate::cases::{Case, Proposals, Watch, load};
 use crate::chi_square::{Found, Setup};
 use crate::experiment::{Experiment, Override};
-use crate::prove::{Case, Proposals, Watch, load};
 use crate::{Error, Registry, Result};
 
 #[derive(Args)]

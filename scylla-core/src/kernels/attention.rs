@@ -11,8 +11,8 @@ use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
 use super::elementwise::largest;
-use super::simd::{Level, Simd, dispatch};
-use super::{Pool, Shared};
+use super::simd::{InstructionSet, Simd, dispatch};
+use super::{Pool, SharedValues};
 
 const TILE: usize = 16;
 
@@ -114,18 +114,18 @@ enum Form {
 /// Keys and values of one layer and one slot.
 pub struct KvLayer {
     form: Form,
-    place: Place,
+    layout: KvLayout,
 }
 
 /// Where the values of a position lie.
 #[derive(Clone, Copy)]
-struct Place {
+struct KvLayout {
     heads: usize,
     head_dim: usize,
     capacity: usize,
 }
 
-impl Place {
+impl KvLayout {
     fn key(&self, head: usize, position: usize) -> usize {
         (head * self.capacity + position / TILE * TILE) * self.head_dim + position % TILE
     }
@@ -136,22 +136,22 @@ impl Place {
 }
 
 impl<E: Element> Store<E> {
-    fn new(place: Place, zeros: impl Fn(usize) -> Vec<E>) -> Self {
-        let (rows, e) = (place.heads * place.capacity, place.head_dim);
+    fn new(layout: KvLayout, zeros: impl Fn(usize) -> Vec<E>) -> Self {
+        let (rows, e) = (layout.heads * layout.capacity, layout.head_dim);
         Self {
             keys: Aligned::new(&zeros, rows * e),
             values: Aligned::new(&zeros, rows * e.next_multiple_of(TILE)),
         }
     }
 
-    fn write(&mut self, place: Place, position: usize, key: &[f32], value: &[f32]) {
-        for head in 0..place.heads {
-            let from = head * place.head_dim..(head + 1) * place.head_dim;
-            let at = place.value(head, position);
+    fn write(&mut self, layout: KvLayout, position: usize, key: &[f32], value: &[f32]) {
+        for head in 0..layout.heads {
+            let from = head * layout.head_dim..(head + 1) * layout.head_dim;
+            let at = layout.value(head, position);
             // By way of where the value will be.
-            let line = at..at + place.head_dim;
+            let line = at..at + layout.head_dim;
             E::narrow(&key[from.clone()], &mut self.values[line.clone()]);
-            let at = place.key(head, position);
+            let at = layout.key(head, position);
             for (i, &k) in self.values[line.clone()].iter().enumerate() {
                 self.keys[at + i * TILE] = k;
             }
@@ -159,14 +159,14 @@ impl<E: Element> Store<E> {
         }
     }
 
-    fn copy(&mut self, place: Place, from: usize, to: usize) {
-        for head in 0..place.heads {
-            let (a, b) = (place.key(head, from), place.key(head, to));
-            for i in 0..place.head_dim {
+    fn copy(&mut self, layout: KvLayout, from: usize, to: usize) {
+        for head in 0..layout.heads {
+            let (a, b) = (layout.key(head, from), layout.key(head, to));
+            for i in 0..layout.head_dim {
                 self.keys[b + i * TILE] = self.keys[a + i * TILE];
             }
-            let (a, b) = (place.value(head, from), place.value(head, to));
-            self.values.copy_within(a..a + place.head_dim, b);
+            let (a, b) = (layout.value(head, from), layout.value(head, to));
+            self.values.copy_within(a..a + layout.head_dim, b);
         }
     }
 }
@@ -174,27 +174,27 @@ impl<E: Element> Store<E> {
 impl KvLayer {
     /// Room for `capacity` positions of `heads` kv heads. The pages stay untouched until they are written.
     pub fn new(form: CacheForm, heads: usize, head_dim: usize, capacity: usize) -> Self {
-        let place = Place {
+        let layout = KvLayout {
             heads,
             head_dim,
             capacity: capacity.next_multiple_of(TILE),
         };
         Self {
             form: match form {
-                CacheForm::F32 => Form::F32(Store::new(place, |n| vec![0.0; n])),
-                CacheForm::F16 => Form::F16(Store::new(place, |n| vec![0; n])),
+                CacheForm::F32 => Form::F32(Store::new(layout, |n| vec![0.0; n])),
+                CacheForm::F16 => Form::F16(Store::new(layout, |n| vec![0; n])),
             },
-            place,
+            layout,
         }
     }
 
     /// Stores one row: `key` and `value` `[K, E]`.
     pub fn write(&mut self, position: usize, key: &[f32], value: &[f32]) {
-        let place = self.place;
-        assert!(position < place.capacity, "position outside the cache");
+        let layout = self.layout;
+        assert!(position < layout.capacity, "position outside the cache");
         match &mut self.form {
-            Form::F32(store) => store.write(place, position, key, value),
-            Form::F16(store) => store.write(place, position, key, value),
+            Form::F32(store) => store.write(layout, position, key, value),
+            Form::F16(store) => store.write(layout, position, key, value),
         }
     }
 
@@ -202,8 +202,8 @@ impl KvLayer {
     pub fn copy(&mut self, from: usize, to: usize) {
         match &mut self.form {
             _ if from == to => {}
-            Form::F32(store) => store.copy(self.place, from, to),
-            Form::F16(store) => store.copy(self.place, from, to),
+            Form::F32(store) => store.copy(self.layout, from, to),
+            Form::F16(store) => store.copy(self.layout, from, to),
         }
     }
 }
@@ -246,7 +246,7 @@ fn split(m: usize, row: RowOf<'_>, heads: usize, threads: usize, items: &mut Vec
         let cache = row(start).cache;
         let same = |&i: &usize| std::ptr::eq(row(i).cache, cache);
         let end = start + (start..m).take_while(same).count();
-        let kv_heads = cache.place.heads;
+        let kv_heads = cache.layout.heads;
         let group = heads / kv_heads;
         for kv_head in 0..kv_heads {
             let queries = (end - start) * group;
@@ -282,7 +282,7 @@ pub fn attention<'a>(
     if m == 0 {
         return;
     }
-    let e = row(0).cache.place.head_dim;
+    let e = row(0).cache.layout.head_dim;
     assert_eq!(q.len(), m * heads * e);
     assert_eq!(out.len(), q.len());
     for row in (0..m).map(row) {
@@ -301,19 +301,19 @@ pub fn attention<'a>(
         let rising = scattered.windows(2).all(|w| w[0] < w[1]);
         let inside = scattered
             .last()
-            .is_none_or(|&p| (p as usize) < cache.place.capacity);
-        assert!(contiguous <= cache.place.capacity && cache.place.head_dim == e);
+            .is_none_or(|&p| (p as usize) < cache.layout.capacity);
+        assert!(contiguous <= cache.layout.capacity && cache.layout.head_dim == e);
         assert!(behind && rising && inside, "places {scattered:?}");
     }
-    let level = Level::detect();
-    let target = &Shared::new(out);
+    let level = InstructionSet::detect();
+    let target = &SharedValues::new(out);
     ITEMS.with_borrow_mut(|items| {
         split(m, row, heads, pool.threads(), items);
         let items = &items[..];
         pool.shares(items.len(), 1, |range| {
             SCORES.with_borrow_mut(|scores| {
                 for item in &items[range] {
-                    dispatch!(level, some_queries(row, item, heads, q, scores, target): (row: RowOf<'_>, item: &Item, heads: usize, q: &[f32], scores: &mut Vec<f32>, target: &Shared<'_, f32>) <>);
+                    dispatch!(level, some_queries(row, item, heads, q, scores, target): (row: RowOf<'_>, item: &Item, heads: usize, q: &[f32], scores: &mut Vec<f32>, target: &SharedValues<'_, f32>) <>);
                 }
             });
         });
@@ -335,10 +335,10 @@ fn some_queries<S: Simd>(
     heads: usize,
     q: &[f32],
     scores: &mut Vec<f32>,
-    target: &Shared<'_, f32>,
+    target: &SharedValues<'_, f32>,
 ) {
-    let KvLayer { form, place } = row(item.rows.start).cache;
-    let (e, group) = (place.head_dim, heads / place.heads);
+    let KvLayer { form, layout } = row(item.rows.start).cache;
+    let (e, group) = (layout.head_dim, heads / layout.heads);
     let query = |i: usize| {
         let i = item.first + i.min(item.count - 1); // places beyond the last repeat it
         let r = item.rows.start + i / group;
@@ -350,24 +350,24 @@ fn some_queries<S: Simd>(
         }
     };
     match form {
-        Form::F32(store) => of_count::<S, f32>(store, *place, query, item, scores, target),
-        Form::F16(store) => of_count::<S, u16>(store, *place, query, item, scores, target),
+        Form::F32(store) => of_count::<S, f32>(store, *layout, query, item, scores, target),
+        Form::F16(store) => of_count::<S, u16>(store, *layout, query, item, scores, target),
     }
 }
 
 #[inline(always)]
 fn of_count<'q, S: Simd, E: Element>(
     store: &Store<E>,
-    place: Place,
+    layout: KvLayout,
     query: impl Fn(usize) -> Query<'q>,
     item: &Item,
     scores: &mut Vec<f32>,
-    target: &Shared<'_, f32>,
+    target: &SharedValues<'_, f32>,
 ) {
     let head = &Head {
         keys: &store.keys,
         values: &store.values,
-        place,
+        layout,
         head: item.kv_head,
     };
     match item.count {
@@ -383,7 +383,7 @@ fn of_count<'q, S: Simd, E: Element>(
 struct Head<'a, E> {
     keys: &'a [E],
     values: &'a [E],
-    place: Place,
+    layout: KvLayout,
     head: usize,
 }
 
@@ -392,9 +392,9 @@ fn queries<S: Simd, E: Element, const Q: usize>(
     head: &Head<'_, E>,
     queries: [Query<'_>; Q],
     scores: &mut Vec<f32>,
-    target: &Shared<'_, f32>,
+    target: &SharedValues<'_, f32>,
 ) {
-    let e = head.place.head_dim;
+    let e = head.layout.head_dim;
     // Scores of all places from the tile of the first to the last that any of them sees, then compacted to logical
     // positions. A score's index counts from `base`.
     let first = queries.iter().map(|q| q.row.first).min();
@@ -474,8 +474,8 @@ fn tile_scores<S: Simd, E: Element, const Q: usize, const T: usize>(
     places: usize,
     scores: &mut [f32],
 ) -> usize {
-    let e = head.place.head_dim;
-    let at = head.place.key(head.head, base + start);
+    let e = head.layout.head_dim;
+    let at = head.layout.key(head.head, base + start);
     let keys = &head.keys[at..at + T * e * TILE];
     let keys: [&[E]; T] = std::array::from_fn(|t| &keys[t * e * TILE..(t + 1) * e * TILE]);
     let next = &keys[0][0]; // a group of tiles on, as many lines in turn
@@ -515,9 +515,9 @@ impl<E: Element> Head<'_, E> {
     /// `W` registers of the values of a place, from `column` on.
     #[inline(always)]
     fn values<S: Simd, const W: usize>(&self, place: usize, column: usize) -> [S::V; W] {
-        let at = self.place.value(self.head, place) + column;
+        let at = self.layout.value(self.head, place) + column;
         let line = &self.values[at..at + W * TILE];
-        let ahead = AHEAD * self.place.head_dim.next_multiple_of(TILE);
+        let ahead = AHEAD * self.layout.head_dim.next_multiple_of(TILE);
         let mut values = [S::zero(); W];
         for w in 0..W {
             if starts_line::<E>(w) {
@@ -539,9 +539,9 @@ fn mix<S: Simd, E: Element, const Q: usize, const W: usize>(
     places: usize,
     inverse: [f32; Q],
     column: usize,
-    target: &Shared<'_, f32>,
+    target: &SharedValues<'_, f32>,
 ) {
-    let e = head.place.head_dim;
+    let e = head.layout.head_dim;
     let weights: [&[f32]; Q] = std::array::from_fn(|q| &scores[q * places..(q + 1) * places]);
     let mut acc = [[S::zero(); W]; Q];
     let common = queries.iter().map(|q| q.row.contiguous).min().unwrap_or(0) - base;
@@ -644,6 +644,48 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 1 } else { 40 }))]
+        /// Rows of a window see what a cache of the window's positions alone would give, bit for bit: in a tree as in a
+        /// chain, and whatever rows with other windows pass beside them. What lies before it may be anything.
+        #[test]
+        fn a_window_is_all_that_a_row_reads(
+            committed in 1usize..if cfg!(miri) { 20 } else { 70 }, path in 1usize..5, window in 1usize..40,
+            e in prop::sample::select(vec![8usize, 16, 64]), half in any::<bool>(),
+        ) {
+            let form = if half { CacheForm::F16 } else { CacheForm::F32 };
+            let (kv, heads) = (2, 4);
+            let spread: Vec<usize> = (0..path).map(|i| committed + 2 * i + 1).collect();
+            let tree_positions: Vec<usize> = (0..committed).chain(spread.clone()).collect();
+            let plain_positions: Vec<usize> = (0..committed + path).collect();
+            let mut tree = filled(form, kv, e, &tree_positions, 128);
+            let mut plain = filled(form, kv, e, &plain_positions, 128);
+            let first = (committed + path).saturating_sub(window);
+            for position in 0..first.min(committed) {
+                let broken = vec![60000.0; kv * e];
+                tree.write(position, &broken, &broken);
+                plain.write(position, &broken, &broken);
+            }
+            let scattered: Vec<u32> = spread.iter().map(|&p| p as u32).collect();
+            let q: Vec<f32> = (0..2 * heads * e).map(|i| number(3 * i + 5)).collect();
+            let pool = Pool::new(2);
+            let whole = filled(form, kv, e, &plain_positions, 128);
+            let attend = |cache: &KvLayer, first: usize, contiguous: usize, scattered: &[u32], beside: usize| {
+                // The second row sees more, so that both pass the same keys.
+                let row = |i| match i {
+                    0 => AttentionRow { cache, first, contiguous, scattered },
+                    _ => AttentionRow { cache, first: beside.min(contiguous), contiguous, scattered },
+                };
+                let mut out = vec![0.0; q.len()];
+                attention(&pool, &q, 2, &row, heads, &mut out);
+                out.truncate(heads * e);
+                out
+            };
+            let (begin, skipped) = (first.min(committed), first.saturating_sub(committed));
+            let expected = attend(&whole, first, committed + path, &[], first);
+            prop_assert_eq!(&expected, &attend(&plain, first, committed + path, &[], first));
+            prop_assert_eq!(&expected, &attend(&tree, begin, committed, &scattered[skipped..], begin));
+            prop_assert_eq!(&expected, &attend(&whole, first, committed + path, &[], 0));
+        }
+
         #[test]
         fn scattered_ancestors_give_bit_for_bit_the_contiguous_result(
             committed in 0usize..if cfg!(miri) { 20 } else { 40 }, path in 1usize..6, e in prop::sample::select(vec![8usize, 16, 64, 80, 128]),

@@ -5,9 +5,9 @@
 
 use super::memory::Buffer;
 use super::pool::Pool;
-use super::simd::{Level, Simd, dispatch};
+use super::simd::{InstructionSet, Simd, dispatch};
 use super::tiles::{self, Part, Product};
-use super::{Shared, SharedOut, TILE};
+use super::{SharedOut, SharedValues, TILE};
 
 /// The element type of a dense weight.
 pub(super) trait Element: Copy + Send + Sync + Default {
@@ -161,12 +161,12 @@ pub(super) fn pack<W: Element>(pool: &Pool, x: &[f32], k: usize, to: &mut Vec<W:
     let lines = k.div_ceil(W::PER).next_multiple_of(RUN);
     let room = tiles::room::<Rows<'_, W>>(x, k);
     to.resize(room * lines, W::X::default());
-    let to = Shared::new(to);
+    let to = SharedValues::new(to);
     tiles::pack::<Rows<'_, W>>(pool, x, k, |x, place| {
         let room = place.len();
         // SAFETY: each panel has its own place, and is packed once.
         let to = unsafe { to.part(place.start * lines..place.end * lines) };
-        dispatch!(Level::detect(), pack_panel(x, k, room, to): (x: &[f32], k: usize, room: usize, to: &mut [W::X]) <W: Element = W>);
+        dispatch!(InstructionSet::detect(), pack_panel(x, k, room, to): (x: &[f32], k: usize, room: usize, to: &mut [W::X]) <W: Element = W>);
     });
 }
 

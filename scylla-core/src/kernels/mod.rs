@@ -10,6 +10,7 @@
 mod attention;
 mod dense;
 mod elementwise;
+mod exponential;
 mod linear;
 mod memory;
 mod peak;
@@ -27,7 +28,7 @@ pub use linear::{Linear, Scratch, Weight};
 pub use memory::zeros;
 pub use peak::{Operand, multiply_adds};
 pub use pool::Pool;
-pub use simd::Level;
+pub use simd::InstructionSet;
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -36,16 +37,16 @@ use std::ops::Range;
 const TILE: usize = 16;
 
 /// Values that threads fill together, each its own ranges.
-struct Shared<'a, T> {
+struct SharedValues<'a, T> {
     data: *mut T,
     len: usize,
     life: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: values are reached through `part` alone, whose callers keep ranges apart.
-unsafe impl<T: Send> Sync for Shared<'_, T> {}
+unsafe impl<T: Send> Sync for SharedValues<'_, T> {}
 
-impl<'a, T> Shared<'a, T> {
+impl<'a, T> SharedValues<'a, T> {
     fn new(values: &'a mut [T]) -> Self {
         Self {
             data: values.as_mut_ptr(),
@@ -68,7 +69,7 @@ impl<'a, T> Shared<'a, T> {
 
 /// Rows of output that threads fill together, each its own columns.
 ///
-/// Not over [`Shared`]: a store through its checked slices cost one row of Q8_0 a tenth.
+/// Not over [`SharedValues`]: a store through its checked slices cost one row of Q8_0 a tenth.
 struct SharedOut<'a> {
     data: *mut f32,
     rows: usize,

@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use super::Pool;
-use super::simd::{Level, Line, Simd, dispatch};
+use super::simd::{InstructionSet, Line, Simd, dispatch};
 
 /// Independent sums: enough to hide the latency of an addition.
 const SUMS: usize = 16;
@@ -24,7 +24,7 @@ pub enum Operand {
 /// Multiply-adds a second of all threads together, on registers alone.
 pub fn multiply_adds(pool: &Pool, of: Operand) -> f64 {
     let portions = pool.threads() * 8;
-    let level = Level::detect();
+    let level = InstructionSet::detect();
     let begun = Instant::now();
     pool.ranges(portions, 1, |range| {
         for _ in range {

@@ -83,7 +83,7 @@ impl Gate {
     }
 }
 
-struct Shared {
+struct PoolState {
     gate: Gate,
     stop: AtomicBool,
     panicked: AtomicBool,
@@ -92,13 +92,13 @@ struct Shared {
 
 // SAFETY: `work` is written only by the caller that holds `Pool::turn`, while the gate is closed and empty, and is read by
 // workers only between coming in, with acquire ordering, and leaving.
-unsafe impl Sync for Shared {}
+unsafe impl Sync for PoolState {}
 // SAFETY: the raw pointer in `work` is only followed while `Pool::run` keeps the closure alive on its stack.
-unsafe impl Send for Shared {}
+unsafe impl Send for PoolState {}
 
 /// A fixed number of threads, the caller included, that execute ranges of one loop together.
 pub struct Pool {
-    shared: Arc<Shared>,
+    shared: Arc<PoolState>,
     wake: Vec<Thread>,
     workers: Vec<JoinHandle<()>>,
     turn: Mutex<()>,
@@ -108,7 +108,7 @@ impl Pool {
     /// A pool of `threads` threads in all; 0 and 1 both mean that the caller works alone.
     pub fn new(threads: usize) -> Self {
         unsafe fn nothing(_: *const ()) {}
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(PoolState {
             gate: Gate(AtomicU64::new(CLOSED)),
             stop: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
@@ -257,7 +257,7 @@ fn wait_until(ready: impl Fn() -> bool, idle: impl Fn()) {
     }
 }
 
-fn worker(shared: &Shared) {
+fn worker(shared: &PoolState) {
     let _mark = Mark::set(); // all it ever runs are bodies
     let mut seen = 0;
     loop {

@@ -3,7 +3,7 @@
 //! The loops are plain Rust over fixed lanes, compiled for the best instruction set of the processor. Sums are of
 //! sixteen lanes, so they do not depend on the length of registers.
 
-use super::simd::{Level, Simd, dispatch};
+use super::simd::{InstructionSet, Simd, dispatch};
 
 const LANES: usize = 16;
 
@@ -55,7 +55,7 @@ pub(super) fn exp(x: f64, fma: bool) -> f64 {
 /// Writes `exp(scale (x - max))` of each logit and returns the sum. `scale >= 0`, no logit above `max`, none NaN.
 pub fn exponentials(logits: &[f32], max: f64, scale: f64, out: &mut [f64]) -> f64 {
     assert_eq!(logits.len(), out.len());
-    dispatch!(Level::detect(), exponentials_of(logits, max, scale, out): (logits: &[f32], max: f64, scale: f64, out: &mut [f64]) [f64] <>)
+    dispatch!(InstructionSet::detect(), exponentials_of(logits, max, scale, out): (logits: &[f32], max: f64, scale: f64, out: &mut [f64]) [f64] <>)
 }
 
 #[inline(always)]
@@ -78,7 +78,7 @@ fn exponentials_of<S: Simd>(logits: &[f32], max: f64, scale: f64, out: &mut [f64
 
 /// The sum of a row, and its smallest value (infinite for an empty one).
 pub fn sum_and_least(values: &[f64]) -> (f64, f64) {
-    dispatch!(Level::detect(), sum_and_least_of(values): (values: &[f64]) [(f64, f64)] <>)
+    dispatch!(InstructionSet::detect(), sum_and_least_of(values): (values: &[f64]) [(f64, f64)] <>)
 }
 
 #[inline(always)]
@@ -109,7 +109,7 @@ fn sum_and_least_of<S: Simd>(values: &[f64]) -> (f64, f64) {
 
 /// `p *= scale`
 pub fn scale(p: &mut [f64], scale: f64) {
-    dispatch!(Level::detect(), scale_of(p, scale): (p: &mut [f64], scale: f64) <>);
+    dispatch!(InstructionSet::detect(), scale_of(p, scale): (p: &mut [f64], scale: f64) <>);
 }
 
 #[inline(always)]
@@ -122,7 +122,7 @@ fn scale_of<S: Simd>(p: &mut [f64], scale: f64) {
 /// `p <- (a p - b q)+` and the sum of what is left.
 pub fn residual(p: &mut [f64], a: f64, q: &[f64], b: f64) -> f64 {
     assert_eq!(p.len(), q.len());
-    dispatch!(Level::detect(), residual_of(p, a, q, b): (p: &mut [f64], a: f64, q: &[f64], b: f64) [f64] <>)
+    dispatch!(InstructionSet::detect(), residual_of(p, a, q, b): (p: &mut [f64], a: f64, q: &[f64], b: f64) [f64] <>)
 }
 
 #[inline(always)]
@@ -156,7 +156,7 @@ fn lessen(p: &mut [f64], q: &[f64], change: impl Fn(f64, f64) -> f64) -> f64 {
 /// `p <- (p - factor min(q, scale p))+` and the sum of what is left.
 pub fn spare(p: &mut [f64], q: &[f64], factor: f64, scale: f64) -> f64 {
     assert_eq!(p.len(), q.len());
-    dispatch!(Level::detect(), spare_of(p, q, factor, scale): (p: &mut [f64], q: &[f64], factor: f64, scale: f64) [f64] <>)
+    dispatch!(InstructionSet::detect(), spare_of(p, q, factor, scale): (p: &mut [f64], q: &[f64], factor: f64, scale: f64) [f64] <>)
 }
 
 #[inline(always)]
@@ -170,7 +170,7 @@ fn spare_of<S: Simd>(p: &mut [f64], q: &[f64], factor: f64, scale: f64) -> f64 {
 /// Of rows p and q: the sum of p where `p < gamma q`, and the sum of q elsewhere.
 pub fn overlap(p: &[f64], q: &[f64], gamma: f64) -> (f64, f64) {
     assert_eq!(p.len(), q.len());
-    dispatch!(Level::detect(), overlap_of(p, q, gamma): (p: &[f64], q: &[f64], gamma: f64) [(f64, f64)] <>)
+    dispatch!(InstructionSet::detect(), overlap_of(p, q, gamma): (p: &[f64], q: &[f64], gamma: f64) [(f64, f64)] <>)
 }
 
 #[inline(always)]
@@ -194,7 +194,7 @@ fn overlap_of<S: Simd>(p: &[f64], q: &[f64], gamma: f64) -> (f64, f64) {
 
 /// Writes the places of positive values to `out` and returns true, if there are at most `limit`; else false.
 pub fn support(values: &[f64], limit: usize, out: &mut Vec<u32>) -> bool {
-    dispatch!(Level::detect(), support_of(values, limit, out): (values: &[f64], limit: usize, out: &mut Vec<u32>) [bool] <>)
+    dispatch!(InstructionSet::detect(), support_of(values, limit, out): (values: &[f64], limit: usize, out: &mut Vec<u32>) [bool] <>)
 }
 
 #[inline(always)]
@@ -242,7 +242,7 @@ pub fn place(weights: &[f64], mut at: f64) -> Option<usize> {
 
 /// `ln sum exp(x - max)` of a row in single precision, to about 1e-6. `max` is finite and no logit above it.
 pub fn log_sum(logits: &[f32], max: f32) -> f64 {
-    let sum = dispatch!(Level::detect(), sum_of_exponentials(logits, max): (logits: &[f32], max: f32) [f64] <>);
+    let sum = dispatch!(InstructionSet::detect(), sum_of_exponentials(logits, max): (logits: &[f32], max: f32) [f64] <>);
     sum.ln()
 }
 
@@ -266,7 +266,7 @@ fn sum_of_exponentials<S: Simd>(logits: &[f32], max: f32) -> f64 {
 
 /// The largest value of a row, NaN where one is NaN; minus infinity for an empty one.
 pub fn largest(values: &[f32]) -> f32 {
-    dispatch!(Level::detect(), largest_of(values): (values: &[f32]) [f32] <>)
+    dispatch!(InstructionSet::detect(), largest_of(values): (values: &[f32]) [f32] <>)
 }
 
 #[inline(always)]

@@ -11,9 +11,9 @@ use half::f16;
 
 use super::memory::Buffer;
 use super::pool::Pool;
-use super::simd::{Level, Line, Simd, dispatch, quantize};
+use super::simd::{InstructionSet, Line, Simd, dispatch, quantize};
 use super::tiles::{self, Part, Product};
-use super::{Shared, SharedOut, TILE};
+use super::{SharedOut, SharedValues, TILE};
 
 /// Values a block.
 pub(super) const BLOCK: usize = 32;
@@ -285,8 +285,14 @@ impl Activations {
         self.scale.resize(room * blocks, 0.0);
         self.start.resize(room * blocks, 0);
         self.total.resize(room * blocks, 0.0);
-        let (q, scale) = (Shared::new(&mut self.q), Shared::new(&mut self.scale));
-        let (start, total) = (Shared::new(&mut self.start), Shared::new(&mut self.total));
+        let (q, scale) = (
+            SharedValues::new(&mut self.q),
+            SharedValues::new(&mut self.scale),
+        );
+        let (start, total) = (
+            SharedValues::new(&mut self.start),
+            SharedValues::new(&mut self.total),
+        );
         tiles::pack::<Rows<'_, Eight>>(pool, x, k, |x, place| {
             let (room, at) = (place.len(), place.start * blocks..place.end * blocks);
             // SAFETY: each panel has its own place, and is filled once.
@@ -298,7 +304,7 @@ impl Activations {
                     total: total.part(at),
                 }
             };
-            dispatch!(Level::detect(), quantize_panel(x, k, room, to): (x: &[f32], k: usize, room: usize, to: Quantized<'_>) <>);
+            dispatch!(InstructionSet::detect(), quantize_panel(x, k, room, to): (x: &[f32], k: usize, room: usize, to: Quantized<'_>) <>);
         });
     }
 }

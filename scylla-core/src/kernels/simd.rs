@@ -5,7 +5,7 @@
 
 use half::f16;
 
-use super::elementwise::{exp, nearest};
+use super::exponential::{exp, nearest};
 
 /// Sixteen f32 lanes of one instruction set.
 pub(super) trait Simd: Copy {
@@ -225,7 +225,7 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub(in super::super) struct Avx512<const VNNI: bool, const BF16: bool>;
 
-    // SAFETY of every block below: `Level::detect` hands these types out only where the processor has the
+    // SAFETY of every block below: `InstructionSet::detect` hands these types out only where the processor has the
     // features they name, and each load is bounds-checked on the line before it or of a type of its length.
 
     impl Simd for Avx2 {
@@ -446,7 +446,7 @@ mod x86 {
         }
         #[inline(always)]
         fn exp(v: Self::V) -> Self::V {
-            use super::super::elementwise::{EXP, LN2_HIGH, LN2_LOW};
+            use super::super::exponential::{EXP, LN2_HIGH, LN2_LOW};
             unsafe {
                 // Beyond these bounds the result is 0 or infinite anyway; NaN is the second operand, which both pass on.
                 let v = _mm512_max_ps(Self::splat(-104.0), v);
@@ -531,7 +531,7 @@ mod x86 {
 
 /// The best instruction set of this processor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Level {
+pub enum InstructionSet {
     /// Plain Rust.
     Portable,
     /// AVX2 and FMA.
@@ -544,17 +544,17 @@ pub enum Level {
     Avx512Bf16,
 }
 
-impl Level {
+impl InstructionSet {
     /// What the processor offers; `SCYLLA_SIMD=portable|avx2|avx512|vnni` caps it (for tests and comparisons).
     pub fn detect() -> Self {
-        static LEVEL: std::sync::OnceLock<Level> = std::sync::OnceLock::new();
+        static LEVEL: std::sync::OnceLock<InstructionSet> = std::sync::OnceLock::new();
         *LEVEL.get_or_init(|| {
             let cap = match std::env::var("SCYLLA_SIMD").as_deref() {
-                Ok("portable") => Level::Portable,
-                Ok("avx2") => Level::Avx2,
-                Ok("avx512") => Level::Avx512,
-                Ok("vnni") => Level::Avx512Vnni,
-                _ => Level::Avx512Bf16,
+                Ok("portable") => InstructionSet::Portable,
+                Ok("avx2") => InstructionSet::Avx2,
+                Ok("avx512") => InstructionSet::Avx512,
+                Ok("vnni") => InstructionSet::Avx512Vnni,
+                _ => InstructionSet::Avx512Bf16,
             };
             Self::of_processor().min(cap)
         })
@@ -586,17 +586,17 @@ impl Level {
         let vnni = avx512 && is_x86_feature_detected!("avx512vnni");
         let bf16 = vnni && is_x86_feature_detected!("avx512bf16");
         match (avx2, avx512, vnni, bf16) {
-            (.., true) => Level::Avx512Bf16,
-            (_, _, true, _) => Level::Avx512Vnni,
-            (_, true, ..) => Level::Avx512,
-            (true, ..) => Level::Avx2,
-            _ => Level::Portable,
+            (.., true) => InstructionSet::Avx512Bf16,
+            (_, _, true, _) => InstructionSet::Avx512Vnni,
+            (_, true, ..) => InstructionSet::Avx512,
+            (true, ..) => InstructionSet::Avx2,
+            _ => InstructionSet::Portable,
         }
     }
 
     #[cfg(not(target_arch = "x86_64"))]
     pub(super) fn of_processor() -> Self {
-        Level::Portable
+        InstructionSet::Portable
     }
 }
 
@@ -627,14 +627,14 @@ macro_rules! dispatch {
             }
             match $level {
                 // SAFETY: the level was detected on this processor.
-                $crate::kernels::simd::Level::Avx512Bf16 => unsafe { avx512_bf16$($(::<$given>)?)?($($arg),*) },
+                $crate::kernels::simd::InstructionSet::Avx512Bf16 => unsafe { avx512_bf16$($(::<$given>)?)?($($arg),*) },
                 // SAFETY: as above.
-                $crate::kernels::simd::Level::Avx512Vnni => unsafe { avx512_vnni$($(::<$given>)?)?($($arg),*) },
+                $crate::kernels::simd::InstructionSet::Avx512Vnni => unsafe { avx512_vnni$($(::<$given>)?)?($($arg),*) },
                 // SAFETY: as above.
-                $crate::kernels::simd::Level::Avx512 => unsafe { avx512$($(::<$given>)?)?($($arg),*) },
+                $crate::kernels::simd::InstructionSet::Avx512 => unsafe { avx512$($(::<$given>)?)?($($arg),*) },
                 // SAFETY: as above.
-                $crate::kernels::simd::Level::Avx2 => unsafe { avx2$($(::<$given>)?)?($($arg),*) },
-                $crate::kernels::simd::Level::Portable => portable$($(::<$given>)?)?($($arg),*),
+                $crate::kernels::simd::InstructionSet::Avx2 => unsafe { avx2$($(::<$given>)?)?($($arg),*) },
+                $crate::kernels::simd::InstructionSet::Portable => portable$($(::<$given>)?)?($($arg),*),
             }
         }
         #[cfg(not(target_arch = "x86_64"))]

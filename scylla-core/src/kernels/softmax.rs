@@ -8,7 +8,7 @@
 //! which has proved good enough at the end of all rows but the strangest.
 
 use super::probability;
-use super::simd::{Level, Simd, dispatch};
+use super::simd::{InstructionSet, Simd, dispatch};
 
 const LANES: usize = 16;
 
@@ -148,7 +148,7 @@ fn greater<R: Real>(a: R, b: R) -> R {
 
 /// Sums of a row at `scale > 0` and at twice that. Of an empty row, and of one without a finite largest value, they are NaN.
 pub fn sums<R: Real>(x: &[R], scale: R) -> Sums<R> {
-    dispatch!(Level::detect(), sums_of(x, scale): (x: &[R], scale: R) [Sums<R>] <R: Real>)
+    dispatch!(InstructionSet::detect(), sums_of(x, scale): (x: &[R], scale: R) [Sums<R>] <R: Real>)
 }
 
 #[inline(always)]
@@ -200,7 +200,7 @@ fn sums_from<S: Simd, R: Real>(x: &[R], scale: R, reference: R) -> (R, R, R) {
 /// `out += factor exp(scale (x - reference))`
 pub fn accumulate<R: Real>(x: &[R], reference: R, scale: R, factor: R, out: &mut [R]) {
     assert_eq!(x.len(), out.len());
-    dispatch!(Level::detect(), accumulate_of(x, reference, scale, factor, out): (x: &[R], reference: R, scale: R, factor: R, out: &mut [R]) <R: Real>);
+    dispatch!(InstructionSet::detect(), accumulate_of(x, reference, scale, factor, out): (x: &[R], reference: R, scale: R, factor: R, out: &mut [R]) <R: Real>);
 }
 
 #[inline(always)]
@@ -215,7 +215,7 @@ fn accumulate_of<S: Simd, R: Real>(x: &[R], reference: R, scale: R, factor: R, o
 /// through softmax at one temperature and at half of it.
 pub fn combine<R: Real>(x: &[R], reference: R, scale: R, a: R, b: R, add: bool, out: &mut [R]) {
     assert_eq!(x.len(), out.len());
-    dispatch!(Level::detect(), combine_of(x, reference, scale, a, b, add, out): (x: &[R], reference: R, scale: R, a: R, b: R, add: bool, out: &mut [R]) <R: Real>);
+    dispatch!(InstructionSet::detect(), combine_of(x, reference, scale, a, b, add, out): (x: &[R], reference: R, scale: R, a: R, b: R, add: bool, out: &mut [R]) <R: Real>);
 }
 
 #[inline(always)]
@@ -258,7 +258,7 @@ fn each<R: Real>(x: &[R], out: &mut [R], change: impl Fn(R, R) -> R) {
 pub fn distances<R: Real>(x: &[R], y: &[R], k: usize, out: &mut [R]) {
     assert!(k > 0 && x.len().is_multiple_of(k) && y.len().is_multiple_of(k));
     assert_eq!(out.len(), x.len() / k * (y.len() / k));
-    dispatch!(Level::detect(), distances_of(x, y, k, out): (x: &[R], y: &[R], k: usize, out: &mut [R]) <R: Real>);
+    dispatch!(InstructionSet::detect(), distances_of(x, y, k, out): (x: &[R], y: &[R], k: usize, out: &mut [R]) <R: Real>);
 }
 
 #[inline(always)]
@@ -278,7 +278,7 @@ pub fn distances_gradient<R: Real>(x: &[R], y: &[R], k: usize, upstream: &[R], o
     assert!(k > 0 && x.len().is_multiple_of(k) && y.len().is_multiple_of(k));
     assert_eq!(upstream.len(), x.len() / k * (y.len() / k));
     assert_eq!(out.len(), y.len());
-    dispatch!(Level::detect(), distances_gradient_of(x, y, k, upstream, out): (x: &[R], y: &[R], k: usize, upstream: &[R], out: &mut [R]) <R: Real>);
+    dispatch!(InstructionSet::detect(), distances_gradient_of(x, y, k, upstream, out): (x: &[R], y: &[R], k: usize, upstream: &[R], out: &mut [R]) <R: Real>);
 }
 
 #[inline(always)]
@@ -305,7 +305,7 @@ fn distances_gradient_of<S: Simd, R: Real>(
 /// `matrix` `[N, M]` times `v` `[M]` into `out` `[N]`.
 pub fn times<R: Real>(matrix: &[R], v: &[R], out: &mut [R]) {
     assert_eq!(matrix.len(), v.len() * out.len());
-    dispatch!(Level::detect(), times_of(matrix, v, out): (matrix: &[R], v: &[R], out: &mut [R]) <R: Real>);
+    dispatch!(InstructionSet::detect(), times_of(matrix, v, out): (matrix: &[R], v: &[R], out: &mut [R]) <R: Real>);
 }
 
 #[inline(always)]
@@ -329,7 +329,7 @@ fn times_of<S: Simd, R: Real>(matrix: &[R], v: &[R], out: &mut [R]) {
 /// `u` `[N]` times `matrix` `[N, M]` added to `out` `[M]`.
 pub fn add_transposed_times<R: Real>(matrix: &[R], u: &[R], out: &mut [R]) {
     assert_eq!(matrix.len(), u.len() * out.len());
-    dispatch!(Level::detect(), add_transposed_of(matrix, u, out): (matrix: &[R], u: &[R], out: &mut [R]) <R: Real>);
+    dispatch!(InstructionSet::detect(), add_transposed_of(matrix, u, out): (matrix: &[R], u: &[R], out: &mut [R]) <R: Real>);
 }
 
 #[inline(always)]

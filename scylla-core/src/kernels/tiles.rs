@@ -9,7 +9,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::pool::Pool;
-use super::simd::{Level, Simd, dispatch};
+use super::simd::{InstructionSet, Simd, dispatch};
 use super::{SharedOut, TILE};
 
 /// A product of one weight with packed activations.
@@ -84,7 +84,7 @@ fn cut(rows: usize, most: usize) -> impl Iterator<Item = Panel> + Clone {
 
 /// The panels of some rows: as large as the registers allow, of what the product is made for.
 fn panels<P: Product>(rows: usize) -> impl Iterator<Item = Panel> + Clone {
-    cut(rows, P::ROWS.min(Level::detect().limits().0))
+    cut(rows, P::ROWS.min(InstructionSet::detect().limits().0))
 }
 
 /// Packs rows `[M, K]` on all threads: `pack(x, place)` gets the rows of one panel, and their place among the room of
@@ -148,7 +148,7 @@ pub(super) fn multiply<P: Product>(pool: &Pool, product: &P, tiles: usize, out: 
     thread_local! {
         static SUMS: RefCell<Vec<[f32; TILE]>> = const { RefCell::new(Vec::new()) };
     }
-    let level = Level::detect();
+    let level = InstructionSet::detect();
     let step = panels::<P>(out.rows).map(|p| P::wide(p.room, level.limits().1));
     pool.shares(tiles, step.max().unwrap_or(1), |tiles| {
         SUMS.with_borrow_mut(|sums| {

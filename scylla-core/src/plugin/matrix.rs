@@ -549,3 +549,107 @@ fn top_k(values: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
     let (best, at) = top_k(&best.reshape((m, runs * k))?, k)?;
     Ok((best, columns.gather(&at, 1)?))
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn device(values: &[f32], columns: usize) -> Matrix {
+        let rows = values.len() / columns;
+        let tensor = Tensor::from_slice(values, (rows, columns), &Device::Cpu);
+        Matrix::device(tensor.expect("tensor")).expect("matrix")
+    }
+
+    /// Rows of values that are all different, so that there is one order.
+    fn distinct(rows: usize, columns: usize, seed: u64) -> Vec<f32> {
+        let value = |i: u64| {
+            let mixed = (i + seed).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40;
+            (mixed as f32 / (1u64 << 24) as f32) * 20.0 - 10.0 + i as f32 * 1e-6
+        };
+        (0..(rows * columns) as u64).map(value).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 1 } else { 40 }))]
+        /// On candle's tensors as on the host, for rows shorter and longer than what is sorted at once.
+        #[test]
+        #[cfg_attr(miri, ignore = "too large to interpret")]
+        fn the_best_of_a_device_are_those_of_the_host(
+            rows in 1usize..4,
+            columns in prop::sample::select(vec![1usize, 7, 1023, 1024, 1025, 5000, 49152]),
+            k in 1usize..16, seed in 0u64..1000, padding in 0usize..300,
+        ) {
+            let values = distinct(rows, columns, seed);
+            let limit = columns.saturating_sub(padding).max(1);
+            let (host, device) = (Matrix::host(values.clone(), columns), device(&values, columns));
+            let expected = host.top_log_probabilities(limit, k).expect("host");
+            let found = device.top_log_probabilities(limit, k).expect("device");
+            prop_assert_eq!(found.k, expected.k);
+            for (found, expected) in found.entries.iter().zip(&expected.entries) {
+                prop_assert_eq!(found.0, expected.0);
+                prop_assert!((found.1 - expected.1).abs() < 1e-5, "{} {}", found.1, expected.1);
+            }
+            let all: Vec<usize> = (0..rows).collect();
+            prop_assert_eq!(device.argmax(&all, limit).expect("device"), host.argmax(&all, limit).expect("host"));
+        }
+
+        /// Rows that are appended, dropped and split are the same rows wherever they are.
+        #[test]
+        fn rows_move_on_a_device_as_on_the_host(
+            steps in prop::collection::vec((0usize..4, 0usize..6, 1usize..4), 1..12),
+        ) {
+            let source = distinct(6, 5, 3);
+            let (host, device) = (Matrix::host(source.clone(), 5), device(&source, 5));
+            let (mut a, mut b) = (Matrix::default(), Matrix::default());
+            for (what, at, count) in steps {
+                let rows: Vec<usize> = (0..count).map(|i| (at + i * at) % 6).collect();
+                match what {
+                    0 => {
+                        a.drop_first(at).expect("host");
+                        b.drop_first(at).expect("device");
+                    }
+                    1 if a.rows() > 0 => {
+                        a.keep_first(at).expect("host");
+                        b.keep_first(at).expect("device");
+                    }
+                    _ => {
+                        a.append(&[&host, &host], &rows).expect("host");
+                        b.append(&[&device, &device], &rows).expect("device");
+                    }
+                }
+                prop_assert_eq!(a.rows(), b.rows());
+                prop_assert_eq!(a.all().expect("host"), b.all().expect("device"));
+            }
+        }
+    }
+
+    #[test]
+    fn equal_and_broken_values_are_told_alike() {
+        let rows = [1.0, 3.0, 3.0, f32::NAN, 1.0, 2.0, 0.0, f32::INFINITY, 5.0];
+        let m = device(&rows, 3);
+        assert_eq!(m.argmax(&[0], 3).expect("the lower"), [1]);
+        assert!(m.argmax(&[0, 1], 3).is_err() && m.argmax(&[2], 3).is_err());
+        assert!(m.top_log_probabilities(3, 2).is_err());
+        let none = [f32::NEG_INFINITY; 3];
+        assert!(device(&none, 3).argmax(&[0], 3).is_err());
+        let few = [f32::NEG_INFINITY, 2.0, f32::NEG_INFINITY];
+        let top = device(&few, 3).top_log_probabilities(3, 2).expect("one");
+        assert_eq!(top.row(0)[0], (1, 0.0));
+    }
+
+    #[test]
+    fn memory_that_others_hold_is_not_written() {
+        let whole = Matrix::host((0..12).map(|i| i as f32).collect(), 3);
+        let mut parts = whole.split(&[1, 3]).expect("parts");
+        let kept = parts[1].clone();
+        parts[1].append(&[&whole], &[0]).expect("append");
+        parts[0].values_mut().expect("host").fill(9.0);
+        parts[1].drop_first(1).expect("drop");
+        assert_eq!(whole.row(0).expect("row")[..], [0.0, 1.0, 2.0]);
+        assert_eq!(kept.all().expect("rows")[..3], [3.0, 4.0, 5.0]);
+        assert_eq!(parts[1].all().expect("rows")[6..], [0.0, 1.0, 2.0]);
+    }
+}

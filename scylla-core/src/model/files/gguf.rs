@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::quantized::GgmlDType;
 
-use super::stored::{Place, StoredTensor, missing};
+use super::stored::{Bytes, StoredTensor, missing};
 use crate::files::refuse_pointer;
 use crate::{Error, Result};
 
@@ -621,7 +621,7 @@ impl Gguf {
             path: &self.files[info.file],
             dtype: info.dtype,
             shape: shape.to_vec(),
-            place: Place::File {
+            bytes: Bytes::File {
                 start: info.start,
                 length: info.length,
             },

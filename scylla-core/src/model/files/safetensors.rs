@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::Metadata;
 use safetensors::{Dtype, SafeTensors};
 
-use super::stored::{Place, StoredTensor, element, missing};
+use super::stored::{Bytes, StoredTensor, element, missing};
 use crate::files::{head, parse_json, read_text, refuse_pointer};
 use crate::{Error, Result};
 
@@ -220,7 +220,7 @@ impl Shards {
             path,
             dtype: ggml,
             shape: shape.to_vec(),
-            place: Place::File {
+            bytes: Bytes::File {
                 start: range.start as u64,
                 length: range.len(),
             },

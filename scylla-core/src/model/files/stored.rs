@@ -41,7 +41,7 @@ pub struct Raw<'a> {
 }
 
 /// Where the bytes are.
-pub(super) enum Place<'a> {
+pub(super) enum Bytes<'a> {
     /// In a file, from an offset on, checked to lie within it.
     File { start: u64, length: usize },
     /// In memory.
@@ -55,7 +55,7 @@ pub struct StoredTensor<'a> {
     pub(super) path: &'a Path,
     pub(super) dtype: GgmlDType,
     pub(super) shape: Vec<usize>,
-    pub(super) place: Place<'a>,
+    pub(super) bytes: Bytes<'a>,
     /// Heads whose rows stand in interleaved rotary pairs, and are put back into split ones.
     pub(super) interleaved: Option<usize>,
 }
@@ -80,7 +80,7 @@ impl<'a> StoredTensor<'a> {
                 path,
                 dtype: element,
                 shape: shape.to_vec(),
-                place: Place::Memory(bytes),
+                bytes: Bytes::Memory(bytes),
                 interleaved: None,
             }),
             _ => Err(Error::Tensor {
@@ -106,12 +106,12 @@ impl<'a> StoredTensor<'a> {
     }
 
     pub(super) fn reader(&self) -> Result<Box<dyn BufRead + '_>> {
-        Ok(match &self.place {
-            Place::File { start, length } => {
+        Ok(match &self.bytes {
+            Bytes::File { start, length } => {
                 let file = self.section(*start, *length)?;
                 Box::new(BufReader::with_capacity(1 << 16, file))
             }
-            Place::Memory(bytes) => Box::new(Cursor::new(bytes)),
+            Bytes::Memory(bytes) => Box::new(Cursor::new(bytes)),
         })
     }
 
@@ -127,15 +127,15 @@ impl<'a> StoredTensor<'a> {
     /// # Errors
     /// If a value is NaN or infinite, or the file cannot be read.
     pub fn raw(self) -> Result<Raw<'a>> {
-        let bytes = match &self.place {
-            Place::File { start, length } => {
+        let bytes = match &self.bytes {
+            Bytes::File { start, length } => {
                 let mut bytes = vec![0; *length];
                 self.section(*start, *length)?
                     .read_exact(&mut bytes)
                     .map_err(Error::io(self.path))?;
                 Cow::Owned(bytes)
             }
-            Place::Memory(bytes) => bytes.clone(),
+            Bytes::Memory(bytes) => bytes.clone(),
         };
         if !is_finite(self.dtype, &bytes) {
             return Err(self.wrong("finite values".into(), "NaN or infinity".into()));

@@ -11,7 +11,7 @@ use scylla_core::draw;
 use scylla_core::files::read_text;
 use scylla_core::plugin::{Chance, Verifier};
 use scylla_core::sampling::Sampling;
-use scylla_core::table::{Law, TableDraft, TableRows};
+use scylla_core::tabular::{Law, TableDraft, TableRows};
 use scylla_core::tree::{Budget, Drawing, Tree};
 use scylla_verify::prove::{Proof, drawn_by, prove_watched};
 use serde::Deserialize;

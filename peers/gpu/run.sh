@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# What is measured and checked on a machine with a GPU, out of an unpacked `cargo xtask gpu-pack`.
+#
+# usage: run.sh [--device cuda|cpu] [--steps tests,bench,generate,cycles,transformers] [--shapes smollm2,1.1b,8b] [--out DIR]
+#
+#   tests         parity with golden values, and greedy text with every draft, tree and rule equal to plain decoding
+#   cycles        benchmark of forwards, draft, rule and cycles on the shapes (bin/device)
+#   generate      the default model's greedy text, plain and with a draft, on the device
+#   bench         `scylla bench` on prompts, drafts beside plain decoding
+#   transformers  the same shapes and the same weights with HF transformers, where Python has it
+#
+# Each step writes one file of DIR (results); a step that fails is named, and the others run.
+set -u
+here=$(cd "$(dirname "$0")" && pwd)
+device=$(sed -n 's/.*"device":"\([a-z]*\)".*/\1/p' "$here/pack.json")
+steps=tests,cycles,generate,bench,transformers
+shapes= out=$here/results
+while [ $# -gt 0 ]; do
+    case $1 in
+        --device) device=$2; shift ;;
+        --steps) steps=$2; shift ;;
+        --shapes) shapes=$2; shift ;;
+        --out) out=$2; shift ;;
+        *) echo "run.sh: unknown argument $1" >&2; exit 2 ;;
+    esac
+    shift
+done
+mkdir -p "$out"
+cd "$here" || exit 1
+export SCYLLA_CACHE=$here/cache SCYLLA_OFFLINE=1 SCYLLA_DEVICE=$device RUST_BACKTRACE=0
+[ -d "$here/golden" ] && export SCYLLA_GOLDEN=$here/golden
+if [ "$device" = cuda ]; then
+    : "${shapes:=smollm2,1.1b,8b}"
+    forms=bf16
+    # CUDA's libraries may be those of Python packages; kernels are compiled by the driver at first use, and kept.
+    cuda=$(python3 -c 'import nvidia.cu13 as n; print(list(n.__path__)[0])' 2>/dev/null)
+    [ -n "$cuda" ] && export LD_LIBRARY_PATH=$cuda/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+    export CUDA_CACHE_PATH=$here/kernels CUDA_CACHE_MAXSIZE=4294967296
+    name=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | head -1)
+else
+    : "${shapes:=smollm2}"
+    forms=as-is
+    name=
+fi
+cpu=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1)
+printf '{"pack": %s, "device": "%s", "gpu": "%s", "cpu": "%s", "cores": %s}\n' \
+    "$(cat pack.json)" "$device" "$name" "$cpu" "$(nproc)" | tee "$out/machine.json"
+
+failed=
+step() { # NAME COMMAND...
+    step=$1; shift
+    case ",$steps," in *",$step,"*) ;; *) return ;; esac
+    begun=$(date +%s)
+    if "$@"; then state=passed; else state=failed; failed="$failed $step"; fi
+    echo "== $step: $state in $(($(date +%s) - begun)) s"
+}
+
+tests() {
+    ok=0
+    : >"$out/tests.txt"
+    for test in parity eagle lossless drafts; do
+        # One after another, so that a device is not shared.
+        bin/$test --test-threads=2 --show-output >>"$out/tests.txt" 2>&1 || ok=1
+        grep -h '^test result' "$out/tests.txt" | tail -1 | sed "s/^/$test: /"
+    done
+    grep -E '^test .*(FAILED|ignored)|skipped:|panicked' "$out/tests.txt"
+    return $ok
+}
+
+cycles() {
+    SCYLLA_SHAPES=$shapes SCYLLA_FORMS=$forms SCYLLA_RESULTS=$out/cycles.json \
+        SCYLLA_MODEL=$(ls "$here"/cache/models/*.gguf) bin/device --bench >"$out/cycles.txt" 2>&1
+    ok=$?
+    grep -E 'GB/s|read once|_ms|time:' "$out/cycles.txt" | tail -80
+    return $ok
+}
+
+prompt=1,9690,198,2683,359,253,5356,5646,11173,3365,3511,308,34519,28,7018,411,407,19712,8182,2
+generate() {
+    : >"$out/generate.json"
+    for more in "" "--draft ngram"; do
+        # shellcheck disable=SC2086 # words of an option
+        bin/scylla generate --device "$device" --weights bf16 --prompt-ids $prompt --ignore-eos \
+            --max-new-tokens 64 --json $more >>"$out/generate.json" || return 1
+    done
+    cut -c1-400 "$out/generate.json"
+}
+
+bench() {
+    bin/scylla bench --device "$device" --set run.max_new_tokens=64 --set run.repeats=3 --json >"$out/bench.json"
+}
+
+transformers() {
+    python3 -c 'import torch, transformers' 2>/dev/null || { echo "transformers: not there, left out"; return 0; }
+    SCYLLA_MODEL=$(ls "$here"/cache/models/*.gguf) bin/device --write-hf "$here/hf" || return 1
+    python3 transformers_gpu.py --device "$device" --shapes "$shapes" --model "$here/hf" --prompt-ids $prompt \
+        --ids "$out/generate.json" >"$out/transformers.json" && cat "$out/transformers.json"
+}
+
+step tests tests
+step cycles cycles
+step generate generate
+step bench bench
+step transformers transformers
+[ -z "$failed" ] || { echo "failed:$failed"; exit 1; }
