@@ -31,7 +31,7 @@ def load(shape, args, dtype):
         for value in model.parameters():
             value.uniform_(-0.025, 0.025)
     # Buffers are not filled by that: the rotary frequencies, made anew.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config, device=args.device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(args.device)
     return model.eval()
 
 

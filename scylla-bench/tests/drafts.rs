@@ -2,8 +2,11 @@
 
 mod common;
 
+use std::path::Path;
+
 use common::Place;
-use scylla_tests::{Tiny, TinyDraft};
+use safetensors::Dtype;
+use scylla_tests::{Tiny, TinyDraft, write_hf};
 use serde_json::{Value, json};
 
 /// A folder with a tiny target in `model` and a draft of each kind beside it.
@@ -477,4 +480,48 @@ fn an_eagle3_file_without_a_head_has_the_targets_where_the_vocabularies_are_one(
     let with = decoded(&place, &draft);
     draft.tensors.retain(|t| t.name != "lm_head.weight");
     assert_eq!(decoded(&place, &draft), with);
+}
+
+/// A Qwen3 target, whose layers past the first have a window that the text outgrows, with an EAGLE-3 draft: decoded,
+/// exported for both engines, and decoded with what was written.
+#[test]
+fn a_qwen3_target_drafts_exports_and_imports_eagle3() {
+    let place = Place::new();
+    let tiny = Tiny {
+        family: "qwen3",
+        layers: 7,
+        window: Some(12),
+        ..Tiny::default()
+    };
+    let target = place.path("model");
+    write_hf(&tiny, Path::new(&target), Dtype::F32, 1);
+    TinyDraft::new(&tiny, "eagle3", json!({}), 7).write(Path::new(&place.path("eagle3")));
+    let found = place.json(&["inspect", "model", "model", "--json"]);
+    assert_eq!(
+        (&found["qk_norm"], &found["windows"]),
+        (&json!(true), &json!([12]))
+    );
+    let ids = |draft: &str| place.json(&generate(draft, &TREE))["ids"].clone();
+    let plain = ids("plain");
+    assert_eq!(ids("eagle3:eagle3"), plain);
+    for format in ["eagle3", "speculators"] {
+        let output = format!("out/{format}");
+        place.json(&[
+            "export",
+            "--draft",
+            "eagle3:eagle3",
+            "--target",
+            "model",
+            "--format",
+            format,
+            "--dtype",
+            "f32",
+            "--output",
+            &output,
+            "--json",
+        ]);
+        assert_eq!(ids(&format!("eagle3:{output}")), plain);
+    }
+    let text = std::fs::read_to_string(place.path("out/speculators/config.json")).expect("written");
+    assert!(text.contains("Qwen3ForCausalLM"), "{text}");
 }

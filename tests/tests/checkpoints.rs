@@ -1,12 +1,14 @@
 //! Draft checkpoints: what is written is what was read, in exactly the keys of each layout, and wrong files are named.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use safetensors::{Dtype, SafeTensors};
 use scylla_core::model::{ModelConfig, ModelFiles, WeightForm};
 use scylla_core::plugin::{Tap, TargetShape};
 use scylla_draft::checkpoint::{
-    Checkpoint, Export, Family, Format, Precision, Written, default_taps, export, offsets_of,
+    Checkpoint, Export, Family, Format, HeldTensor, Precision, Written, default_taps, export,
+    offsets_of,
 };
 use scylla_tests::{Tiny, TinyDraft, golden, write_hf};
 use serde_json::{Value, json};
@@ -48,6 +50,16 @@ fn open(dir: &Path) -> scylla_core::Result<Checkpoint> {
 
 fn write(from: &Path, to: &Path, format: Format, precision: Precision, bias: bool) -> Written {
     let checkpoint = open(from).expect("opens");
+    write_checkpoint(&checkpoint, to, format, precision, bias)
+}
+
+fn write_checkpoint(
+    checkpoint: &Checkpoint,
+    to: &Path,
+    format: Format,
+    precision: Precision,
+    bias: bool,
+) -> Written {
     let target = config();
     let taps = checkpoint.taps(None, &shape()).expect("taps");
     let embedding = || {
@@ -56,7 +68,7 @@ fn write(from: &Path, to: &Path, format: Format, precision: Precision, bias: boo
             .collect())
     };
     let what = Export {
-        checkpoint: &checkpoint,
+        checkpoint,
         format,
         precision,
         zero_bias: bias,
@@ -318,6 +330,51 @@ fn import_export_import_is_bit_identical() {
                 assert_eq!(taps("0"), taps("2"));
             }
         }
+    }
+}
+
+/// A trainer's tensors, which no file holds, are written as a file's are, byte for byte.
+#[test]
+fn tensors_in_memory_are_exported_as_those_of_a_file() {
+    for (family, format) in [
+        ("eagle", Format::Eagle),
+        ("eagle3", Format::Eagle3),
+        ("speculators", Format::Speculators),
+        ("scylla", Format::Scylla),
+    ] {
+        let dir = tempfile::tempdir().expect("dir");
+        let at = |name: &str| dir.path().join(name);
+        let draft = TinyDraft::new(&TARGET, family, json!({}), 2);
+        draft.write(&at("file"));
+        let from_file = open(&at("file")).expect("opens");
+        let tensors = draft.tensors.iter().map(|t| {
+            let held = HeldTensor {
+                dtype: t.dtype,
+                shape: t.shape.clone(),
+                bytes: t.bytes.clone(),
+            };
+            (t.name.clone(), held)
+        });
+        let mut tensors: BTreeMap<String, HeldTensor> = tensors.collect();
+        let memory = |tensors: &BTreeMap<String, HeldTensor>| {
+            let config = from_file.config.clone();
+            Checkpoint::in_memory(config, tensors.clone(), &shape(), WeightForm::AsIs)
+        };
+        let held = memory(&tensors).expect("fits");
+        write_checkpoint(&from_file, &at("1"), format, Precision::Bf16, false);
+        write_checkpoint(&held, &at("2"), format, Precision::Bf16, false);
+        assert_eq!(self::tensors(&at("1")), self::tensors(&at("2")), "{family}");
+        assert_eq!(json_of(&at("1")), json_of(&at("2")), "{family}");
+        // And back: the same network.
+        assert_eq!(open(&at("2")).expect("opens").config, from_file.config);
+
+        let fc = tensors.get_mut("fc.weight").expect("fc");
+        fc.bytes.truncate(8);
+        let error = memory(&tensors).map(|_| ()).expect_err("cut").to_string();
+        check(&error, &["fc.weight", "8 bytes"]);
+        tensors.remove("fc.weight");
+        let error = memory(&tensors).map(|_| ()).expect_err("gone").to_string();
+        check(&error, &["fc.weight", "no such tensor"]);
     }
 }
 

@@ -44,7 +44,8 @@ fn model(tiny: &Tiny, weights: WeightForm, place: Place) -> Box<dyn TargetModel 
     load_on(&files, &options, executor).expect("loads").model
 }
 
-/// A place and a form that texts are compared in there: bf16 rounds activations on a device, and ties are common.
+/// A place and a form that texts are compared in there. Beside bf16 and blocks a device rounds activations to 8 bits, which
+/// makes much of a difference in the last place: tokens change places there that are not nearly as probable.
 fn places() -> impl Strategy<Value = (Place, WeightForm)> {
     let kernels = prop::sample::select(vec![
         WeightForm::F32,
@@ -52,14 +53,9 @@ fn places() -> impl Strategy<Value = (Place, WeightForm)> {
         WeightForm::Q8_0,
         WeightForm::Q4,
     ]);
-    // A GPU multiplies blocks with activations of 8 bits, in another way for few rows than for many.
-    let device = prop::sample::select(match cfg!(feature = "cuda") {
-        true => vec![WeightForm::F32],
-        false => vec![WeightForm::F32, WeightForm::Q8_0],
-    });
     prop_oneof![
         2 => (1usize..4, kernels).prop_map(|(threads, form)| (Place::Kernels(threads), form)),
-        1 => device.prop_map(|form| (Place::Device, form)),
+        1 => Just((Place::Device, WeightForm::F32)),
     ]
 }
 

@@ -83,10 +83,10 @@ fn builder(cuda: bool) -> Result<Command> {
         );
     }
     let mut flags = std::env::var("RUSTFLAGS").unwrap_or_default();
-    for dir in ["lib64", "lib", "lib64/stubs", "lib/stubs"] {
-        if let Some(dir) = home.as_ref().map(|h| h.join(dir)).filter(|d| d.is_dir()) {
-            flags += &format!(" -L native={}", dir.display());
-        }
+    let libraries = home.map(|h| [h.join("lib"), h.join("lib64")]);
+    let libraries = libraries.into_iter().flatten().find(|dir| dir.is_dir());
+    for dir in libraries.iter().flat_map(|l| [l.clone(), l.join("stubs")]) {
+        flags += &format!(" -L native={}", dir.display());
     }
     command.env("RUSTFLAGS", flags);
     command.env("CARGO_TARGET_DIR", target_dir(true));

@@ -440,24 +440,21 @@ fn queries<S: Simd, E: Element, const Q: usize>(
         // What others of these queries see before it weighs nothing here.
         scores[..first].fill(0.0);
     }
+    let weights = &Weights {
+        base,
+        places,
+        values: scores,
+    };
     let padded = e.next_multiple_of(TILE);
     // Four registers of each query at a time: with six queries 24 sums, as many as there is room for.
     let mut column = 0;
     while column < padded {
         let wide = ((padded - column) / TILE).min(4);
         match wide {
-            4 => mix::<S, E, Q, 4>(
-                head, &queries, base, scores, places, inverse, column, target,
-            ),
-            3 => mix::<S, E, Q, 3>(
-                head, &queries, base, scores, places, inverse, column, target,
-            ),
-            2 => mix::<S, E, Q, 2>(
-                head, &queries, base, scores, places, inverse, column, target,
-            ),
-            _ => mix::<S, E, Q, 1>(
-                head, &queries, base, scores, places, inverse, column, target,
-            ),
+            4 => mix::<S, E, Q, 4>(head, &queries, weights, inverse, column, target),
+            3 => mix::<S, E, Q, 3>(head, &queries, weights, inverse, column, target),
+            2 => mix::<S, E, Q, 2>(head, &queries, weights, inverse, column, target),
+            _ => mix::<S, E, Q, 1>(head, &queries, weights, inverse, column, target),
         }
         column += wide * TILE;
     }
@@ -529,20 +526,31 @@ impl<E: Element> Head<'_, E> {
     }
 }
 
+/// What each query weighs the values with, before division by their sum: `places` a query, by logical position from `base`
+/// on.
+struct Weights<'a> {
+    base: usize,
+    places: usize,
+    values: &'a [f32],
+}
+
 /// The mix of `W` registers of values from `column` on, summed by logical position.
 #[inline(always)]
 fn mix<S: Simd, E: Element, const Q: usize, const W: usize>(
     head: &Head<'_, E>,
     queries: &[Query<'_>; Q],
-    base: usize,
-    scores: &[f32],
-    places: usize,
+    weights: &Weights<'_>,
     inverse: [f32; Q],
     column: usize,
     target: &SharedValues<'_, f32>,
 ) {
     let e = head.layout.head_dim;
-    let weights: [&[f32]; Q] = std::array::from_fn(|q| &scores[q * places..(q + 1) * places]);
+    let Weights {
+        base,
+        places,
+        values,
+    } = *weights;
+    let weights: [&[f32]; Q] = std::array::from_fn(|q| &values[q * places..(q + 1) * places]);
     let mut acc = [[S::zero(); W]; Q];
     let common = queries.iter().map(|q| q.row.contiguous).min().unwrap_or(0) - base;
     let shared = weights.map(|w| w[..common].as_ptr());
