@@ -25,7 +25,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-mkdir -p "$out"
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
 cd "$here" || exit 1
 export SCYLLA_CACHE=$here/cache SCYLLA_OFFLINE=1 SCYLLA_DEVICE=$device RUST_BACKTRACE=0
 [ -d "$here/golden" ] && export SCYLLA_GOLDEN=$here/golden

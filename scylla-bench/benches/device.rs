@@ -158,7 +158,7 @@ fn eagle3(target: &ModelConfig, host: &DraftHost) -> Checkpoint {
     Checkpoint::in_memory(config, tensors, &host.target, host.weights).expect("fits")
 }
 
-/// Parents of a tree of 60 rows: ten children of the root, then the five best have five each, and so on.
+/// Parents of a tree of 60 rows: ten children of the root, each of which has five, the last four.
 fn tree() -> Vec<Option<usize>> {
     (0..BUDGET.total)
         .map(|i| match i {

@@ -167,6 +167,7 @@ fn rules(c: &mut Criterion) {
                     history: &[],
                     sampling: &sampling,
                     known: VOCAB,
+                    best: Default::default(),
                 },
                 visited: Cell::new(0),
             };
@@ -202,6 +203,7 @@ fn rules(c: &mut Criterion) {
             history: &[],
             sampling: &sampling,
             known: VOCAB,
+            best: Default::default(),
         };
         let (mut chance, mut cycle) = (Seeded::new(5, 0), 0);
         group.bench_function(format!("{rule}, {} nodes", tree.len()), |b| {

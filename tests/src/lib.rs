@@ -47,6 +47,11 @@ pub fn default_model(test: &str) -> Option<PathBuf> {
     }
 }
 
+/// Whether the tests shall run on a GPU too: the build has CUDA, and `SCYLLA_DEVICE` does not say `cpu`.
+fn has_gpu() -> bool {
+    cfg!(feature = "cuda") && std::env::var("SCYLLA_DEVICE").as_deref() != Ok("cpu")
+}
+
 /// Every executor that this build and machine have, by name: the kernels on one and on two threads, candle's tensors on
 /// the CPU, and on the first GPU where the build has CUDA.
 pub fn executors() -> Vec<(String, Arc<dyn Executor>)> {
@@ -56,7 +61,7 @@ pub fn executors() -> Vec<(String, Arc<dyn Executor>)> {
         all.push((format!("kernels, {threads} threads"), Arc::new(kernels)));
     }
     let mut devices = vec!["cpu"];
-    if cfg!(feature = "cuda") {
+    if has_gpu() {
         devices.push("cuda");
     }
     for name in devices {
@@ -78,7 +83,7 @@ pub fn backends(files: &ModelFiles, weights: WeightForm) -> Vec<(String, Loaded)
 
 /// Candle's tensors on the first GPU where the build has CUDA, and else on the CPU, which stands in for one.
 pub fn on_device() -> Arc<dyn Executor> {
-    Arc::new(OnDevice::new(match cfg!(feature = "cuda") {
+    Arc::new(OnDevice::new(match has_gpu() {
         true => parse_device("cuda").expect("a GPU"),
         false => Device::Cpu,
     }))

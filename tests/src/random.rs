@@ -50,10 +50,6 @@ impl Weights for RandomWeights {
         StoredTensor::in_memory(name.to_string(), Dtype::BF16, shape, values)
     }
 
-    fn contains(&self, _: &str) -> bool {
-        true
-    }
-
     fn form(&self) -> WeightForm {
         self.form
     }

@@ -14,7 +14,7 @@ use safetensors::tensor::TensorView;
 /// The shape of a tiny model.
 #[derive(Debug, Clone, Copy)]
 pub struct Tiny {
-    /// `llama`, `mistral`, `qwen2` or `qwen3`.
+    /// `llama`, `llama-bias` (biases everywhere), `mistral`, `qwen2` or `qwen3`.
     pub family: &'static str,
     /// Positions that Mistral's layers see, and Qwen's from the second on; llama has no window.
     pub window: Option<usize>,
@@ -79,7 +79,7 @@ impl Tiny {
             add("post_attention_layernorm.weight", vec![h]);
             for (name, n) in [("q", q), ("k", kv), ("v", kv)] {
                 add(&format!("self_attn.{name}_proj.weight"), vec![n, h]);
-                if self.family == "qwen2" {
+                if ["qwen2", "llama-bias"].contains(&self.family) {
                     add(&format!("self_attn.{name}_proj.bias"), vec![n]);
                 }
             }
@@ -91,6 +91,12 @@ impl Tiny {
             add("mlp.gate_proj.weight", vec![self.ffn, h]);
             add("mlp.up_proj.weight", vec![self.ffn, h]);
             add("mlp.down_proj.weight", vec![h, self.ffn]);
+            if self.family == "llama-bias" {
+                add("self_attn.o_proj.bias", vec![h]);
+                add("mlp.gate_proj.bias", vec![self.ffn]);
+                add("mlp.up_proj.bias", vec![self.ffn]);
+                add("mlp.down_proj.bias", vec![h]);
+            }
         }
         all
     }
@@ -117,9 +123,14 @@ impl Tiny {
             .collect()
     }
 
+    /// What files call its family.
+    fn model_type(&self) -> &'static str {
+        self.family.strip_suffix("-bias").unwrap_or(self.family)
+    }
+
     fn config(&self) -> serde_json::Value {
         let mut config = serde_json::json!({
-            "model_type": self.family,
+            "model_type": self.model_type(),
             "sliding_window": self.window,
             "vocab_size": self.vocab,
             "hidden_size": self.hidden,
@@ -134,6 +145,10 @@ impl Tiny {
             "tie_word_embeddings": self.tied,
             "eos_token_id": [2, 3],
         });
+        if self.family == "llama-bias" {
+            config["attention_bias"] = true.into();
+            config["mlp_bias"] = true.into();
+        }
         if self.family.starts_with("qwen") && self.window.is_some() {
             config["use_sliding_window"] = true.into();
             config["max_window_layers"] = 1.into();
@@ -240,13 +255,18 @@ fn gguf(
         .into_iter()
         .map(|(name, shape, values)| {
             let heads = match () {
-                () if tiny.family != "llama" => None,
+                () if tiny.model_type() != "llama" => None,
+                () if name.contains("q_proj.bias") => Some(tiny.heads),
+                () if name.contains("k_proj.bias") => Some(tiny.kv_heads),
                 () if name.contains("q_proj.weight") => Some(tiny.heads),
                 () if name.contains("k_proj.weight") => Some(tiny.kv_heads),
                 () => None,
             };
             let values = match heads {
-                Some(heads) => interleaved(&values, shape[0], shape[1], heads),
+                Some(heads) => {
+                    let columns = shape.get(1).copied().unwrap_or(1);
+                    interleaved(&values, shape[0], columns, heads)
+                }
                 None => values,
             };
             let tensor = Tensor::from_vec(values, shape.clone(), &Device::Cpu).expect("tensor");
@@ -261,7 +281,7 @@ fn gguf(
             )
         })
         .collect();
-    let arch = tiny.family;
+    let arch = tiny.model_type();
     let size = |name: &str, v: usize| (format!("{arch}.{name}"), Value::U32(v as u32));
     let mut metadata = vec![
         (

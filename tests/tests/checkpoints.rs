@@ -4,12 +4,15 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use safetensors::{Dtype, SafeTensors};
-use scylla_core::model::{ModelConfig, ModelFiles, WeightForm};
+use scylla_core::model::{
+    AttentionInput, LayerSpec, LoadOptions, ModelConfig, ModelFiles, WeightForm, load,
+};
 use scylla_core::plugin::{Tap, TargetShape};
 use scylla_draft::checkpoint::{
-    Checkpoint, Export, Family, Format, HeldTensor, Precision, Written, default_taps, export,
-    offsets_of,
+    Checkpoint, DraftConfig, Export, Format, HeldTensor, Layout, Precision, Written, default_taps,
+    export, offsets_of,
 };
+use scylla_draft::network::{self, DraftHost};
 use scylla_tests::{Tiny, TinyDraft, golden, write_hf};
 use serde_json::{Value, json};
 
@@ -27,11 +30,11 @@ const TARGET: Tiny = Tiny {
     seed: 3,
 };
 
-const FAMILIES: [Family; 4] = [
-    Family::Eagle,
-    Family::Eagle3,
-    Family::Speculators,
-    Family::Scylla,
+const FAMILIES: [Layout; 4] = [
+    Layout::Eagle,
+    Layout::Eagle3,
+    Layout::Speculators,
+    Layout::Scylla,
 ];
 
 fn shape() -> TargetShape {
@@ -333,6 +336,14 @@ fn import_export_import_is_bit_identical() {
     }
 }
 
+/// A target that drafts are made for.
+fn host() -> DraftHost {
+    let dir = tempfile::tempdir().expect("dir");
+    write_hf(&TARGET, dir.path(), Dtype::F32, 1);
+    let files = ModelFiles::open(dir.path()).expect("opens");
+    DraftHost::of(&load(&files, &LoadOptions::default()).expect("loads"))
+}
+
 /// A trainer's tensors, which no file holds, are written as a file's are, byte for byte.
 #[test]
 fn tensors_in_memory_are_exported_as_those_of_a_file() {
@@ -367,6 +378,35 @@ fn tensors_in_memory_are_exported_as_those_of_a_file() {
         assert_eq!(json_of(&at("1")), json_of(&at("2")), "{family}");
         // And back: the same network.
         assert_eq!(open(&at("2")).expect("opens").config, from_file.config);
+
+        // What a trainer fills in is checked as a file is.
+        let broken = |change: &dyn Fn(&mut DraftConfig)| {
+            let mut config = from_file.config.clone();
+            change(&mut config);
+            let held = Checkpoint::in_memory(config, tensors.clone(), &shape(), WeightForm::AsIs);
+            let host = host();
+            let built = held.and_then(|held| match &held.config {
+                DraftConfig::Eagle(_) => network::eagle_of(&held, &host).map(|_| ()),
+                DraftConfig::Eagle3(_) => network::eagle3_of(&held, None, &host).map(|_| ()),
+                DraftConfig::Scylla(_) => network::scylla_of(&held, &host).map(|_| ()),
+            });
+            built.expect_err("refused").to_string()
+        };
+        let first = |config: &mut DraftConfig, change: &dyn Fn(&mut LayerSpec)| {
+            let backbone = match config {
+                DraftConfig::Eagle(c) => &mut c.backbone,
+                DraftConfig::Eagle3(c) => &mut c.backbone,
+                DraftConfig::Scylla(c) => &mut c.backbone,
+            };
+            change(&mut backbone.layers[0]);
+        };
+        let window = broken(&|c| first(c, &|l| l.window = Some(0)));
+        check(
+            &window,
+            &["layers.0", "window 0"][usize::from(family == "eagle3")..],
+        );
+        let input = broken(&|c| first(c, &|l| l.input = AttentionInput::Beside(3)));
+        check(&input, &["first layer", "Beside(3)"]);
 
         let fc = tensors.get_mut("fc.weight").expect("fc");
         fc.bytes.truncate(8);
@@ -591,7 +631,7 @@ fn pickle_is_refused_with_a_way_out_and_other_networks_by_name() {
     check(&error(open(&at("eagle"))), &["no safetensors"]);
 
     TinyDraft::new(&TARGET, "scylla", json!({}), 1).write(&at("scylla"));
-    let other = Checkpoint::open(&at("scylla"), &[Family::Eagle], &shape(), WeightForm::AsIs);
+    let other = Checkpoint::open(&at("scylla"), &[Layout::Eagle], &shape(), WeightForm::AsIs);
     check(
         &error(other),
         &["a Scylla network", "expected an EAGLE-1/2"],

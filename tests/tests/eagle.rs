@@ -216,13 +216,15 @@ fn rows_and_nodes<B: Body>(case: &Case, mut network: Feature<B>) -> (Vec<f32>, V
     let mut logits = Matrix::default();
     network.start(&[0], &mut logits).expect("start");
     let mut all = logits.all().expect("logits").into_owned();
-    let nodes = Nodes {
-        slot: 0,
-        tokens: &[7, 11, 13],
-        parents: &[None, None, Some(1)],
-    };
-    network.expand(&[nodes], &mut logits).expect("expand");
-    all.extend_from_slice(&logits.all().expect("logits"));
+    for (tokens, parents) in [(&[7, 11][..], &[None, None][..]), (&[13], &[Some(1)])] {
+        let nodes = Nodes {
+            slot: 0,
+            tokens,
+            parents,
+        };
+        network.expand(&[nodes], &mut logits).expect("expand");
+        all.extend_from_slice(&logits.all().expect("logits"));
+    }
     let states = network.states(0).expect("open");
     (states.all().expect("states").into_owned(), all)
 }

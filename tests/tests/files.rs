@@ -80,7 +80,13 @@ fn shards_and_element_types_give_the_same_model() {
 
 #[test]
 fn gguf_gives_the_model_of_the_directory() {
-    for (family, tied) in [("llama", false), ("llama", true), ("qwen2", true)] {
+    for (family, tied) in [
+        ("llama", false),
+        ("llama", true),
+        ("llama-bias", false),
+        ("qwen2", true),
+        ("qwen3", false),
+    ] {
         let tiny = Tiny {
             family,
             tied,
@@ -206,6 +212,7 @@ fn a_model_reads_every_tensor_that_it_says_it_is_made_of() {
         ("llama", true),
         ("qwen2", false),
         ("qwen3", true),
+        ("llama-bias", false),
     ] {
         let tiny = Tiny {
             family,

@@ -171,6 +171,7 @@ fn tiny() -> impl Strategy<Value = Tiny> {
     let shape = prop::sample::select(vec![(4, 2, 16), (4, 4, 8), (6, 2, 16), (3, 1, 32)]);
     let family = prop::sample::select(vec![
         ("llama", None),
+        ("llama-bias", None),
         ("qwen2", None),
         ("qwen3", None),
         ("mistral", Some(5)),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use scylla_core::assets::{hash_model, resolve};
 use scylla_core::model::{ModelFiles, WeightForm, Weights};
-use scylla_draft::checkpoint::{self, Checkpoint, Family, Format, Precision};
+use scylla_draft::checkpoint::{self, Checkpoint, Format, Layout, Precision};
 use serde::Serialize;
 
 use super::{print_json, say, with_download};
@@ -53,16 +53,16 @@ struct Report<'a> {
 }
 
 impl Export {
-    /// The families that the draft's name stands for, its directory, and what can be refused without a file.
-    fn check(&self) -> Result<(&'static [Family], &str)> {
+    /// The layouts that the draft's name stands for, its directory, and what can be refused without a file.
+    fn check(&self) -> Result<(&'static [Layout], &str)> {
         let bad = |message: String| Err(Error::Experiment(message));
         let Some((name, dir)) = self.draft.split_once(':') else {
             return bad(format!("--draft `{}`: expected NAME:DIR", self.draft));
         };
-        let families: &[Family] = match name {
-            "eagle2" | "hass" => &[Family::Eagle],
-            "eagle3" => &[Family::Eagle3, Family::Speculators],
-            "scylla" => &[Family::Scylla],
+        let layouts: &[Layout] = match name {
+            "eagle2" | "hass" => &[Layout::Eagle],
+            "eagle3" => &[Layout::Eagle3, Layout::Speculators],
+            "scylla" => &[Layout::Scylla],
             other => {
                 let known = ["eagle2", "eagle3", "hass", "scylla"];
                 return Err(scylla_core::Error::unknown("exportable draft", other, known).into());
@@ -78,16 +78,16 @@ impl Export {
                 return Err(Error::file(&file, message));
             }
         }
-        Ok((families, dir))
+        Ok((layouts, dir))
     }
 
     pub(super) fn run(self) -> Result<()> {
-        let (families, dir) = self.check()?;
+        let (layouts, dir) = self.check()?;
         let target = with_download(|p| Ok(resolve(&self.target, p)?))?;
         let files = ModelFiles::open(&target)?;
         let c = &files.config;
         let dir = with_download(|p| Ok(resolve(dir, p)?))?;
-        let checkpoint = Checkpoint::open(&dir, families, &c.shape(), WeightForm::AsIs)?;
+        let checkpoint = Checkpoint::open(&dir, layouts, &c.shape(), WeightForm::AsIs)?;
         let taps = checkpoint.taps(self.taps.as_deref(), &c.shape())?;
         let hash = hash_model(&files)?;
         let embedding = || {

@@ -404,6 +404,7 @@ impl Loop<'_, '_> {
                     history: &prompt[..prompt.len() - 1],
                     sampling: &self.settings.sampling,
                     known: self.settings.known_tokens.unwrap_or(self.vocab),
+                    best: Default::default(),
                 };
                 let verdict = self.parts.verifier.verify(&tree, &rows, &mut live.chance)?;
                 verdict.check(&tree, self.vocab)?;
@@ -686,6 +687,7 @@ impl Loop<'_, '_> {
                 history: &live.tokens[..live.tokens.len() - 1],
                 sampling: &settings.sampling,
                 known,
+                best: Default::default(),
             };
             let verdict = self.parts.verifier.verify(tree, &rows, &mut live.chance);
             verdicts.push(verdict.and_then(|verdict| {

@@ -1,11 +1,12 @@
 //! The target's distributions at the nodes of a tree, out of the logits of one forward.
 
 use std::borrow::Cow;
+use std::cell::OnceCell;
 
-use crate::Result;
 use crate::plugin::{Matrix, TargetRows};
 use crate::sampling::{Sampling, argmax};
 use crate::tree::Tree;
+use crate::{Error, Result};
 
 /// What a rule sees of a forward pass: the sampling transform is applied to the rows it asks for, and to no other.
 pub struct LogitRows<'a> {
@@ -19,6 +20,12 @@ pub struct LogitRows<'a> {
     pub sampling: &'a Sampling,
     /// Tokens from here on are padding.
     pub known: usize,
+    /// Where the logits are on a device, the argmax of all nodes, once it was asked for; begins empty.
+    pub best: OnceCell<Vec<u32>>,
+}
+
+fn beyond(node: usize) -> Error {
+    Error::Invalid(format!("no logits of node {node}"))
 }
 
 impl LogitRows<'_> {
@@ -38,6 +45,16 @@ impl LogitRows<'_> {
 
 impl TargetRows for LogitRows<'_> {
     fn argmax(&self, nodes: &[usize]) -> Result<Vec<u32>> {
+        if self.logits.is_on_device() && self.sampling.repetition_penalty == 1.0 {
+            // Those of all nodes at once, the first time: a rule asks for one after the other, and each would be waited for.
+            if self.best.get().is_none() {
+                let all: Vec<usize> = (0..self.logits.rows()).collect();
+                let _ = self.best.set(self.logits.argmax(&all, self.known)?);
+            }
+            let best = self.best.get().map_or(&[][..], |best| best);
+            let of = |&node: &usize| best.get(node).copied().ok_or_else(|| beyond(node));
+            return nodes.iter().map(of).collect();
+        }
         let best = |&node: &usize| {
             let row = self.logits(node)?;
             argmax(&row[..self.known.min(row.len())])

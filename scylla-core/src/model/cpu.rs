@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::executor::{Executor, Forms, Stack, WeightMatrix};
+use super::executor::{Executor, Forms, Stack, WeightMatrix, check_specs};
 use super::files::Weights;
 use super::rope::Rope;
 use super::slots::{RowView, Slots, StackRows};
@@ -138,6 +138,7 @@ impl Executor for Cpu {
         layers: &[(String, LayerSpec)],
         positions: usize,
     ) -> Result<Box<dyn Stack>> {
+        check_specs(layers)?;
         let read = |(prefix, spec): &(String, LayerSpec)| LayerWeights::read(from, prefix, spec);
         let layers = layers.iter().map(read).collect::<Result<_>>()?;
         Ok(Box::new(CpuStack::new(
@@ -447,9 +448,11 @@ impl Stack for CpuStack {
         let (capacity, form) = (self.slots.capacity, self.cache_form);
         let layer =
             |l: &LayerWeights| KvLayer::new(form, l.spec.kv_heads, l.spec.head_dim, capacity);
-        let spare = self.spare.pop();
-        let cache = spare.unwrap_or_else(|| self.layers.iter().map(layer).collect());
-        self.slots.open(slot, cache)
+        let (spare, layers) = (&mut self.spare, &self.layers);
+        self.slots.open(slot, || {
+            let spare = spare.pop();
+            Ok(spare.unwrap_or_else(|| layers.iter().map(layer).collect()))
+        })
     }
 
     fn close(&mut self, slot: Slot) {

@@ -10,9 +10,9 @@ use std::sync::Arc;
 use super::files::Weights;
 use super::slots::StackRows;
 use super::spec::LayerSpec;
-use crate::Result;
 use crate::kernels::Pool;
 use crate::plugin::{Matrix, Slot};
+use crate::{Error, Result};
 
 /// Bytes of weights by the form they are held in.
 pub type Forms = BTreeMap<&'static str, usize>;
@@ -35,8 +35,12 @@ pub trait WeightMatrix: Send + Sync {
     /// # Errors
     /// If an id is outside `0..N`.
     fn cut(&self, ids: &[u32]) -> Result<Arc<dyn WeightMatrix>>;
-    /// Adds the bytes it holds.
+    /// Adds the bytes that a product reads.
     fn count(&self, forms: &mut Forms);
+    /// Makes ready for [`WeightMatrix::rows`], and returns the bytes of f32 that are held for it beside the weight.
+    fn prepare_rows(&self) -> Result<usize> {
+        Ok(0)
+    }
 }
 
 /// Decoder layers with a cache for each slot.
@@ -45,7 +49,7 @@ pub trait Stack: Send {
     fn capacity(&self) -> usize;
     /// Bytes of one position of a cache.
     fn cache_bytes(&self) -> usize;
-    /// Adds the bytes of weights it holds; norms, which are always in single precision, are returned apart.
+    /// Adds the bytes of weights it holds; those of norms are returned apart.
     fn count(&self, forms: &mut Forms) -> usize;
     /// Starts an empty sequence in a slot.
     fn open(&mut self, slot: Slot) -> Result<()>;
@@ -63,6 +67,16 @@ pub trait Stack: Send {
         beside: Option<&Matrix>,
         on_layer: &mut dyn FnMut(usize, &Matrix),
     ) -> Result<()>;
+}
+
+/// Refuses layers whose sizes do not fit together, whoever made them.
+pub(super) fn check_specs(layers: &[(String, LayerSpec)]) -> Result<()> {
+    let flaw = |(prefix, spec): &(String, LayerSpec)| Some((prefix.clone(), spec.flaw()?));
+    match layers.iter().find_map(flaw) {
+        Some((prefix, flaw)) => Err(Error::Invalid(format!("layer {prefix}: {flaw}"))),
+        None if layers.is_empty() => Err(Error::Invalid("a stack of no layers".into())),
+        None => Ok(()),
+    }
 }
 
 /// Reads weights to where it computes, and computes with them.

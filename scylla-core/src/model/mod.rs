@@ -24,7 +24,7 @@ pub use executor::{Executor, Forms, Stack, WeightMatrix};
 pub use family::{Described, Family, Fields, families, of_draft};
 pub use files::{Gguf, ModelFiles, Raw, Shards, Source, StoredTensor, Value, Weights};
 pub(crate) use files::{gguf_types, shards_of};
-pub use rope::{Rope, RopeScaling, yarn_attention_factor};
+pub use rope::{Rope, RopeScaling};
 pub use slots::StackRows;
 pub use spec::{AttentionInput, Biases, LayerSpec};
 pub use tokens::TokenLayers;

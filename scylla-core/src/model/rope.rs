@@ -129,7 +129,7 @@ impl Rope {
 }
 
 /// YaRN's attention factor of a context stretched so many times, where a file gives none.
-pub fn yarn_attention_factor(factor: f64) -> f64 {
+pub(super) fn yarn_attention_factor(factor: f64) -> f64 {
     match factor > 1.0 {
         true => 0.1 * factor.ln() + 1.0,
         false => 1.0,

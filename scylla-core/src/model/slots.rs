@@ -69,7 +69,8 @@ impl<C> Slots<C> {
         }
     }
 
-    pub(super) fn open(&mut self, slot: usize, cache: C) -> Result<()> {
+    /// Opens a slot that is not open yet, with a cache that is made only then.
+    pub(super) fn open(&mut self, slot: usize, cache: impl FnOnce() -> Result<C>) -> Result<()> {
         if slot >= 1024 {
             return Err(Error::Invalid(format!("slot {slot}: at most 1024 slots")));
         }
@@ -80,7 +81,7 @@ impl<C> Slots<C> {
             return Err(Error::Invalid(format!("slot {slot} is already open")));
         }
         self.slots[slot] = Some(SlotState {
-            cache,
+            cache: cache()?,
             len: 0,
             waiting: Vec::new(),
         });
@@ -243,7 +244,7 @@ mod tests {
     /// Position, contiguous and scattered places of rows added one batch after the other behind `len` positions.
     fn seen(len: usize, batches: &[&[Option<usize>]]) -> Vec<Seen> {
         let mut slots = Slots::new(64);
-        slots.open(0, ()).expect("open");
+        slots.open(0, || Ok(())).expect("open");
         let begin = |slots: &mut Slots<()>, count, parents| {
             let rows = StackRows {
                 slot: 0,
@@ -297,7 +298,7 @@ mod tests {
     #[test]
     fn a_commit_must_follow_parents() {
         let mut slots = Slots::new(10);
-        slots.open(0, ()).expect("open");
+        slots.open(0, || Ok(())).expect("open");
         let parents = [None, Some(0), Some(0)];
         let rows = StackRows {
             slot: 0,
@@ -321,8 +322,8 @@ mod tests {
     #[test]
     fn steps_that_do_not_fit_are_refused() {
         let mut slots = Slots::new(4);
-        slots.open(0, ()).expect("open");
-        assert!(slots.open(0, ()).is_err());
+        slots.open(0, || Ok(())).expect("open");
+        assert!(slots.open(0, || Ok(())).is_err());
         let mut refused = |slot, count, parents: &[Option<usize>]| {
             let rows = StackRows {
                 slot,

@@ -24,6 +24,8 @@ pub struct TokenLayers {
     pub embedding: Arc<dyn WeightMatrix>,
     /// `[V, H]`; the same where the two are tied.
     pub head: Arc<dyn WeightMatrix>,
+    /// Bytes of f32 that the embedding holds beside its weight.
+    table: usize,
 }
 
 impl TokenLayers {
@@ -34,6 +36,7 @@ impl TokenLayers {
         Ok(Self {
             vocab: c.vocab,
             hidden: c.hidden,
+            table: embedding.prepare_rows()?,
             head: match c.tied {
                 true => Arc::clone(&embedding),
                 false => executor.weight(from, "lm_head", shape, false)?,
@@ -69,6 +72,9 @@ impl TokenLayers {
         self.head.count(forms);
         if !Arc::ptr_eq(&self.head, &self.embedding) {
             self.embedding.count(forms);
+        }
+        if self.table > 0 {
+            *forms.entry("f32").or_default() += self.table;
         }
     }
 }

@@ -169,7 +169,7 @@ impl TargetModel for Transformer {
     fn recycle(&mut self, forward: Forward) {
         // All slots' share one memory: it is free with the last of them.
         let mut logits = forward.logits;
-        if let Some(last) = logits.pop() {
+        if let Some(last) = logits.pop().filter(|last| !last.is_on_device()) {
             drop(logits);
             self.logits = last;
         }

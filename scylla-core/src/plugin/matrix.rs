@@ -469,16 +469,20 @@ impl Matrix {
         }
         let values = self.tensor()?.narrow(1, 0, limit)?.to_dtype(DType::F32)?;
         let total = values.log_sum_exp(D::Minus1)?.unsqueeze(1)?;
+        // The host's sort wants an order, which NaN has none in; a GPU's does not care, and is not waited for.
+        if values.device().is_cpu() {
+            total
+                .flatten_all()?
+                .to_vec1()?
+                .into_iter()
+                .try_for_each(check_total)?;
+        }
         let (values, ids) = top_k(&values.contiguous()?, k)?;
         let ids = ids.to_dtype(DType::F32)?;
         let found = Tensor::cat(&[&total, &values, &ids], 1)?.to_vec2::<f32>()?;
         for row in &found {
+            check_total(row[0])?;
             let total = f64::from(row[0]);
-            if !total.is_finite() {
-                return Err(Error::Invalid(format!(
-                    "logits whose sum of exponentials is {total}"
-                )));
-            }
             let entry = |(&v, &id): (&f32, &f32)| (id as usize, f64::from(v) - total);
             let first = top.entries.len();
             let pairs = row[1..=k].iter().zip(&row[1 + k..]);
@@ -517,6 +521,16 @@ fn cat(parts: &[Tensor], dim: usize) -> Result<Tensor> {
         &wide.collect::<candle_core::Result<Vec<_>>>()?,
         dim,
     )?)
+}
+
+/// The logarithm of a row's sum of exponentials is finite unless a logit is broken, or all have no mass.
+fn check_total(total: f32) -> Result<()> {
+    match total.is_finite() {
+        true => Ok(()),
+        false => Err(Error::Invalid(format!(
+            "logits whose sum of exponentials is {total}"
+        ))),
+    }
 }
 
 fn to_host(t: &Tensor) -> Result<Vec<f32>> {
@@ -633,6 +647,9 @@ mod tests {
         assert_eq!(m.argmax(&[0], 3).expect("the lower"), [1]);
         assert!(m.argmax(&[0, 1], 3).is_err() && m.argmax(&[2], 3).is_err());
         assert!(m.top_log_probabilities(3, 2).is_err());
+        let mut long = distinct(1, 5000, 1);
+        (0..5000).step_by(7).for_each(|i| long[i] = f32::NAN);
+        assert!(device(&long, 5000).top_log_probabilities(5000, 3).is_err());
         let none = [f32::NEG_INFINITY; 3];
         assert!(device(&none, 3).argmax(&[0], 3).is_err());
         let few = [f32::NEG_INFINITY, 2.0, f32::NEG_INFINITY];

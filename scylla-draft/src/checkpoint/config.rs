@@ -7,7 +7,7 @@ use scylla_core::plugin::TargetShape;
 use scylla_core::{Error, Result};
 use serde_json::Value;
 
-use super::Family;
+use super::Layout;
 use super::eagle3::configured_taps;
 
 /// What all networks have.
@@ -90,12 +90,12 @@ impl DraftConfig {
     }
 
     /// Which network it is, in which layout.
-    pub fn family(&self) -> Family {
+    pub fn layout(&self) -> Layout {
         match self {
-            Self::Eagle(_) => Family::Eagle,
-            Self::Eagle3(c) if c.speculators => Family::Speculators,
-            Self::Eagle3(_) => Family::Eagle3,
-            Self::Scylla(_) => Family::Scylla,
+            Self::Eagle(_) => Layout::Eagle,
+            Self::Eagle3(c) if c.speculators => Layout::Speculators,
+            Self::Eagle3(_) => Layout::Eagle3,
+            Self::Scylla(_) => Layout::Scylla,
         }
     }
 
@@ -107,48 +107,39 @@ impl DraftConfig {
         }
     }
 
-    /// What a `config.json` of a family says, for a target of this shape. `layer` is its decoder layer as plain models
+    /// What a `config.json` of a layout says, for a target of this shape. `layer` is its decoder layer as plain models
     /// describe theirs.
     ///
     /// # Errors
     /// If a value has another type, or sizes do not fit.
     pub(super) fn read(
         json: &Value,
-        family: Family,
+        layout: Layout,
         layer: ModelConfig,
         target: &TargetShape,
         file: &Path,
     ) -> Result<Self> {
         let options = Options { json, file };
-        let mut backbone = Backbone {
+        let backbone = Backbone {
             vocab: layer.vocab,
             hidden: layer.hidden,
             context: layer.context,
             eps: layer.norm_eps,
             layers: layer.layers,
         };
-        // Checked whatever the family, so that a value of another type is never passed over.
+        // Checked whatever the layout, so that a value of another type is never passed over.
         let flags = Flags::read(&options)?;
         let draft_vocab = options.size("draft_vocab_size")?;
         let tap_count = options.size("num_aux_hidden_states")?;
         options.size("target_hidden_size")?;
-        let input = match family {
-            Family::Eagle => AttentionInput::Bare,
-            Family::Scylla if flags.input_norm_first => AttentionInput::Normed,
-            Family::Scylla => AttentionInput::Bare,
-            Family::Eagle3 | Family::Speculators => AttentionInput::Beside(2 * backbone.hidden),
-        };
-        if let Some(first) = backbone.layers.first_mut() {
-            first.input = input;
-        }
-        Ok(match family {
-            Family::Eagle => Self::Eagle(EagleConfig { backbone }),
-            Family::Scylla => Self::Scylla(ScyllaConfig {
+        let mut config = match layout {
+            Layout::Eagle => Self::Eagle(EagleConfig { backbone }),
+            Layout::Scylla => Self::Scylla(ScyllaConfig {
                 backbone,
                 input_norm_first: flags.input_norm_first,
                 recur_before_norm: flags.recur_before_norm,
             }),
-            Family::Eagle3 | Family::Speculators => {
+            Layout::Eagle3 | Layout::Speculators => {
                 let taps = configured_taps(json)?;
                 let listed = taps.as_ref().map(Vec::len);
                 let tap_count = tap_count.or(listed).unwrap_or(3);
@@ -160,7 +151,7 @@ impl DraftConfig {
                     )));
                 }
                 Self::Eagle3(Eagle3Config {
-                    speculators: family == Family::Speculators,
+                    speculators: layout == Layout::Speculators,
                     draft_vocab: draft_vocab.unwrap_or(backbone.vocab),
                     target_hidden: target.hidden,
                     taps,
@@ -172,7 +163,29 @@ impl DraftConfig {
                     backbone,
                 })
             }
-        })
+        };
+        let input = config.first_input();
+        if let Some(first) = config.backbone_mut().layers.first_mut() {
+            first.input = input;
+        }
+        Ok(config)
+    }
+
+    fn backbone_mut(&mut self) -> &mut Backbone {
+        match self {
+            Self::Eagle(c) => &mut c.backbone,
+            Self::Eagle3(c) => &mut c.backbone,
+            Self::Scylla(c) => &mut c.backbone,
+        }
+    }
+
+    /// Where the network's first layer gets its attention's input from.
+    pub fn first_input(&self) -> AttentionInput {
+        match self {
+            Self::Scylla(c) if c.input_norm_first => AttentionInput::Normed,
+            Self::Eagle(_) | Self::Scylla(_) => AttentionInput::Bare,
+            Self::Eagle3(c) => AttentionInput::Beside(2 * c.backbone.hidden),
+        }
     }
 }
 

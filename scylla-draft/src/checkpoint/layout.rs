@@ -1,4 +1,4 @@
-//! Which keys a checkpoint of each family has, with their shapes and types.
+//! Which keys a checkpoint of each layout has, with their shapes and types.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use super::{DraftConfig, Eagle3Config};
 
 /// A network and the layout of its files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Family {
+pub enum Layout {
     /// EAGLE-1, EAGLE-2 and HASS.
     Eagle,
     /// EAGLE-3, raw.
@@ -22,7 +22,7 @@ pub enum Family {
     Scylla,
 }
 
-impl std::fmt::Display for Family {
+impl std::fmt::Display for Layout {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Eagle => "an EAGLE-1/2 or HASS network",
@@ -36,7 +36,7 @@ impl std::fmt::Display for Family {
 /// `architectures` of a Scylla checkpoint.
 pub(super) const SCYLLA: &str = "ScyllaForCausalLM";
 
-impl Family {
+impl Layout {
     /// What a configuration and its keys say.
     pub(super) fn of(json: &Value, shards: &Shards, path: &Path) -> Result<Self> {
         let architecture = json.pointer("/architectures/0").and_then(Value::as_str);
@@ -101,11 +101,11 @@ impl Entry {
 const FIRST: [&str; 2] = ["midlayer", "layers.0"];
 
 /// Keys that trainers leave in their files and no engine uses: copies of the target's head and norm.
-pub(super) fn passed_over_in(family: Family) -> &'static [&'static str] {
-    match family {
-        Family::Eagle => &["lm_head.weight"],
-        Family::Scylla => &[],
-        Family::Eagle3 | Family::Speculators => &[
+pub(super) fn passed_over_in(layout: Layout) -> &'static [&'static str] {
+    match layout {
+        Layout::Eagle => &["lm_head.weight"],
+        Layout::Scylla => &[],
+        Layout::Eagle3 | Layout::Speculators => &[
             "verifier_lm_head.weight",
             "verifier_norm.weight",
             "target_lm_head.weight",
@@ -120,18 +120,18 @@ fn layer(spec: &LayerSpec, prefix: &str) -> impl Iterator<Item = Entry> {
 }
 
 /// Where a network's file keeps a layer.
-pub(crate) fn layer_prefix(family: Family, layer: usize) -> String {
-    match (family, layer) {
-        (Family::Eagle3, 0) => "midlayer".into(),
+pub(crate) fn layer_prefix(layout: Layout, layer: usize) -> String {
+    match (layout, layer) {
+        (Layout::Eagle3, 0) => "midlayer".into(),
         _ => format!("layers.{layer}"),
     }
 }
 
 /// The layers of a network with the prefixes of their keys.
 pub(crate) fn layers(config: &DraftConfig) -> Vec<(String, LayerSpec)> {
-    let family = config.family();
+    let layout = config.layout();
     let all = config.backbone().layers.iter().enumerate();
-    all.map(|(i, spec)| (layer_prefix(family, i), spec.clone()))
+    all.map(|(i, spec)| (layer_prefix(layout, i), spec.clone()))
         .collect()
 }
 
@@ -151,16 +151,16 @@ pub fn entries(config: &DraftConfig, has: &dyn Fn(&str) -> bool) -> Vec<Entry> {
         DraftConfig::Scylla(_) => {
             all.extend([float("fc.weight", &[h, 2 * h]), float("norm.weight", &[h])]);
         }
-        DraftConfig::Eagle3(eagle3) => all.extend(self::eagle3(eagle3, config.family(), has)),
+        DraftConfig::Eagle3(eagle3) => all.extend(self::eagle3(eagle3, config.layout(), has)),
     }
     all.push(float("embed_tokens.weight", &[c.vocab, h]).optional());
     all
 }
 
 /// The keys of an EAGLE-3 network beside its layers.
-fn eagle3(c: &Eagle3Config, family: Family, has: &dyn Fn(&str) -> bool) -> Vec<Entry> {
+fn eagle3(c: &Eagle3Config, layout: Layout, has: &dyn Fn(&str) -> bool) -> Vec<Entry> {
     let (h, vocab, taps) = (c.backbone.hidden, c.backbone.vocab, c.tap_count);
-    let prefix = layer_prefix(family, 0);
+    let prefix = layer_prefix(layout, 0);
     // The target's head does where the two vocabularies are one.
     let head = float("lm_head.weight", &[c.draft_vocab, h]);
     let own = c.draft_vocab != vocab || h != c.target_hidden;

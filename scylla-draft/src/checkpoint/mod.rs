@@ -22,7 +22,7 @@ pub use config::{Backbone, DraftConfig, Eagle3Config, EagleConfig, ScyllaConfig}
 pub use eagle3::{default_taps, offsets_of};
 pub use export::{Export, Format, Precision, Written, export};
 use layout::passed_over_in;
-pub use layout::{Entry, Family, entries};
+pub use layout::{Entry, Layout, entries};
 pub(crate) use layout::{layer_prefix, layers};
 
 /// A tensor in memory, as a file would store it.
@@ -56,14 +56,14 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a directory that holds a network of one of `families`, for a target of this shape, and checks its keys.
+    /// Opens a directory that holds a network of one of `layouts`, for a target of this shape, and checks its keys.
     ///
     /// # Errors
     /// If it holds pickle or no weights, another network, sizes that do not fit the target, or keys that are missing,
     /// mis-shaped or unknown.
     pub fn open(
         dir: &Path,
-        families: &[Family],
+        layouts: &[Layout],
         target: &TargetShape,
         form: WeightForm,
     ) -> Result<Self> {
@@ -74,28 +74,28 @@ impl Checkpoint {
         // SGLang takes a leading `model.`, and both engines either name of the first layer.
         let bare = |name: &str| name.strip_prefix("model.").unwrap_or(name).to_string();
         let shards = Shards::open(dir)?.renamed(bare)?;
-        let family = Family::of(&json, &shards, &file)?;
-        let shards = match family {
-            Family::Eagle3 | Family::Speculators => shards.renamed(|name| {
+        let layout = Layout::of(&json, &shards, &file)?;
+        let shards = match layout {
+            Layout::Eagle3 | Layout::Speculators => shards.renamed(|name| {
                 let rest = ["midlayer.", "layers.0."]
                     .iter()
                     .find_map(|p| name.strip_prefix(p));
                 match rest {
-                    Some(rest) => format!("{}.{rest}", layer_prefix(family, 0)),
+                    Some(rest) => format!("{}.{rest}", layer_prefix(layout, 0)),
                     None => name.to_string(),
                 }
             })?,
             _ => shards,
         };
-        if !families.contains(&family) {
-            let known: Vec<String> = families.iter().map(Family::to_string).collect();
+        if !layouts.contains(&layout) {
+            let known: Vec<String> = layouts.iter().map(Layout::to_string).collect();
             return Err(Error::file(
                 &file,
-                format!("holds {family}; expected {}", known.join(" or ")),
+                format!("holds {layout}; expected {}", known.join(" or ")),
             ));
         }
         let (layer, notes) = of_draft(&json, &file)?;
-        let config = DraftConfig::read(&json, family, layer, target, &file)?;
+        let config = DraftConfig::read(&json, layout, layer, target, &file)?;
         let mut checkpoint = Self {
             dir: dir.to_path_buf(),
             config,
@@ -105,7 +105,7 @@ impl Checkpoint {
         };
         checkpoint.check_sizes(target, &file)?;
         checkpoint.check_keys()?;
-        if family == Family::Speculators && json.get("norm_before_residual").is_none() {
+        if layout == Layout::Speculators && json.get("norm_before_residual").is_none() {
             checkpoint.notes.push(format!(
                 "{}: norm_before_residual is not said and taken as false, as speculators does; vLLM takes it as true",
                 file.display()
@@ -138,16 +138,16 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    /// Refuses networks of other families.
-    pub(crate) fn expect(&self, families: &[Family]) -> Result<()> {
-        let family = self.config.family();
-        if families.contains(&family) {
+    /// Refuses networks of other layouts.
+    pub(crate) fn expect(&self, layouts: &[Layout]) -> Result<()> {
+        let layout = self.config.layout();
+        if layouts.contains(&layout) {
             return Ok(());
         }
-        let known: Vec<String> = families.iter().map(Family::to_string).collect();
+        let known: Vec<String> = layouts.iter().map(Layout::to_string).collect();
         Err(Error::file(
             &self.dir,
-            format!("holds {family}; expected {}", known.join(" or ")),
+            format!("holds {layout}; expected {}", known.join(" or ")),
         ))
     }
 
@@ -188,6 +188,27 @@ impl Checkpoint {
                 format!("{}, the target's", target.vocab),
             );
         }
+        if let DraftConfig::Eagle3(eagle3) = &self.config {
+            if !(1..=target.layers + 1).contains(&eagle3.tap_count) {
+                let expected = format!("1..={}", target.layers + 1);
+                return bad("num_aux_hidden_states", eagle3.tap_count, expected);
+            }
+            if eagle3.target_hidden != target.hidden {
+                let expected = format!("{}, the target's", target.hidden);
+                return bad("target_hidden_size", eagle3.target_hidden, expected);
+            }
+        }
+        let first = c.layers.first().map(|layer| layer.input);
+        if first != Some(self.config.first_input()) {
+            return Err(Error::file(
+                file,
+                format!(
+                    "a first layer of {} takes {:?}; found {first:?}",
+                    self.config.layout(),
+                    self.config.first_input()
+                ),
+            ));
+        }
         let (tensors, layers) = (self.names().len(), c.layers.len());
         if matches!(self.config, DraftConfig::Eagle(_)) && layers != 1 {
             return bad("num_hidden_layers", layers, "1".into());
@@ -211,9 +232,9 @@ impl Checkpoint {
 
     /// Compares the keys with the layout's.
     fn check_keys(&mut self) -> Result<()> {
-        let layout = self.entries();
-        let family = self.config.family();
-        for entry in &layout {
+        let entries = self.entries();
+        let layout = self.config.layout();
+        for entry in &entries {
             if !entry.optional || self.has(&entry.name) {
                 // Shape and type are checked where the header is, before anything is read.
                 self.check_entry(entry)?;
@@ -221,19 +242,19 @@ impl Checkpoint {
         }
         let mut passed_over = Vec::new();
         for name in self.names() {
-            if layout.iter().any(|entry| entry.name == name)
+            if entries.iter().any(|entry| entry.name == name)
                 || name.ends_with("rotary_emb.inv_freq")
             {
                 continue;
             }
-            if passed_over_in(family).contains(&name) {
+            if passed_over_in(layout).contains(&name) {
                 passed_over.push(name);
                 continue;
             }
             return Err(Error::Tensor {
                 path: self.path().to_path_buf(),
                 tensor: name.into(),
-                expected: format!("no such key in {family}"),
+                expected: format!("no such key in {layout}"),
                 found: format!("shape {:?}", self.shape(name).unwrap_or_default()),
             });
         }
@@ -329,10 +350,6 @@ impl Weights for Checkpoint {
         }
         let held = self.held(name, shape)?;
         StoredTensor::in_memory(name.to_string(), held.dtype, shape, &held.bytes[..])
-    }
-
-    fn contains(&self, name: &str) -> bool {
-        self.has(name)
     }
 
     fn form(&self) -> WeightForm {

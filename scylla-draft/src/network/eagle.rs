@@ -7,16 +7,16 @@ use scylla_core::Result;
 
 use super::blocks::Reduced;
 use super::{Body, DraftHost, Feature};
-use crate::checkpoint::{Checkpoint, Family};
+use crate::checkpoint::{Checkpoint, Layout};
 
 /// Loads an EAGLE-1/2 checkpoint.
 pub fn load(dir: &Path, host: &DraftHost) -> Result<Feature<impl Body + use<>>> {
-    let from = Checkpoint::open(dir, &[Family::Eagle], &host.target, host.weights)?;
+    let from = Checkpoint::open(dir, &[Layout::Eagle], &host.target, host.weights)?;
     build(&from, host)
 }
 
 /// The network of an EAGLE-1/2 checkpoint.
 pub fn build(from: &Checkpoint, host: &DraftHost) -> Result<Feature<impl Body + use<>>> {
-    from.expect(&[Family::Eagle])?;
+    from.expect(&[Layout::Eagle])?;
     Reduced::new(from, None, host)
 }

@@ -16,7 +16,7 @@ use scylla_core::{Error, Result};
 
 use super::blocks::{Head, beside, embedding, stack, step_bytes};
 use super::{Body, DraftHost, Feature, Ids};
-use crate::checkpoint::{Checkpoint, DraftConfig, Eagle3Config, Family, layer_prefix};
+use crate::checkpoint::{Checkpoint, DraftConfig, Eagle3Config, Layout, layer_prefix};
 
 struct Eagle3 {
     config: Eagle3Config,
@@ -39,7 +39,7 @@ struct Eagle3 {
     joined: Matrix,
 }
 
-const FAMILIES: [Family; 2] = [Family::Eagle3, Family::Speculators];
+const LAYOUTS: [Layout; 2] = [Layout::Eagle3, Layout::Speculators];
 
 /// Loads an EAGLE-3 checkpoint, raw or in speculators format. `taps` overrides the layers whose inputs it reads.
 pub fn load(
@@ -47,7 +47,7 @@ pub fn load(
     taps: Option<&[usize]>,
     host: &DraftHost,
 ) -> Result<Feature<impl Body + use<>>> {
-    let from = Checkpoint::open(dir, &FAMILIES, &host.target, host.weights)?;
+    let from = Checkpoint::open(dir, &LAYOUTS, &host.target, host.weights)?;
     build(&from, taps, host)
 }
 
@@ -57,7 +57,7 @@ pub fn build(
     taps: Option<&[usize]>,
     host: &DraftHost,
 ) -> Result<Feature<impl Body + use<>>> {
-    from.expect(&FAMILIES)?;
+    from.expect(&LAYOUTS)?;
     let DraftConfig::Eagle3(c) = from.config.clone() else {
         return Err(Error::Invalid("another network than EAGLE-3".into()));
     };
@@ -74,7 +74,7 @@ pub fn build(
         true => Some(vector("input_norm", width)?),
         false => None,
     };
-    let prefix = layer_prefix(from.config.family(), 0);
+    let prefix = layer_prefix(from.config.layout(), 0);
     let ids = from.draft_ids(host.known)?;
     let head = match from.has("lm_head.weight") {
         true => Head::own(from, ids, host)?,

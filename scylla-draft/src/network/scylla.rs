@@ -10,17 +10,17 @@ use scylla_core::Result;
 
 use super::blocks::Reduced;
 use super::{Body, DraftHost, Feature};
-use crate::checkpoint::{Checkpoint, DraftConfig, Family};
+use crate::checkpoint::{Checkpoint, DraftConfig, Layout};
 
 /// Loads a Scylla checkpoint.
 pub fn load(dir: &Path, host: &DraftHost) -> Result<Feature<impl Body + use<>>> {
-    let from = Checkpoint::open(dir, &[Family::Scylla], &host.target, host.weights)?;
+    let from = Checkpoint::open(dir, &[Layout::Scylla], &host.target, host.weights)?;
     build(&from, host)
 }
 
 /// The network of a Scylla checkpoint.
 pub fn build(from: &Checkpoint, host: &DraftHost) -> Result<Feature<impl Body + use<>>> {
-    from.expect(&[Family::Scylla])?;
+    from.expect(&[Layout::Scylla])?;
     let before = matches!(&from.config, DraftConfig::Scylla(c) if c.recur_before_norm);
     Reduced::new(from, Some(!before), host)
 }

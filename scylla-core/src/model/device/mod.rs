@@ -14,7 +14,7 @@ use candle_nn::ops::rms_norm;
 
 use super::WeightForm;
 use super::cpu::outside;
-use super::executor::{Executor, Forms, Stack, WeightMatrix};
+use super::executor::{Executor, Forms, Stack, WeightMatrix, check_specs};
 use super::files::{Raw, Weights};
 use super::spec::LayerSpec;
 use crate::plugin::Matrix;
@@ -83,6 +83,7 @@ impl OnDevice {
         let (blocks, dtype) = match form {
             WeightForm::AsIs if !dense => (Some(raw.dtype), DType::F32),
             WeightForm::Q8_0 if whole => (Some(GgmlDType::Q8_0), DType::F32),
+            WeightForm::Q4 if is_q4(raw.dtype) => (Some(raw.dtype), DType::F32),
             WeightForm::Q4 if whole => (Some(GgmlDType::Q4_1), DType::F32),
             WeightForm::Bf16 => (None, DType::BF16),
             WeightForm::F32 => (None, DType::F32),
@@ -118,6 +119,11 @@ impl OnDevice {
             dtype,
         })
     }
+}
+
+/// Whether blocks have 4 bits a value already.
+fn is_q4(blocks: GgmlDType) -> bool {
+    matches!(blocks, GgmlDType::Q4_0 | GgmlDType::Q4_1 | GgmlDType::Q4K)
 }
 
 /// Values in a dense precision, on a device.
@@ -228,14 +234,18 @@ impl WeightMatrix for DeviceMatrix {
     }
 
     fn cut(&self, ids: &[u32]) -> Result<Arc<dyn WeightMatrix>> {
-        let values = self.chosen(ids)?;
+        if let Some(&id) = ids.iter().find(|&&id| id as usize >= self.n) {
+            return Err(outside(id, self.n));
+        }
         let weight = match &self.weight {
-            Weight::Dense(_) => Weight::Dense(values),
+            Weight::Dense(_) => Weight::Dense(self.chosen(ids)?),
             Weight::Blocks { of, .. } => {
-                let blocks = of.dtype();
-                let made = QTensor::quantize(&values.to_device(&Device::Cpu)?, blocks)?;
-                let bytes = Cow::Owned(made.data()?.into_owned());
-                let storage = QStorage::from_data(bytes, &of.device(), blocks)?;
+                // Rows are whole blocks, and stay what they are.
+                let (all, blocks) = (of.data()?, of.dtype());
+                let row = all.len() / self.n;
+                let rows = ids.iter().map(|&id| id as usize * row);
+                let bytes: Vec<u8> = rows.flat_map(|at| &all[at..at + row]).copied().collect();
+                let storage = QStorage::from_data(Cow::Owned(bytes), &of.device(), blocks)?;
                 Weight::Blocks {
                     of: Arc::new(QTensor::new(storage, (ids.len(), self.k))?),
                     table: OnceLock::new(),
@@ -257,12 +267,16 @@ impl WeightMatrix for DeviceMatrix {
                 w.dtype().as_str(),
                 w.elem_count() * w.dtype().size_in_bytes(),
             ),
-            Weight::Blocks { of, table } => {
-                let table = table.get().map_or(0, |t| t.elem_count() * 4);
-                (form_of(of.dtype()), of.storage_size_in_bytes() + table)
-            }
+            Weight::Blocks { of, .. } => (form_of(of.dtype()), of.storage_size_in_bytes()),
         };
         *forms.entry(form).or_default() += bytes;
+    }
+
+    fn prepare_rows(&self) -> Result<usize> {
+        match &self.weight {
+            Weight::Dense(_) => Ok(0),
+            Weight::Blocks { .. } => Ok(self.table()?.elem_count() * 4),
+        }
     }
 }
 
@@ -312,6 +326,7 @@ impl Executor for OnDevice {
         layers: &[(String, LayerSpec)],
         positions: usize,
     ) -> Result<Box<dyn Stack>> {
+        check_specs(layers)?;
         Ok(Box::new(DeviceStack::read(self, from, layers, positions)?))
     }
 

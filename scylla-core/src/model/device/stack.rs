@@ -30,12 +30,13 @@ struct Layer {
     down: Vec<DeviceMatrix>,
 }
 
-/// Runs products that take the same input; their outputs lie side by side.
+/// Runs products that take the same input; their outputs lie side by side, in the precision of `x`.
 fn multiply(products: &[DeviceMatrix], x: &Tensor) -> Result<Tensor> {
+    let product = |p: &DeviceMatrix| -> Result<Tensor> { Ok(p.forward(x)?.to_dtype(x.dtype())?) };
     match products {
-        [one] => one.forward(x),
+        [one] => product(one),
         several => {
-            let all = several.iter().map(|p| p.forward(x));
+            let all = several.iter().map(product);
             Ok(Tensor::cat(&all.collect::<Result<Vec<_>>>()?, 1)?)
         }
     }
@@ -337,11 +338,11 @@ impl Stack for DeviceStack {
     fn open(&mut self, slot: Slot) -> Result<()> {
         let lines = self.layers.len() * 2 * self.kv_heads;
         let shape = (lines, self.slots.capacity, self.head_dim);
-        let cache = match self.spare.pop() {
-            Some(cache) => cache,
-            None => Tensor::zeros(shape, self.dtype, &self.on.device)?,
-        };
-        self.slots.open(slot, cache)
+        let (spare, dtype, device) = (&mut self.spare, self.dtype, &self.on.device);
+        self.slots.open(slot, || match spare.pop() {
+            Some(cache) => Ok(cache),
+            None => Ok(Tensor::zeros(shape, dtype, device)?),
+        })
     }
 
     fn close(&mut self, slot: Slot) {
@@ -377,18 +378,17 @@ impl Stack for DeviceStack {
             on_layer(index, x);
             let l = &self.layers[index];
             let qkv = match (beside.take(), &l.attention_norm) {
-                (Some(beside), _) => multiply(&l.qkv, &beside.contiguous()?)?,
+                (Some(beside), _) => multiply(&l.qkv, &beside.to_dtype(self.dtype)?.contiguous()?)?,
                 (_, Some(norm)) => multiply(&l.qkv, &rms_norm(&h, norm, l.spec.eps)?)?,
                 (_, None) => multiply(&l.qkv, &h)?,
             };
-            let qkv = qkv.to_dtype(self.dtype)?;
             let mixed = self.attend(index, rows, &views, &frame, &qkv)?;
             let l = &self.layers[index];
-            h = (h + multiply(&l.output, &mixed)?.to_dtype(self.dtype)?)?;
+            h = (h + multiply(&l.output, &mixed)?)?;
             let inner = multiply(&l.gate_up, &rms_norm(&h, &l.ffn_norm, l.spec.eps)?)?;
             let half = |first| inner.narrow(1, first, l.spec.ffn);
             let inner = (silu(&half(0)?)? * half(l.spec.ffn)?)?;
-            h = (h + multiply(&l.down, &inner)?.to_dtype(self.dtype)?)?;
+            h = (h + multiply(&l.down, &inner)?)?;
         }
         *x = Matrix::device(h)?;
         on_layer(self.layers.len(), x);

@@ -50,7 +50,8 @@ pub(super) fn config<'f>(
     let Some(arch) = gguf.text("general.architecture")? else {
         return Err(gguf.absent("general.architecture"));
     };
-    let family = named(arch, "GGUF architecture", families, path)?;
+    let families: Vec<&dyn Family> = families.iter().copied().filter(|f| f.has_gguf()).collect();
+    let family = named(arch, "GGUF architecture", &families, path)?;
     let notes = unread(gguf, arch)?;
     let key = |name: &str| format!("{arch}.{name}");
     if gguf.flag(&key("attention.causal"))? == Some(false) {
@@ -60,10 +61,7 @@ pub(super) fn config<'f>(
         ));
     }
     let context = need(&key("context_length"))?;
-    let (hidden, heads) = (
-        need(&key("embedding_length"))?,
-        need(&key("attention.head_count"))?,
-    );
+    let hidden = need(&key("embedding_length"))?;
     let embedding = family.gguf_name("model.embed_tokens.weight");
     let Some(vocab) = gguf.shape(&embedding).and_then(<[usize]>::first).copied() else {
         return Err(missing(path.clone(), &embedding, &[hidden]));
@@ -79,6 +77,37 @@ pub(super) fn config<'f>(
             ),
         ));
     }
+    let layer = layer(gguf, arch, family, hidden, context)?;
+    let count = need(&key("block_count"))?;
+    check_layers(count, path)?;
+    let mut config = ModelConfig {
+        architecture: arch.to_string(),
+        vocab,
+        hidden,
+        context,
+        tied: !gguf.contains(&family.gguf_name("lm_head.weight")),
+        norm_eps: layer.eps,
+        layers: vec![layer; count],
+    };
+    family.layers_of_gguf(gguf, &mut config.layers)?;
+    config.check(path)?;
+    Ok(((config, notes), family))
+}
+
+/// A layer; all are alike, as far as the metadata say.
+fn layer(
+    gguf: &Gguf,
+    arch: &str,
+    family: &dyn Family,
+    hidden: usize,
+    context: usize,
+) -> Result<LayerSpec> {
+    let path = &gguf.path;
+    let refuse =
+        |message: String| Err(Error::Unsupported(format!("{}: {message}", path.display())));
+    let need = |key: &str| -> Result<usize> { gguf.size(key)?.ok_or_else(|| gguf.absent(key)) };
+    let key = |name: &str| format!("{arch}.{name}");
+    let heads = need(&key("attention.head_count"))?;
     let usual = hidden.checked_div(heads).unwrap_or(0);
     let head_dim = gguf.size(&key("attention.key_length"))?.unwrap_or(usual);
     let values = gguf
@@ -101,7 +130,7 @@ pub(super) fn config<'f>(
     // What a layer has is what the first has.
     let first =
         |name: &str| gguf.contains(&family.gguf_name(&format!("{}.{name}", layer_prefix(0))));
-    let layer = LayerSpec {
+    Ok(LayerSpec {
         hidden,
         ffn: need(&key("feed_forward_length"))?,
         heads,
@@ -115,27 +144,13 @@ pub(super) fn config<'f>(
             o: first("self_attn.o_proj.bias"),
             mlp: first("mlp.gate_proj.bias"),
         },
-        qk_norm: first("self_attn.q_norm.weight"),
+        qk_norm: false,
         window: gguf
             .size(&key("attention.sliding_window"))?
             .filter(|&window| window > 0 && window < context),
         rope: rope::of_gguf(gguf, arch, head_dim, context, factors)?,
         input: AttentionInput::Normed,
-    };
-    let count = need(&key("block_count"))?;
-    check_layers(count, path)?;
-    let mut config = ModelConfig {
-        architecture: arch.to_string(),
-        vocab,
-        hidden,
-        context,
-        tied: !gguf.contains(&family.gguf_name("lm_head.weight")),
-        norm_eps: eps,
-        layers: vec![layer; count],
-    };
-    family.layers_of_gguf(gguf, &mut config.layers)?;
-    config.check(path)?;
-    Ok(((config, notes), family))
+    })
 }
 
 /// Refuses keys that are not known and may change the model; returns a word on the others.

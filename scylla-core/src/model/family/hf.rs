@@ -96,10 +96,35 @@ impl Fields<'_> {
     }
 
     /// The window of each layer, as transformers reads it: of the layers that `layer_types` says, else, where the family
-    /// has windows unless told otherwise (`usual`) or the file says so (`use_sliding_window`), of those from `first` on.
-    pub fn windows(&self, usual: bool, first: usize) -> Result<Vec<Option<usize>>> {
+    /// has windows unless told otherwise (`usual`) or the file says so (`use_sliding_window`), of those from the one on that
+    /// the key `first` names (28 without it), or of all.
+    ///
+    /// # Errors
+    /// If a value that is used is no size, or two contradict one another.
+    pub fn windows(&self, usual: bool, first: Option<&str>) -> Result<Vec<Option<usize>>> {
         let context = self.need("max_position_embeddings")?;
         let layers = self.need("num_hidden_layers")?;
+        let used = self.flag("use_sliding_window")?;
+        let slides = match (self.kinds(layers)?, used.unwrap_or(usual)) {
+            (Some(kinds), _) => kinds,
+            (None, false) => vec![false; layers],
+            (None, true) => {
+                let first = match first {
+                    Some(key) => self.size(key)?.unwrap_or(28),
+                    None => 0,
+                };
+                (0..layers).map(|layer| layer >= first).collect()
+            }
+        };
+        if !slides.contains(&true) {
+            return Ok(vec![None; layers]);
+        }
+        if used == Some(false) {
+            return Err(Error::file(
+                self.path,
+                "`use_sliding_window` is false beside `layer_types` with sliding_attention; keep the one that holds",
+            ));
+        }
         let window = match self.map.contains_key("sliding_window") {
             true => self.size("sliding_window")?,
             false => Some(4096), // the families' own
@@ -108,13 +133,8 @@ impl Fields<'_> {
             return Err(self.wrong("sliding_window", &Value::from(0), "a size above 0"));
         }
         let window = window.filter(|&window| window < context);
-        if let Some(kinds) = self.kinds(layers)? {
-            let of = |&slides: &bool| window.filter(|_| slides);
-            return Ok(kinds.iter().map(of).collect());
-        }
-        let used = self.flag("use_sliding_window")?.unwrap_or(usual);
-        let of = |layer| window.filter(|_| used && layer >= first);
-        Ok((0..layers).map(of).collect())
+        let of = |slides| window.filter(|_| slides);
+        Ok(slides.into_iter().map(of).collect())
     }
 
     /// Which layers slide, where `layer_types` says it.

@@ -20,7 +20,7 @@ impl Family for Llama {
         // Drafts say so where only those have one.
         let qkv = fields.flag("qkv_bias")?.unwrap_or(attention);
         let mlp = fields.flag("mlp_bias")?.unwrap_or(false);
-        for (layer, window) in layers.iter_mut().zip(fields.windows(false, 0)?) {
+        for (layer, window) in layers.iter_mut().zip(fields.windows(false, None)?) {
             layer.biases = Biases {
                 q: qkv,
                 k: qkv,

@@ -16,13 +16,13 @@ impl Family for Mistral {
     }
 
     fn layers_of_hf(&self, fields: &Fields<'_>, layers: &mut [LayerSpec]) -> Result<()> {
-        for (layer, window) in layers.iter_mut().zip(fields.windows(true, 0)?) {
+        for (layer, window) in layers.iter_mut().zip(fields.windows(true, None)?) {
             layer.window = window;
         }
         Ok(())
     }
 
-    fn is_interleaved(&self) -> bool {
-        true // its GGUF files say `llama`; one that says its own name is written the same way
+    fn has_gguf(&self) -> bool {
+        false // its files say `llama`
     }
 }

@@ -38,7 +38,12 @@ pub trait Family: Sync {
     /// Names the key that is wrong, or not supported.
     fn layers_of_hf(&self, fields: &Fields<'_>, layers: &mut [LayerSpec]) -> Result<()>;
 
-    /// The same from GGUF metadata. Biases, norms of q and k and a window are there already, by tensor and key.
+    /// Whether GGUF files call their architecture by its name.
+    fn has_gguf(&self) -> bool {
+        true
+    }
+
+    /// The same from GGUF metadata. Biases and a window are there already, by tensor and key.
     ///
     /// # Errors
     /// Names the key that is wrong, or not supported.
@@ -132,6 +137,17 @@ pub(super) fn of_gguf<'f>(
     families: &[&'f dyn Family],
 ) -> Result<(Described, &'f dyn Family)> {
     gguf::config(gguf, families)
+}
+
+/// Refuses a window of a family whose layers do not all have it.
+fn refuse_window(gguf: &Gguf, layers: &[LayerSpec]) -> Result<()> {
+    match layers.iter().find_map(|layer| layer.window) {
+        Some(window) => Err(Error::Unsupported(format!(
+            "{}: metadata `attention.sliding_window` is {window}; which layers have it, a GGUF file does not say",
+            gguf.path.display()
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// GGUF's name for a tensor that Hugging Face names as Llama does.

@@ -1,9 +1,9 @@
 //! Qwen2 and 2.5: Llama with biases of q, k and v.
 
-use super::{Family, Fields};
+use super::{Family, Fields, refuse_window};
+use crate::Result;
 use crate::model::files::Gguf;
 use crate::model::spec::{Biases, LayerSpec};
-use crate::{Error, Result};
 
 pub(super) struct Qwen2;
 
@@ -21,8 +21,8 @@ impl Family for Qwen2 {
             true => Biases::QKV,
             false => Biases::default(),
         };
-        let first = fields.size("max_window_layers")?.unwrap_or(28);
-        for (layer, window) in layers.iter_mut().zip(fields.windows(false, first)?) {
+        let windows = fields.windows(false, Some("max_window_layers"))?;
+        for (layer, window) in layers.iter_mut().zip(windows) {
             layer.biases = biases;
             layer.window = window;
         }
@@ -30,12 +30,6 @@ impl Family for Qwen2 {
     }
 
     fn layers_of_gguf(&self, gguf: &Gguf, layers: &mut [LayerSpec]) -> Result<()> {
-        match layers.iter().find_map(|layer| layer.window) {
-            Some(window) => Err(Error::Unsupported(format!(
-                "{}: metadata `qwen2.attention.sliding_window` is {window}; which layers have it, a GGUF file does not say",
-                gguf.path.display()
-            ))),
-            None => Ok(()),
-        }
+        refuse_window(gguf, layers)
     }
 }

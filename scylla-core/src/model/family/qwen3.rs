@@ -1,7 +1,8 @@
 //! Qwen3: no biases, and each head of q and k is normed before it is rotated.
 
-use super::{Family, Fields};
+use super::{Family, Fields, refuse_window};
 use crate::Result;
+use crate::model::files::Gguf;
 use crate::model::spec::{Biases, LayerSpec};
 
 pub(super) struct Qwen3;
@@ -17,8 +18,8 @@ impl Family for Qwen3 {
 
     fn layers_of_hf(&self, fields: &Fields<'_>, layers: &mut [LayerSpec]) -> Result<()> {
         let biased = fields.flag("attention_bias")?.unwrap_or(false);
-        let first = fields.size("max_window_layers")?.unwrap_or(28);
-        for (layer, window) in layers.iter_mut().zip(fields.windows(false, first)?) {
+        let windows = fields.windows(false, Some("max_window_layers"))?;
+        for (layer, window) in layers.iter_mut().zip(windows) {
             layer.qk_norm = true;
             layer.window = window;
             if biased {
@@ -29,5 +30,12 @@ impl Family for Qwen3 {
             }
         }
         Ok(())
+    }
+
+    fn layers_of_gguf(&self, gguf: &Gguf, layers: &mut [LayerSpec]) -> Result<()> {
+        for layer in &mut *layers {
+            layer.qk_norm = true;
+        }
+        refuse_window(gguf, layers)
     }
 }

@@ -110,6 +110,15 @@ fn whole_head(fields: &Fields<'_>, share: Option<f64>) -> Result<()> {
 }
 
 /// One dictionary.
+struct Dictionary<'a> {
+    /// The whole configuration.
+    fields: &'a Fields<'a>,
+    /// The dictionary's own values.
+    inner: Fields<'a>,
+    name: &'a str,
+    kind: Option<&'a str>,
+}
+
 fn read(
     fields: &Fields<'_>,
     name: &str,
@@ -121,102 +130,176 @@ fn read(
         path: fields.path,
         prefix: format!("{name}."),
     };
-    let refuse =
-        |message: String| Error::Unsupported(format!("{}: {message}", fields.path.display()));
-    let kind = match (inner.text("rope_type")?, inner.text("type")?) {
-        (Some(a), Some(b)) if a != b => {
-            return Err(refuse(format!(
-                "`{name}` has rope_type `{a}` and type `{b}`"
-            )));
-        }
-        (a, b) => a.or(b),
-    };
-    whole_head(fields, inner.number("partial_rotary_factor")?)?;
-    let optional = |key: &str| -> Result<Option<f64>> {
-        match inner.number(key)? {
-            Some(v) if !(v > 0.0 && v.is_finite()) => Err(Error::file(
-                fields.path,
-                format!("`{name}.{key}` is {v}; it must be positive"),
-            )),
-            found => Ok(found),
-        }
-    };
-    let positive = |key: &str| -> Result<f64> {
-        optional(key)?.ok_or_else(|| {
-            Error::file(
-                fields.path,
-                format!(
-                    "rope type `{}` needs a positive `{name}.{key}`",
-                    kind.unwrap_or_default()
-                ),
-            )
-        })
-    };
-    // Beside the dictionary where it is not in it.
-    let original = || -> Result<Option<f64>> {
-        let key = "original_max_position_embeddings";
-        match optional(key)? {
-            Some(v) => Ok(Some(v)),
-            None => Ok(fields.number(key)?.filter(|&v| v > 0.0)),
-        }
-    };
-    let (scaling, own): (RopeScaling, &[&str]) = match kind {
-        None | Some("default") => (RopeScaling::None, &[]),
-        Some("linear") => (
-            RopeScaling::Linear {
-                factor: positive("factor")?,
-            },
-            &["factor"],
-        ),
-        Some("llama3") => {
-            let original = match original()? {
-                Some(v) => v,
-                None => positive("original_max_position_embeddings")?,
-            };
-            let (low, high) = (positive("low_freq_factor")?, positive("high_freq_factor")?);
-            if high <= low {
-                return Err(Error::file(
-                    fields.path,
-                    format!(
-                        "`{name}.high_freq_factor` {high} must be above `low_freq_factor` {low}"
-                    ),
-                ));
-            }
-            let scaling = RopeScaling::Llama3 {
-                factor: positive("factor")?,
-                low_freq_factor: low,
-                high_freq_factor: high,
-                original,
-            };
-            (scaling, &["factor", "low_freq_factor", "high_freq_factor"])
-        }
-        Some("yarn") => (yarn(fields, &inner, &optional, original()?)?, &YARN),
-        Some(other) => {
-            let reason = REFUSED.iter().find(|(name, _)| *name == other);
-            return Err(refuse(match reason {
-                Some((_, reason)) => format!("rope type `{other}`: {reason}"),
-                None => {
-                    format!("rope type `{other}`; supported: default, linear, llama3, yarn")
-                }
-            }));
-        }
-    };
-    let unread = |key: &&String| {
-        let known = COMMON.contains(&key.as_str()) || own.contains(&key.as_str());
-        !known && !known::neutral(key, &map[*key])
-    };
-    if let Some(key) = map.keys().find(unread) {
-        let kind = kind.map_or("none".into(), |k| format!("`{k}`"));
-        return Err(refuse(format!(
-            "`{name}.{key}` is {} beside rope type {kind}, which has no such key",
-            map[key]
+    let text = |key: &str| inner.text(key).map(|t| t.map(str::to_string));
+    let (newer, older) = (text("rope_type")?, text("type")?);
+    if let (Some(a), Some(b)) = (&newer, &older)
+        && a != b
+    {
+        return Err(Error::Unsupported(format!(
+            "{}: `{name}` has rope_type `{a}` and type `{b}`",
+            fields.path.display()
         )));
     }
+    whole_head(fields, inner.number("partial_rotary_factor")?)?;
     let own_theta = inner.number("rope_theta")?.or(theta);
+    let kind = newer.or(older);
+    let dictionary = Dictionary {
+        fields,
+        inner,
+        name,
+        kind: kind.as_deref(),
+    };
+    let (scaling, own) = dictionary.scaling()?;
+    dictionary.check_read(own)?;
     Ok(Rope {
         theta: own_theta.unwrap_or(10000.0),
         scaling,
     })
+}
+
+impl Dictionary<'_> {
+    fn refuse<T>(&self, message: String) -> Result<T> {
+        let path = self.fields.path.display();
+        Err(Error::Unsupported(format!("{path}: {message}")))
+    }
+
+    /// A positive number, where there is one.
+    fn optional(&self, key: &str) -> Result<Option<f64>> {
+        match self.inner.number(key)? {
+            Some(v) if !(v > 0.0 && v.is_finite()) => Err(Error::file(
+                self.fields.path,
+                format!("`{}.{key}` is {v}; it must be positive", self.name),
+            )),
+            found => Ok(found),
+        }
+    }
+
+    fn positive(&self, key: &str) -> Result<f64> {
+        let missing = || {
+            let kind = self.kind.unwrap_or_default();
+            Error::file(
+                self.fields.path,
+                format!("rope type `{kind}` needs a positive `{}.{key}`", self.name),
+            )
+        };
+        self.optional(key)?.ok_or_else(missing)
+    }
+
+    /// The context that the model was first trained with; beside the dictionary where it is not in it.
+    fn original(&self) -> Result<Option<f64>> {
+        let key = "original_max_position_embeddings";
+        match self.optional(key)? {
+            Some(v) => Ok(Some(v)),
+            None => Ok(self.fields.number(key)?.filter(|&v| v > 0.0)),
+        }
+    }
+
+    /// The stretch, and the keys that say it.
+    fn scaling(&self) -> Result<(RopeScaling, &'static [&'static str])> {
+        Ok(match self.kind {
+            None | Some("default") => (RopeScaling::None, &[]),
+            Some("linear") => {
+                let factor = self.positive("factor")?;
+                (RopeScaling::Linear { factor }, &["factor"])
+            }
+            Some("llama3") => (
+                self.llama3()?,
+                &["factor", "low_freq_factor", "high_freq_factor"],
+            ),
+            Some("yarn") => (self.yarn()?, &YARN),
+            Some(other) => {
+                let reason = REFUSED.iter().find(|(name, _)| *name == other);
+                return self.refuse(match reason {
+                    Some((_, reason)) => format!("rope type `{other}`: {reason}"),
+                    None => {
+                        format!("rope type `{other}`; supported: default, linear, llama3, yarn")
+                    }
+                });
+            }
+        })
+    }
+
+    fn llama3(&self) -> Result<RopeScaling> {
+        let original = match self.original()? {
+            Some(v) => v,
+            None => self.positive("original_max_position_embeddings")?,
+        };
+        let (low, high) = (
+            self.positive("low_freq_factor")?,
+            self.positive("high_freq_factor")?,
+        );
+        if high <= low {
+            return Err(Error::file(
+                self.fields.path,
+                format!(
+                    "`{}.high_freq_factor` {high} must be above `low_freq_factor` {low}",
+                    self.name
+                ),
+            ));
+        }
+        Ok(RopeScaling::Llama3 {
+            factor: self.positive("factor")?,
+            low_freq_factor: low,
+            high_freq_factor: high,
+            original,
+        })
+    }
+
+    /// YaRN, with the defaults of transformers.
+    fn yarn(&self) -> Result<RopeScaling> {
+        let context = self.fields.need("max_position_embeddings")? as f64;
+        let original = self.original()?.unwrap_or(context);
+        let factor = self.optional("factor")?.unwrap_or(context / original);
+        let given = self.optional("attention_factor")?;
+        let mscale = |by: f64| match factor > 1.0 {
+            true => 0.1 * by * factor.ln() + 1.0,
+            false => 1.0,
+        };
+        let both = (self.optional("mscale")?, self.optional("mscale_all_dim")?);
+        let attention_factor = match (given, both) {
+            (Some(given), _) => given,
+            (None, (Some(scale), Some(all))) => mscale(scale) / mscale(all),
+            _ => yarn_attention_factor(factor),
+        };
+        let (beta_fast, beta_slow) = (
+            self.optional("beta_fast")?.unwrap_or(32.0),
+            self.optional("beta_slow")?.unwrap_or(1.0),
+        );
+        if beta_fast < beta_slow {
+            return Err(Error::file(
+                self.fields.path,
+                format!(
+                    "`{}.beta_fast` {beta_fast} must not be below `beta_slow` {beta_slow}",
+                    self.name
+                ),
+            ));
+        }
+        Ok(RopeScaling::Yarn {
+            factor,
+            original,
+            beta_fast,
+            beta_slow,
+            attention_factor,
+            truncate: self.inner.flag("truncate")?.unwrap_or(true),
+        })
+    }
+
+    /// Refuses keys that the type does not have.
+    fn check_read(&self, own: &[&str]) -> Result<()> {
+        let map = self.inner.map;
+        let unread = |key: &&String| {
+            let known = COMMON.contains(&key.as_str()) || own.contains(&key.as_str());
+            !known && !known::neutral(key, &map[*key])
+        };
+        let Some(key) = map.keys().find(unread) else {
+            return Ok(());
+        };
+        let kind = self.kind.map_or("none".into(), |k| format!("`{k}`"));
+        self.refuse(format!(
+            "`{}.{key}` is {} beside rope type {kind}, which has no such key",
+            self.name, map[key]
+        ))
+    }
 }
 
 /// Keys of a yarn dictionary.
@@ -229,49 +312,6 @@ const YARN: [&str; 7] = [
     "mscale_all_dim",
     "truncate",
 ];
-
-/// YaRN, with the defaults of transformers.
-fn yarn(
-    fields: &Fields<'_>,
-    inner: &Fields<'_>,
-    optional: &dyn Fn(&str) -> Result<Option<f64>>,
-    original: Option<f64>,
-) -> Result<RopeScaling> {
-    let context = fields.need("max_position_embeddings")? as f64;
-    let original = original.unwrap_or(context);
-    let factor = optional("factor")?.unwrap_or(context / original);
-    let given = optional("attention_factor")?;
-    let mscale = |by: f64| match factor > 1.0 {
-        true => 0.1 * by * factor.ln() + 1.0,
-        false => 1.0,
-    };
-    let attention_factor = match (given, optional("mscale")?, optional("mscale_all_dim")?) {
-        (Some(given), ..) => given,
-        (None, Some(scale), Some(all)) => mscale(scale) / mscale(all),
-        _ => yarn_attention_factor(factor),
-    };
-    let (beta_fast, beta_slow) = (
-        optional("beta_fast")?.unwrap_or(32.0),
-        optional("beta_slow")?.unwrap_or(1.0),
-    );
-    if beta_fast < beta_slow {
-        return Err(Error::file(
-            fields.path,
-            format!(
-                "`{}beta_fast` {beta_fast} must not be below `beta_slow` {beta_slow}",
-                inner.prefix
-            ),
-        ));
-    }
-    Ok(RopeScaling::Yarn {
-        factor,
-        original,
-        beta_fast,
-        beta_slow,
-        attention_factor,
-        truncate: inner.flag("truncate")?.unwrap_or(true),
-    })
-}
 
 /// The rope of a GGUF file, as llama.cpp reads it: a factor without a type is linear, and `rope.scale_linear` is the
 /// older spelling. `factors` are those of `rope_freqs.weight`, one per pair.
@@ -327,6 +367,15 @@ pub(super) fn of_gguf(
         };
         let theta = positive(key("freq_base"))?.unwrap_or(10000.0);
         return Ok(Rope { theta, scaling });
+    }
+    // llama.cpp applies it whatever the type.
+    if let Some(own) = positive(key("scaling.attn_factor"))?
+        && own != 1.0
+    {
+        return refuse(format!(
+            "`{}` is {own} without yarn; supported: 1",
+            key("scaling.attn_factor")
+        ));
     }
     let factor = match kind {
         None => factor.unwrap_or(1.0),

@@ -138,6 +138,14 @@ impl ModelFiles {
             Source::Gguf(gguf) => gguf,
         };
         let mut found = gguf.find(&own, shape)?;
+        if shape.len() == 1 && found.dtype().block_size() > 1 {
+            return Err(Error::Tensor {
+                path: gguf.path.clone(),
+                tensor: own,
+                expected: "a vector of F32, F16 or BF16".into(),
+                found: format!("blocks of type {:?}", found.dtype()),
+            });
+        }
         if self.family.is_interleaved() {
             let layer = self.config.layers.first();
             found.interleaved = match name {
@@ -235,13 +243,6 @@ struct Held<'a> {
 impl Weights for Held<'_> {
     fn find(&self, name: &str, shape: &[usize]) -> Result<StoredTensor<'_>> {
         self.files.find(name, shape)
-    }
-    fn contains(&self, name: &str) -> bool {
-        let own = self.files.own_name(name);
-        match &self.files.source {
-            Source::Safetensors(shards) => shards.contains(&own),
-            Source::Gguf(gguf) => gguf.contains(&own),
-        }
     }
     fn form(&self) -> WeightForm {
         self.form

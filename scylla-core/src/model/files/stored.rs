@@ -16,8 +16,6 @@ use crate::{Error, Result};
 pub trait Weights {
     /// Finds a tensor of floating-point values or blocks of them, its shape checked.
     fn find(&self, name: &str, shape: &[usize]) -> Result<StoredTensor<'_>>;
-    /// Whether a tensor is there.
-    fn contains(&self, name: &str) -> bool;
     /// The form that matrices shall be held in.
     fn form(&self) -> WeightForm;
 

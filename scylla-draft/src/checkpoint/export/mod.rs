@@ -8,11 +8,11 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use scylla_core::files;
-use scylla_core::model::{ModelConfig, Weights};
+use scylla_core::model::{LayerSpec, ModelConfig, Weights};
 use scylla_core::plugin::Tap;
 use scylla_core::{Error, Result};
 
-use super::{Checkpoint, DraftConfig, Entry, Family, layer_prefix, offsets_of};
+use super::{Checkpoint, DraftConfig, Entry, Layout, layer_prefix, offsets_of};
 
 /// The layouts that can be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -120,7 +120,7 @@ pub fn export(what: &Export<'_>, dir: &Path) -> Result<Written> {
         Err(Error::Unsupported(format!(
             "{}: {} cannot be written in format {:?}{why}",
             from.dir.display(),
-            from.config.family(),
+            from.config.layout(),
             what.format
         )))
     };
@@ -132,6 +132,25 @@ pub fn export(what: &Export<'_>, dir: &Path) -> Result<Written> {
     let layers = &from.config.backbone().layers;
     if layers.iter().any(|l| l.qk_norm || l.window.is_some()) {
         return cannot(": a plain Llama layer has no norms of q and k, and no window");
+    }
+    let like_the_first = |l: &LayerSpec| {
+        let input = l.input;
+        layers.first().is_some_and(|first| {
+            *l == LayerSpec {
+                input,
+                ..first.clone()
+            }
+        })
+    };
+    let biases = |l: &LayerSpec| l.biases.q == l.biases.k && l.biases.q == l.biases.v;
+    let eps = from.config.backbone().eps;
+    if !layers
+        .iter()
+        .all(|l| like_the_first(l) && biases(l) && l.eps == eps)
+    {
+        return cannot(
+            ": its configuration describes one layer for all, with biases of q, k and v together",
+        );
     }
     let mut written = Written::default();
     let tensors = tensors(what, &mut written)?;
@@ -270,11 +289,11 @@ fn is_zero(from: &Checkpoint, shape: &[usize]) -> Result<bool> {
 }
 
 fn renamed(name: &str, what: &Export<'_>) -> String {
-    let ours = layer_prefix(what.checkpoint.config.family(), 0);
+    let ours = layer_prefix(what.checkpoint.config.layout(), 0);
     let theirs = match what.format {
         Format::Eagle | Format::Scylla => return name.into(),
-        Format::Eagle3 => layer_prefix(Family::Eagle3, 0),
-        Format::Speculators => layer_prefix(Family::Speculators, 0),
+        Format::Eagle3 => layer_prefix(Layout::Eagle3, 0),
+        Format::Speculators => layer_prefix(Layout::Speculators, 0),
     };
     match name.strip_prefix(&ours) {
         Some(rest) => format!("{theirs}{rest}"),
