@@ -6,6 +6,7 @@ JSON object.
 
 import argparse
 import json
+import os
 import statistics
 import time
 
@@ -47,7 +48,7 @@ def forward(model, cache, ids, device):
     out = model(ids, past_key_values=cache, use_cache=True)
     out.logits[0].argmax(-1).tolist()
     took = (time.perf_counter() - begun) * 1e3
-    cache.crop(-ids.shape[1]) # the older spelling of the length that is kept: all but these
+    cache.crop(-ids.shape[1])
     return took
 
 
@@ -102,7 +103,7 @@ def main():
             if shape == "smollm2":
                 ids, per_token = greedy(model, [int(i) for i in args.prompt_ids.split(",")], 64, args.device)
                 one["greedy_ms_per_token"] = per_token
-                if args.ids:
+                if args.ids and os.path.exists(args.ids):
                     texts = [json.loads(line)["ids"] for line in open(args.ids)]
                     same = [next((i for i, (a, b) in enumerate(zip(ids, t)) if a != b), 64) for t in texts]
                     one["greedy_tokens_equal_to_scylla"] = same

@@ -10,7 +10,7 @@ use scylla_core::assets::resolve;
 use scylla_core::files;
 use scylla_core::model::ModelFiles;
 use scylla_core::text::Tokenizer;
-use scylla_core::train::{AlignContext, AnswerLogits};
+use scylla_core::train::{AlignContext, AlignLoss, AnswerLogits};
 use serde_json::{Map, Value, json};
 use toml::Table;
 
@@ -269,34 +269,40 @@ impl Align {
                 found.get(&logits).cloned().map_or_else(none, Ok)?
             }
         };
-        let (mut parts, mut weights, mut norms) = (Map::new(), Map::new(), Map::new());
-        for part in &loss.parts {
-            let gradients = part.value.backward()?;
-            let weighted = part.weight * norm(gradients.get(&logits))?;
-            parts.insert(part.name.into(), json!(number(&part.value)?));
-            weights.insert(part.name.into(), json!(part.weight));
-            norms.insert(part.name.into(), json!(weighted));
-        }
-        norms.insert("total".into(), json!(norm(Some(&gradient))?));
-        let total = number(&loss.total)?;
         // What was computed is told even where its gradient cannot be kept.
+        let total = norm(Some(&gradient))?;
         let kept = match &self.output {
             Some(path) => keep(path, gradient),
             None => Ok(()),
         };
+        self.show(&loss, total, &logits)?;
+        kept
+    }
+
+    /// Prints a loss and its parts; `norm_of_total` is that of its gradient.
+    fn show(&self, loss: &AlignLoss, norm_of_total: f64, logits: &Var) -> Result<()> {
+        let (mut parts, mut weights, mut norms) = (Map::new(), Map::new(), Map::new());
+        for part in &loss.parts {
+            let gradients = part.value.backward()?;
+            let weighted = part.weight * norm(gradients.get(logits))?;
+            parts.insert(part.name.into(), json!(number(&part.value)?));
+            weights.insert(part.name.into(), json!(part.weight));
+            norms.insert(part.name.into(), json!(weighted));
+        }
+        norms.insert("total".into(), json!(norm_of_total));
+        let total = number(&loss.total)?;
         let notes: Map<String, Value> = (loss.notes.iter())
             .map(|(name, value)| (name.to_string(), json!(value)))
             .collect();
         if self.json {
-            print_json(&json!({
+            return print_json(&json!({
                 "aligner": self.aligner,
                 "total": total,
                 "parts": parts,
                 "weights": weights,
                 "gradient_norms": norms,
                 "notes": notes,
-            }))?;
-            return kept;
+            }));
         }
         let mut text = format!(
             "{:<10}{:>16}{:>12}{:>18}\n",
@@ -316,7 +322,6 @@ impl Align {
         for (name, value) in &notes {
             text += &format!("{name}: {value}\n");
         }
-        print_text(&text)?;
-        kept
+        print_text(&text)
     }
 }

@@ -5,14 +5,14 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
-use scylla_core::decode::{Cycle, Event, Finish, Job, Phases};
+use scylla_core::decode::{Cycle, Event, Finish, Job, Output, Phases};
 use scylla_core::files::read_text;
 use scylla_core::text::Message;
 use serde::Serialize;
 
 use super::{ModelOptions, open_session, print_json, print_some, print_text, say};
 use crate::experiment::{Experiment, Override};
-use crate::{Error, Registry, Result};
+use crate::{Error, Registry, Result, Session};
 
 #[derive(Args)]
 #[command(group = clap::ArgGroup::new("input").required(true))]
@@ -138,24 +138,7 @@ impl Generate {
     pub(super) fn run(self, registry: &Registry, stop: &AtomicBool) -> Result<()> {
         let experiment = self.experiment()?;
         let input = self.input()?;
-        // A wrong name is told before a model is loaded.
-        if !registry
-            .draft_names()
-            .contains(&experiment.draft.name.as_str())
-        {
-            return Err(scylla_core::Error::unknown(
-                "draft",
-                &experiment.draft.name,
-                registry.draft_names(),
-            )
-            .into());
-        }
-        registry.make_rule(
-            &experiment.verifier.name,
-            &experiment.sampling,
-            experiment.budget.width,
-            experiment.verifier.settings.clone(),
-        )?;
+        check_names(registry, &experiment)?;
         let mut session = open_session(&experiment)?;
         let prompt = match input {
             Input::Ids(ids) => ids,
@@ -192,35 +175,9 @@ impl Generate {
             return Ok(()); // the reader has left
         }
         let failed = output.failed.clone();
-        if failed.is_some() && output.ids.is_empty() {
-            // Nothing to show.
-        } else if self.json {
-            print_json(&Answer {
-                prompt_ids: prompt,
-                tau: output.tau(),
-                ids: output.ids,
-                text: output.text,
-                finish: output.finish,
-                cycles: output.cycles,
-                timings_ms: output.ms,
-            })?;
-        } else {
-            let ids = match session.tokenizer {
-                None => format!("{:?}\n", output.ids),
-                Some(_) => "\n".into(),
-            };
-            print_text(&ids)?;
-            let speed = output.cycles.iter().map(|c| c.committed).sum::<usize>() as f64
-                / output.ms.decode()
-                * 1e3;
-            say(&format!(
-                "[{} tokens, {:?}; prefill {:.0} ms, decode {:.1} tokens/s, tau {:.2}]",
-                output.ids.len(),
-                output.finish,
-                output.ms.prefill,
-                if speed.is_finite() { speed } else { 0.0 },
-                output.tau().unwrap_or(1.0)
-            ));
+        // One that failed at once has nothing to show.
+        if failed.is_none() || !output.ids.is_empty() {
+            self.show(prompt, output, &session)?;
         }
         match failed {
             Some(message) => Err(Error::Experiment(message)),
@@ -228,6 +185,55 @@ impl Generate {
             None => Ok(()),
         }
     }
+
+    /// Prints what was decoded; of a text that was streamed, its end and figures.
+    fn show(&self, prompt: Vec<u32>, output: Output, session: &Session) -> Result<()> {
+        if self.json {
+            return print_json(&Answer {
+                prompt_ids: prompt,
+                tau: output.tau(),
+                ids: output.ids,
+                text: output.text,
+                finish: output.finish,
+                cycles: output.cycles,
+                timings_ms: output.ms,
+            });
+        }
+        let ids = match session.tokenizer {
+            None => format!("{:?}\n", output.ids),
+            Some(_) => "\n".into(),
+        };
+        print_text(&ids)?;
+        let speed = output.cycles.iter().map(|c| c.committed).sum::<usize>() as f64
+            / output.ms.decode()
+            * 1e3;
+        say(&format!(
+            "[{} tokens, {:?}; prefill {:.0} ms, decode {:.1} tokens/s, tau {:.2}]",
+            output.ids.len(),
+            output.finish,
+            output.ms.prefill,
+            if speed.is_finite() { speed } else { 0.0 },
+            output.tau().unwrap_or(1.0)
+        ));
+        Ok(())
+    }
+}
+
+/// A wrong name is told before a model is loaded.
+fn check_names(registry: &Registry, experiment: &Experiment) -> Result<()> {
+    let (draft, known) = (&experiment.draft.name, registry.draft_names());
+    if !known.contains(&draft.as_str()) {
+        return Err(scylla_core::Error::unknown("draft", draft, known).into());
+    }
+    let rule = &experiment.verifier;
+    let width = experiment.budget.width;
+    registry.make_rule(
+        &rule.name,
+        &experiment.sampling,
+        width,
+        rule.settings.clone(),
+    )?;
+    Ok(())
 }
 
 enum Input {
