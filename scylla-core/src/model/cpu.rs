@@ -2,9 +2,9 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::executor::{Executor, Forms, Stack, WeightMatrix, check_specs};
+use super::executor::{Executor, Forms, Stack, WeightMatrix, check_input, check_specs, outside};
 use super::files::Weights;
-use super::rope::Rope;
+use super::rope::{Rope, occurring};
 use super::slots::{RowView, Slots, StackRows};
 use super::spec::{AttentionInput, LayerSpec};
 use crate::kernels::{
@@ -89,11 +89,6 @@ impl WeightMatrix for CpuMatrix {
     fn count(&self, forms: &mut Forms) {
         count(&self.linear, forms);
     }
-}
-
-/// The error about an id without a row.
-pub(super) fn outside(id: u32, n: usize) -> Error {
-    Error::Invalid(format!("token {id} outside the vocabulary of {n}"))
 }
 
 fn count(linear: &Linear, forms: &mut Forms) {
@@ -256,7 +251,6 @@ fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
 
 /// Cosines and sines `[positions, E / 2]`.
 struct Angles {
-    of: (Rope, usize),
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
@@ -288,17 +282,12 @@ impl CpuStack {
             true => CacheForm::F32,
             false => CacheForm::F16,
         };
-        let mut angles: Vec<Angles> = Vec::new();
-        let mut angles_of = Vec::with_capacity(layers.len());
-        for LayerWeights { spec, .. } in &layers {
-            let of = (spec.rope.clone(), spec.head_dim);
-            let known = angles.iter().position(|a| a.of == of);
-            angles_of.push(known.unwrap_or(angles.len()));
-            if known.is_none() {
-                let (cos, sin) = of.0.tables(of.1, positions);
-                angles.push(Angles { of, cos, sin });
-            }
-        }
+        let (ropes, angles_of) = occurring(layers.iter().map(|l| &l.spec));
+        let table = |(rope, head_dim): (&Rope, usize)| {
+            let (cos, sin) = rope.tables(head_dim, positions);
+            Angles { cos, sin }
+        };
+        let angles = ropes.into_iter().map(table).collect();
         Self {
             layers,
             cache_form,
@@ -487,30 +476,4 @@ impl Stack for CpuStack {
         on_layer(self.layers.len(), x);
         Ok(())
     }
-}
-
-/// Checks what a stack's first layer is given for `m` rows.
-pub(super) fn check_input(
-    first: Option<&LayerSpec>,
-    m: usize,
-    x: &Matrix,
-    beside: Option<&Matrix>,
-) -> Result<()> {
-    let Some(spec) = first else {
-        return Err(Error::Invalid("a stack of no layers".into()));
-    };
-    let width = match spec.input {
-        AttentionInput::Beside(width) => Some((m, width)),
-        _ => None,
-    };
-    let given = beside.map(|b| (b.rows(), b.columns));
-    if (x.rows(), x.columns) != (m, spec.hidden) || given != width {
-        return Err(Error::Invalid(format!(
-            "{} x {} values and {given:?} beside them, for {m} rows of {} and {width:?}",
-            x.rows(),
-            x.columns,
-            spec.hidden
-        )));
-    }
-    Ok(())
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::files::Weights;
 use super::slots::StackRows;
-use super::spec::LayerSpec;
+use super::spec::{AttentionInput, LayerSpec};
 use crate::kernels::Pool;
 use crate::plugin::{Matrix, Slot};
 use crate::{Error, Result};
@@ -77,6 +77,37 @@ pub(super) fn check_specs(layers: &[(String, LayerSpec)]) -> Result<()> {
         None if layers.is_empty() => Err(Error::Invalid("a stack of no layers".into())),
         None => Ok(()),
     }
+}
+
+/// The error about an id without a row.
+pub(super) fn outside(id: u32, n: usize) -> Error {
+    Error::Invalid(format!("token {id} outside the vocabulary of {n}"))
+}
+
+/// Checks what a stack's first layer is given for `m` rows.
+pub(super) fn check_input(
+    first: Option<&LayerSpec>,
+    m: usize,
+    x: &Matrix,
+    beside: Option<&Matrix>,
+) -> Result<()> {
+    let Some(spec) = first else {
+        return Err(Error::Invalid("a stack of no layers".into()));
+    };
+    let width = match spec.input {
+        AttentionInput::Beside(width) => Some((m, width)),
+        _ => None,
+    };
+    let given = beside.map(|b| (b.rows(), b.columns));
+    if (x.rows(), x.columns) != (m, spec.hidden) || given != width {
+        return Err(Error::Invalid(format!(
+            "{} x {} values and {given:?} beside them, for {m} rows of {} and {width:?}",
+            x.rows(),
+            x.columns,
+            spec.hidden
+        )));
+    }
+    Ok(())
 }
 
 /// Reads weights to where it computes, and computes with them.

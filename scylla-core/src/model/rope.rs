@@ -1,5 +1,7 @@
 //! Rotary positions: base, stretch, and the tables that executors rotate with.
 
+use super::spec::LayerSpec;
+
 /// How rotary frequencies are stretched for longer contexts.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
@@ -134,4 +136,20 @@ pub(super) fn yarn_attention_factor(factor: f64) -> f64 {
         true => 0.1 * factor.ln() + 1.0,
         false => 1.0,
     }
+}
+
+/// The ropes that occur in layers, each once with its head size, and which of them each layer rotates with.
+pub(super) fn occurring<'s>(
+    layers: impl Iterator<Item = &'s LayerSpec>,
+) -> (Vec<(&'s Rope, usize)>, Vec<usize>) {
+    let (mut ropes, mut of_layer) = (Vec::new(), Vec::new());
+    for spec in layers {
+        let rope = (&spec.rope, spec.head_dim);
+        let known = ropes.iter().position(|r| *r == rope);
+        of_layer.push(known.unwrap_or(ropes.len()));
+        if known.is_none() {
+            ropes.push(rope);
+        }
+    }
+    (ropes, of_layer)
 }

@@ -13,8 +13,7 @@ use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::ops::rms_norm;
 
 use super::WeightForm;
-use super::cpu::outside;
-use super::executor::{Executor, Forms, Stack, WeightMatrix, check_specs};
+use super::executor::{Executor, Forms, Stack, WeightMatrix, check_specs, outside};
 use super::files::{Raw, Weights};
 use super::spec::LayerSpec;
 use crate::plugin::Matrix;

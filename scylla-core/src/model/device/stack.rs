@@ -4,10 +4,9 @@ use candle_core::{DType, Tensor};
 use candle_nn::ops::{rms_norm, silu, softmax_last_dim};
 use candle_nn::rotary_emb::rope_thd;
 
-use super::super::cpu::check_input;
-use super::super::executor::{Forms, Stack, WeightMatrix};
+use super::super::executor::{Forms, Stack, WeightMatrix, check_input};
 use super::super::files::Weights;
-use super::super::rope::Rope;
+use super::super::rope::{Rope, occurring};
 use super::super::slots::{RowView, Slots, StackRows};
 use super::super::spec::{AttentionInput, LayerSpec};
 use super::{DeviceMatrix, OnDevice};
@@ -44,7 +43,6 @@ fn multiply(products: &[DeviceMatrix], x: &Tensor) -> Result<Tensor> {
 
 /// Cosines and sines `[positions, E / 2]` of a rope.
 struct Angles {
-    of: (Rope, usize),
     cos: Tensor,
     sin: Tensor,
 }
@@ -120,22 +118,21 @@ impl DeviceStack {
                 *norm = norm.to_dtype(dtype)?;
             }
         }
-        let (mut angles, mut angles_of): (Vec<Angles>, _) = (Vec::new(), Vec::new());
+        let (ropes, angles_of) = occurring(layers.iter().map(|l| &l.spec));
+        let table = |(rope, head_dim): (&Rope, usize)| -> Result<Angles> {
+            let (cos, sin) = rope.tables(head_dim, positions);
+            // Built in single precision and rounded last: positions are exact.
+            let rounded = |values: Vec<f32>| {
+                Tensor::from_vec(values, (positions, head_dim / 2), &on.device)?.to_dtype(dtype)
+            };
+            Ok(Angles {
+                cos: rounded(cos)?,
+                sin: rounded(sin)?,
+            })
+        };
+        let angles = ropes.into_iter().map(table).collect::<Result<_>>()?;
         let mut windows = Vec::new();
         for Layer { spec, .. } in &layers {
-            let of = (spec.rope.clone(), spec.head_dim);
-            let known = angles.iter().position(|a| a.of == of);
-            angles_of.push(known.unwrap_or(angles.len()));
-            if known.is_none() {
-                let (cos, sin) = of.0.tables(of.1, positions);
-                // Built in single precision and rounded last: positions are exact.
-                let table = |values: Vec<f32>| {
-                    let shape = (positions, of.1 / 2);
-                    Tensor::from_vec(values, shape, &on.device)?.to_dtype(dtype)
-                };
-                let (cos, sin) = (table(cos)?, table(sin)?);
-                angles.push(Angles { of, cos, sin });
-            }
             if !windows.contains(&spec.window) {
                 windows.push(spec.window);
             }
