@@ -6,6 +6,15 @@ use scylla_core::kernels::softmax::{Real, times};
 use crate::sorted::{self, Scratch};
 
 /// f32 or f64.
+///
+/// ```
+/// use multilevel_ot::Scalar;
+///
+/// fn mean<F: Scalar>(x: &[F]) -> f64 {
+///     (x.iter().copied().sum::<F>() / F::of(x.len() as f64)).wide()
+/// }
+/// assert_eq!(mean(&[1.0f32, 2.0, 6.0]), 3.0);
+/// ```
 pub trait Scalar: Real + Float + Default + std::iter::Sum {
     /// Sorts the places of probabilities, largest first; equal ones keep their order.
     fn order(x: &[Self], scratch: &mut Scratch<Self>);

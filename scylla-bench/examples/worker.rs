@@ -7,6 +7,7 @@
 //! - `{"op": "forward", "rows": m}` runs m rows behind them with the logits of each, three times, and tells the middle time;
 //! - `{"op": "decode", "prompt": [..], "new": n, "eos": [..], "set": ["draft.name=ngram", ..]}` decodes with the overrides
 //!   of an experiment;
+//! - `{"op": "parallel", "prompts": [[..], ..], "new": n}` decodes all prompts side by side;
 //! - `{"op": "prompts", "part": .., "per_task": n}` lists prompts of the project's set as token ids;
 //! - `{"op": "read"}` measures how fast all threads read memory.
 
@@ -20,11 +21,12 @@ use std::time::Instant;
 
 use scylla_bench::experiment::Experiment;
 use scylla_bench::prompts::PromptSpec;
-use scylla_bench::{Decoder, Error, Override, Registry, Result, Session, prompts};
-use scylla_core::decode::{Job, Phases, Settings};
+use scylla_bench::{Composed, Error, Override, Registry, Result, Session, prompts};
+use scylla_core::engine::{self, Engine, Event, Options as EngineOptions, Parts, Phases};
 use scylla_core::kernels::Pool;
 use scylla_core::plugin::Want;
 use scylla_core::text::Message;
+use scylla_verify::Auto;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -48,6 +50,10 @@ enum Request {
         eos: Vec<u32>,
         set: Vec<String>,
     },
+    Parallel {
+        prompts: Vec<Vec<u32>>,
+        new: usize,
+    },
     Prompts {
         part: String,
         per_task: usize,
@@ -58,7 +64,7 @@ enum Request {
 struct Worker {
     session: Session,
     registry: Registry,
-    decoders: HashMap<Vec<String>, (Experiment, Decoder)>,
+    decoders: HashMap<Vec<String>, (Experiment, Composed)>,
 }
 
 fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
@@ -98,6 +104,7 @@ impl Worker {
                 eos,
                 set,
             } => self.decode(prompt, new, eos, set),
+            Request::Parallel { prompts, new } => self.parallel(prompts, new),
             Request::Prompts { part, per_task } => self.prompts(part, per_task),
             Request::Read => Ok(json!({ "gb_per_s": read(self.session.options.threads) })),
         }
@@ -110,7 +117,7 @@ impl Worker {
         model.open(0)?;
         let begun = Instant::now();
         let mut token = None;
-        let chunk = Settings::default().prefill_chunk;
+        let chunk = EngineOptions::default().prompt_rows;
         let last = tokens.len().div_ceil(chunk) - 1;
         for (i, chunk) in tokens.chunks(chunk).enumerate() {
             let want = if i == last { Want::Last } else { Want::None };
@@ -147,27 +154,28 @@ impl Worker {
         self.session.target.model.close(0);
         if !self.decoders.contains_key(&set) {
             let experiment = Experiment::from_overrides(&Override::parse_all(&set)?)?;
-            let decoder = self.session.decoder(&self.registry, &experiment)?;
-            self.decoders.insert(set.clone(), (experiment, decoder));
+            let composed = self.session.compose(&self.registry, &experiment)?;
+            self.decoders.insert(set.clone(), (experiment, composed));
         }
-        let Some((experiment, decoder)) = self.decoders.get_mut(&set) else {
+        let Some((experiment, composed)) = self.decoders.get_mut(&set) else {
             return Err(Error::Experiment("no decoder".into()));
         };
-        let settings = Settings {
+        let request = engine::Request {
             max_new_tokens: new,
             eos,
-            ..self.session.settings(experiment)
+            ..self.session.request(experiment, composed, prompt, 0)
         };
-        let job = Job {
-            prompt,
-            sequence: 0,
-        };
+        let measured = std::mem::take(&mut composed.measured);
+        let options = experiment.run.options(1);
+        let mut engine = self.session.engine(composed, options)?;
+        engine.resume(measured);
         let begun = Instant::now();
-        let mut go_on = |_: scylla_core::decode::Event<'_>| ControlFlow::Continue(());
-        let told = self
-            .session
-            .decode(decoder, &[job], &settings, &mut go_on)?;
+        let mut go_on = |_: &Event| ControlFlow::Continue(());
+        let told = engine::decode(&mut engine, vec![request], &mut go_on);
         let whole = ms(begun);
+        let measured = engine.measured().clone();
+        drop(engine);
+        composed.measured = measured;
         let Some(output) = told.into_iter().next() else {
             return Err(Error::Experiment("no output".into()));
         };
@@ -187,6 +195,53 @@ impl Worker {
         }))
     }
 
+    /// Plain greedy decoding of as many sequences side by side. The time is that of the steps after the last prompt ended.
+    fn parallel(&mut self, prompts: Vec<Vec<u32>>, new: usize) -> Result<Value> {
+        let model = &mut self.session.target.model;
+        model.close(0);
+        let options = EngineOptions {
+            batch: prompts.len(),
+            // All prompts in one step, so that no sequence is ahead of the others.
+            prompt_rows: prompts.iter().map(Vec::len).sum::<usize>().max(1),
+            ..EngineOptions::default()
+        };
+        let mut engine = Engine::new(Parts::plain(model, Auto), options)?;
+        for prompt in prompts {
+            engine.submit(engine::Request {
+                prompt,
+                max_new_tokens: new,
+                ..engine::Request::default()
+            })?;
+        }
+        let (mut ids, mut prefill_ms, mut decode_ms) = (Vec::new(), 0.0, 0.0);
+        let mut phases = Phases::default();
+        while !engine.is_idle() {
+            let begun = Instant::now();
+            let events = engine.step();
+            let whole = ms(begun);
+            for event in events {
+                match event {
+                    Event::Step(step) if step.prompt_rows > 0 => prefill_ms += whole,
+                    Event::Step(step) => {
+                        decode_ms += whole;
+                        phases.add(&step.ms);
+                    }
+                    Event::Finished { request, output } => ids.push((request, output)),
+                    _ => {}
+                }
+            }
+        }
+        ids.sort_by_key(|(request, _)| *request);
+        if let Some(failed) = ids.iter().find_map(|(_, output)| output.failed.clone()) {
+            return Err(Error::Experiment(failed));
+        }
+        let ids: Vec<Vec<u32>> = ids.into_iter().map(|(_, output)| output.ids).collect();
+        Ok(json!({
+            "ms": decode_ms, "prefill_ms": prefill_ms, "ids": ids,
+            "forward": phases.forward, "accept": phases.accept, "commit": phases.commit,
+        }))
+    }
+
     /// The first turn of each prompt through the chat template.
     fn prompts(&self, part: String, per_task: usize) -> Result<Value> {
         let wanted = PromptSpec {
@@ -196,10 +251,7 @@ impl Worker {
         };
         let mut found = Vec::new();
         for prompt in prompts::select(prompts::load(prompts::CORE)?, &wanted)? {
-            let message = Message {
-                role: "user",
-                content: prompt.turns[0].clone(),
-            };
+            let message = Message::user(&prompt.turns[0]);
             let ids = self.session.prompt(&[message], &wanted)?;
             found.push(json!({ "id": prompt.id, "task": prompt.category, "ids": ids }));
         }

@@ -1,9 +1,9 @@
 //! Where numbers were measured.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// What a number depends on beside the experiment.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Environment {
     /// Version of this software.
     pub commit: String,

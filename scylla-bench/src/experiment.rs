@@ -2,8 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use scylla_core::engine::Options;
 use scylla_core::files::read_text;
 use scylla_core::model::WeightForm;
+use scylla_core::plugin::BudgetPolicy;
+use scylla_core::policy::{AdaptiveBudget, BudgetTable, FixedBudget, NoDrafting};
 use scylla_core::sampling::Sampling;
 use scylla_core::tree::Budget;
 use serde::{Deserialize, Serialize};
@@ -108,10 +111,51 @@ impl Default for VerifierSpec {
     }
 }
 
-/// Limits of the trees.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// How much is drafted: limits of the trees, and who chooses within them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct BudgetSpec {
+    /// Nodes verified, root included.
+    pub total: usize,
+    /// Children per node.
+    pub width: usize,
+    /// Expansion steps after level 0.
+    pub depth: usize,
+    /// Who chooses.
+    #[serde(skip_serializing_if = "PolicyKind::is_fixed")]
+    pub policy: PolicyKind,
+    /// For `table`: budgets by batch. They take the place of the limits above.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub table: Vec<TableRow>,
+}
+
+/// Who chooses the budget of a step.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PolicyKind {
+    /// The limits are the budget.
+    #[default]
+    Fixed,
+    /// What pays by measured costs and recent acceptance, within the limits.
+    Adaptive,
+    /// A table of budgets by batch.
+    Table,
+    /// Nothing is drafted.
+    Off,
+}
+
+impl PolicyKind {
+    fn is_fixed(&self) -> bool {
+        *self == Self::Fixed
+    }
+}
+
+/// The budget for batches from a size on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TableRow {
+    /// The smallest batch.
+    pub batch: usize,
     /// Nodes verified, root included.
     pub total: usize,
     /// Children per node.
@@ -132,17 +176,61 @@ impl From<Budget> for BudgetSpec {
             total: b.total,
             width: b.width,
             depth: b.depth,
+            policy: PolicyKind::Fixed,
+            table: Vec::new(),
         }
     }
 }
 
-impl From<BudgetSpec> for Budget {
-    fn from(b: BudgetSpec) -> Self {
-        Self {
-            total: b.total,
-            width: b.width,
-            depth: b.depth,
+impl BudgetSpec {
+    fn by_batch(&self) -> Result<BudgetTable> {
+        let row = |r: &TableRow| {
+            let budget = Budget {
+                total: r.total,
+                width: r.width,
+                depth: r.depth,
+            };
+            (r.batch, budget)
+        };
+        Ok(BudgetTable::new(self.table.iter().map(row).collect())?)
+    }
+
+    /// What a request may draft at most.
+    pub fn limits(&self) -> Budget {
+        match self.policy {
+            PolicyKind::Off => Budget::OFF,
+            PolicyKind::Table => self.by_batch().map_or(Budget::OFF, |table| table.most()),
+            PolicyKind::Fixed | PolicyKind::Adaptive => Budget {
+                total: self.total,
+                width: self.width,
+                depth: self.depth,
+            },
         }
+    }
+
+    /// Who chooses.
+    ///
+    /// # Errors
+    /// If a table is asked for that is none.
+    pub fn policy(&self) -> Result<Box<dyn BudgetPolicy>> {
+        Ok(match self.policy {
+            PolicyKind::Fixed => Box::new(FixedBudget),
+            PolicyKind::Adaptive => Box::new(AdaptiveBudget::default()),
+            PolicyKind::Table => Box::new(self.by_batch()?),
+            PolicyKind::Off => Box::new(NoDrafting),
+        })
+    }
+
+    /// Checks ranges, and that a table is there where one is asked for, and only there.
+    fn check(&self) -> Result<()> {
+        if self.policy == PolicyKind::Table {
+            self.by_batch()?;
+        } else if !self.table.is_empty() {
+            return Err(Error::Experiment(
+                "budget.table is given, and budget.policy is not table".into(),
+            ));
+        }
+        Ok(self.limits().check()?)
     }
 }
 
@@ -163,6 +251,17 @@ pub struct Run {
     pub max_new_tokens: usize,
     /// Sequences decoded side by side.
     pub batch: usize,
+    /// Several of them, compared one after the other; empty takes `batch` alone.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub batches: Vec<usize>,
+    /// Conversations that begin in a second, at random times; 0: another begins when one ends.
+    pub rate: f64,
+    /// Rows of prompts that run in one step.
+    pub prompt_rows: usize,
+    /// MiB for caches of sequences; 0 sets no limit.
+    pub cache_mib: usize,
+    /// Sequences whose rows are kept for prompts that begin alike.
+    pub kept: usize,
     /// Decodes past EOS.
     pub ignore_eos: bool,
     /// Texts that end a sequence.
@@ -180,9 +279,34 @@ impl Default for Run {
             device: "cpu".into(),
             max_new_tokens: 128,
             batch: 1,
+            batches: Vec::new(),
+            rate: 0.0,
+            prompt_rows: 128,
+            cache_mib: 0,
+            kept: 0,
             ignore_eos: false,
             stop: Vec::new(),
             output: PathBuf::new(),
+        }
+    }
+}
+
+impl Run {
+    /// The batches that are compared.
+    pub fn batches(&self) -> Vec<usize> {
+        match self.batches.is_empty() {
+            true => vec![self.batch],
+            false => self.batches.clone(),
+        }
+    }
+
+    /// How an engine is run for a batch of this size.
+    pub fn options(&self, batch: usize) -> Options {
+        Options {
+            batch,
+            prompt_rows: self.prompt_rows,
+            memory: (self.cache_mib > 0).then_some(self.cache_mib << 20),
+            kept: self.kept,
         }
     }
 }
@@ -226,15 +350,29 @@ impl Experiment {
         let bad = |message: String| Err(Error::Experiment(message));
         self.sampling.check()?;
         self.prompts.date()?;
-        Budget::from(self.budget).check()?;
+        self.budget.check()?;
         if self.run.batch == 0 || self.run.repeats == 0 || self.run.max_new_tokens == 0 {
             return bad(format!(
                 "run.batch {}, run.repeats {} and run.max_new_tokens {} must each be at least 1",
                 self.run.batch, self.run.repeats, self.run.max_new_tokens
             ));
         }
-        if self.run.batch > 256 {
-            return bad(format!("run.batch {} is above 256", self.run.batch));
+        let run = &self.run;
+        let batches = run.batches.iter().chain([&run.batch]);
+        if let Some(batch) = batches.into_iter().find(|b| !(1..=256).contains(*b)) {
+            return bad(format!("a batch of {batch}: it must be 1 to 256"));
+        }
+        if run.prompt_rows == 0 || run.kept > 256 {
+            return bad(format!(
+                "run.prompt_rows {} must be at least 1, and run.kept {} at most 256",
+                run.prompt_rows, run.kept
+            ));
+        }
+        if !(run.rate.is_finite() && run.rate >= 0.0) {
+            return bad(format!(
+                "run.rate {} must be a number of conversations a second, 0 for none",
+                run.rate
+            ));
         }
         if !["dev", "test", "all"].contains(&self.prompts.part.as_str()) {
             return Err(scylla_core::Error::unknown(

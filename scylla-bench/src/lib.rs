@@ -24,6 +24,7 @@ pub mod experiment;
 pub mod prompts;
 
 mod registry;
+pub mod runs;
 mod session;
 pub mod stats;
 mod terminal;
@@ -33,4 +34,4 @@ pub use environment::Environment;
 pub use error::{Error, Result};
 pub use experiment::Override;
 pub use registry::{AUTO, PLAIN, Registry};
-pub use session::{Decoder, Session};
+pub use session::{Composed, Session, Wording};

@@ -1,8 +1,12 @@
 //! Drafts, rules and aligners by name. A new method is one file in its crate and one line here.
 
-use scylla_core::plugin::{DraftModel, Verifier};
+use std::sync::Arc;
+
+use scylla_core::plugin::{DraftModel, Rules, Verifier};
 use scylla_core::sampling::Sampling;
 use scylla_core::train::Aligner;
+use scylla_core::tree::Drawing;
+use scylla_verify::Auto;
 
 use crate::Result;
 use crate::context::{AlignerContext, DraftContext};
@@ -122,15 +126,13 @@ impl Registry {
         sampling: &Sampling,
         width: usize,
         settings: toml::Table,
-    ) -> Result<Box<dyn Verifier>> {
-        let name = match name {
-            AUTO if sampling.is_greedy() => "greedy",
-            AUTO if width <= 1 => "chain",
-            AUTO => "traversal",
-            name => name,
-        };
+    ) -> Result<Arc<dyn Verifier>> {
+        // What a draft declares of its trees does not matter to this choice.
+        let fitting = || Auto.choose(Drawing::Deterministic, width, sampling);
+        let fitting = (name == AUTO).then(fitting);
+        let name = fitting.as_ref().map_or(name, |rule| rule.name());
         match self.rules.iter().find(|(n, _)| n == name) {
-            Some((_, make)) => make(settings),
+            Some((_, make)) => make(settings).map(Arc::from),
             None => {
                 let known = std::iter::once(AUTO).chain(self.rule_names());
                 Err(scylla_core::Error::unknown("rule", name, known).into())

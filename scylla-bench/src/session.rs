@@ -1,16 +1,17 @@
 //! A loaded target with its tokenizer, and the decoders made for it.
 
 use std::cell::OnceCell;
-use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use jiff::ZonedDateTime;
 use jiff::civil::DateTime;
+use scylla_core::Target;
 use scylla_core::assets::{self, OnProgress};
-use scylla_core::decode::{Event, Job, Output, Parts, Settings, decode};
-use scylla_core::model::{LoadOptions, Loaded, ModelFiles, load, parse_device};
-use scylla_core::plugin::{DraftModel, FixedBudget, Verifier};
-use scylla_core::text::{Message, Tokenizer, eos_of_model, no_tokenizer};
+use scylla_core::engine::{Draft, Engine, Measured, Options, Parts, Request};
+use scylla_core::model::{LoadOptions, Loaded, ModelFiles, parse_device};
+use scylla_core::plugin::{BudgetPolicy, DraftModel, Verifier};
+use scylla_core::text::{Message, Tokenizer};
 
 use crate::context::DraftContext;
 use crate::environment::{Environment, commit, cpu};
@@ -24,7 +25,7 @@ pub struct Session {
     /// The target.
     pub target: Loaded,
     /// Its tokenizer, where it has one.
-    pub tokenizer: Option<Tokenizer>,
+    pub tokenizer: Option<Arc<Tokenizer>>,
     /// Ids that end a sequence.
     pub eos: Vec<u32>,
     /// Its directory or file.
@@ -35,22 +36,37 @@ pub struct Session {
     pub notes: Vec<String>,
     /// The date and time that the chat template is told, the same as long as the session lasts.
     pub date: DateTime,
+    /// How conversations become ids.
+    pub wording: Wording,
     device: String,
-    /// What is said where a tokenizer is needed and there is none.
-    no_tokenizer: String,
     /// The files that its hash is of.
     hashed: Vec<PathBuf>,
     hash: OnceCell<String>,
 }
 
-/// A draft and a rule, made for a session's target.
-pub struct Decoder {
+/// How conversations become ids: apart from the model, which is busy while they do.
+pub struct Wording {
+    tokenizer: Option<Arc<Tokenizer>>,
+    /// What is said where a tokenizer is needed and there is none.
+    no_tokenizer: String,
+    /// Positions a slot holds, the most that the model was made for, and whether the former was asked for.
+    positions: usize,
+    most: usize,
+    asked: bool,
+}
+
+/// A draft, a rule and a budget policy, made for a session's target.
+pub struct Composed {
     /// Name of the draft.
     pub name: String,
-    draft: Option<Box<dyn DraftModel>>,
+    /// What proposes; `None` decodes plainly.
+    pub draft: Option<Box<dyn DraftModel>>,
     /// The rule.
-    pub verifier: Box<dyn Verifier>,
-    policy: FixedBudget,
+    pub rule: Arc<dyn Verifier>,
+    /// How much is drafted.
+    pub policy: Box<dyn BudgetPolicy>,
+    /// What its engines have measured until now.
+    pub measured: Measured,
 }
 
 impl Session {
@@ -64,34 +80,40 @@ impl Session {
             context: experiment.target.context,
             device: parse_device(&experiment.run.device)?,
         };
-        // The weights first: what the tokenizer needs for a moment only then lies above them, and is given back.
-        let target = load(&files, &options)?;
-        let mut tokenizer = Tokenizer::of_model(&files)?;
+        let Target {
+            loaded: target,
+            mut tokenizer,
+            eos,
+            mut notes,
+            no_tokenizer,
+        } = Target::of_files(&files, &options)?;
         let prompts = &experiment.prompts;
         let named = Some(prompts.template.as_str()).filter(|name| !name.is_empty());
-        let mut notes = files.notes.clone();
         let date = prompts
             .date()?
             .unwrap_or_else(|| ZonedDateTime::now().datetime());
-        let eos = match &mut tokenizer {
-            Some(tokenizer) => {
-                tokenizer.choose_template(named, Some(date))?;
-                if !prompts.raw && tokenizer.template_lacks_bos() {
-                    notes.push(
-                        "the chat template puts no BOS in front, so conversations begin without one, as with transformers; \
-                         raw prompts get it"
-                            .into(),
-                    );
-                }
-                tokenizer.eos().to_vec()
+        if let Some(tokenizer) = &mut tokenizer {
+            tokenizer.choose_template(named, Some(date))?;
+            if !prompts.raw && tokenizer.template_lacks_bos() {
+                notes.push(
+                    "the chat template puts no BOS in front, so conversations begin without one, as with transformers; \
+                     raw prompts get it"
+                        .into(),
+                );
             }
-            None => eos_of_model(&files)?,
-        };
+        }
+        let tokenizer = tokenizer.map(Arc::new);
         Ok(Self {
+            wording: Wording {
+                tokenizer: tokenizer.clone(),
+                no_tokenizer,
+                positions: target.model.shape().context,
+                most: target.config.context,
+                asked: options.context > 0,
+            },
             target,
             tokenizer,
             eos,
-            no_tokenizer: no_tokenizer(&files),
             hashed: files.files(),
             path,
             options,
@@ -131,7 +153,126 @@ impl Session {
 
     /// The tokenizer, or an error that says what else to do.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
-        self.tokenizer.as_ref().ok_or_else(|| {
+        self.wording.tokenizer()
+    }
+
+    /// As [`Wording::prompt`].
+    pub fn prompt(&self, messages: &[Message], how: &PromptSpec) -> Result<Vec<u32>> {
+        self.wording.prompt(messages, how)
+    }
+
+    /// Tokens the tokenizer knows; without one, the target's vocabulary.
+    pub fn known_tokens(&self) -> usize {
+        let vocab = self.target.config.vocab;
+        self.tokenizer.as_ref().map_or(vocab, |t| t.size())
+    }
+
+    /// Makes the draft, the rule and the policy of an experiment.
+    pub fn compose(&self, registry: &Registry, experiment: &Experiment) -> Result<Composed> {
+        let spec = &experiment.draft;
+        let context = DraftContext {
+            target: self.target.model.shape(),
+            dir: spec.dir.clone(),
+            session: self,
+        };
+        let rule = &experiment.verifier;
+        Ok(Composed {
+            name: spec.name.clone(),
+            draft: registry.make_draft(&spec.name, &context, spec.settings.clone())?,
+            rule: registry.make_rule(
+                &rule.name,
+                &experiment.sampling,
+                experiment.budget.limits().width,
+                rule.settings.clone(),
+            )?,
+            policy: experiment.budget.policy()?,
+            measured: Measured::default(),
+        })
+    }
+
+    /// A request as an experiment has it, of a prompt whose random stream is that of `sequence`.
+    pub fn request(
+        &self,
+        experiment: &Experiment,
+        rule: &Composed,
+        prompt: Vec<u32>,
+        sequence: u64,
+    ) -> Request {
+        request(
+            experiment,
+            &self.eos,
+            self.tokenizer.as_deref(),
+            rule,
+            prompt,
+            sequence,
+        )
+    }
+
+    /// An engine of the session's target and a decoder made for it.
+    ///
+    /// # Errors
+    /// If an option is out of range.
+    pub fn engine<'a>(
+        &'a mut self,
+        composed: &'a mut Composed,
+        options: Options,
+    ) -> Result<Engine<'a>> {
+        engine(&mut self.target, self.tokenizer.as_ref(), composed, options)
+    }
+}
+
+/// A request as an experiment has it.
+pub(crate) fn request(
+    experiment: &Experiment,
+    eos: &[u32],
+    tokenizer: Option<&Tokenizer>,
+    composed: &Composed,
+    prompt: Vec<u32>,
+    sequence: u64,
+) -> Request {
+    Request {
+        prompt,
+        sequence,
+        sampling: experiment.sampling.clone(),
+        seed: experiment.run.seed,
+        max_new_tokens: experiment.run.max_new_tokens,
+        eos: match experiment.run.ignore_eos {
+            true => Vec::new(),
+            false => eos.to_vec(),
+        },
+        stops: experiment.run.stop.clone(),
+        budget: experiment.budget.limits(),
+        rule: Some(Arc::clone(&composed.rule)),
+        lossy: experiment.verifier.lossy,
+        known_tokens: tokenizer.map(Tokenizer::size),
+        trees: false,
+    }
+}
+
+/// An engine of borrowed parts.
+pub(crate) fn engine<'a>(
+    target: &'a mut Loaded,
+    tokenizer: Option<&Arc<Tokenizer>>,
+    composed: &'a mut Composed,
+    options: Options,
+) -> Result<Engine<'a>> {
+    let parts = Parts {
+        target: Box::new(&mut target.model),
+        draft: composed
+            .draft
+            .as_mut()
+            .map(|model| Draft::new(composed.name.clone(), model)),
+        rules: Arc::new(Arc::clone(&composed.rule)),
+        policy: Box::new(&mut composed.policy),
+        tokenizer: tokenizer.cloned(),
+    };
+    Ok(Engine::new(parts, options)?)
+}
+
+impl Wording {
+    /// The tokenizer, or an error that says what else to do.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        self.tokenizer.as_deref().ok_or_else(|| {
             Error::Experiment(format!(
                 "this model has no tokenizer; give token ids (--prompt-ids). {}",
                 self.no_tokenizer
@@ -180,15 +321,12 @@ impl Session {
     /// # Errors
     /// Says what to set if it does not.
     pub fn check_length(&self, prompt: &[u32]) -> Result<()> {
-        let (positions, most) = (
-            self.target.model.shape().context,
-            self.target.config.context,
-        );
+        let (positions, most) = (self.positions, self.most);
         if prompt.len() < positions {
             return Ok(());
         }
-        let usual = match self.options.context {
-            0 if positions < most => ", which is taken unless another is asked for",
+        let usual = match self.asked {
+            false if positions < most => ", which is taken unless another is asked for",
             _ => "",
         };
         let advice = match positions < most {
@@ -201,78 +339,5 @@ impl Session {
             "the prompt has {} tokens, which leave no room for an answer in the context of {positions}{usual}; {advice}",
             prompt.len()
         )))
-    }
-
-    /// Tokens the tokenizer knows; without one, the target's vocabulary.
-    pub fn known_tokens(&self) -> usize {
-        let vocab = self.target.config.vocab;
-        self.tokenizer.as_ref().map_or(vocab, Tokenizer::size)
-    }
-
-    /// Makes the draft and the rule of an experiment.
-    pub fn decoder(&self, registry: &Registry, experiment: &Experiment) -> Result<Decoder> {
-        let spec = &experiment.draft;
-        let context = DraftContext {
-            target: self.target.model.shape(),
-            dir: spec.dir.clone(),
-            session: self,
-        };
-        let rule = &experiment.verifier;
-        Ok(Decoder {
-            name: spec.name.clone(),
-            draft: registry.make_draft(&spec.name, &context, spec.settings.clone())?,
-            verifier: registry.make_rule(
-                &rule.name,
-                &experiment.sampling,
-                experiment.budget.width,
-                rule.settings.clone(),
-            )?,
-            policy: FixedBudget(experiment.budget.into()),
-        })
-    }
-
-    /// The loop's settings of an experiment.
-    pub fn settings(&self, experiment: &Experiment) -> Settings {
-        Settings {
-            sampling: experiment.sampling.clone(),
-            seed: experiment.run.seed,
-            max_new_tokens: experiment.run.max_new_tokens,
-            eos: if experiment.run.ignore_eos {
-                Vec::new()
-            } else {
-                self.eos.clone()
-            },
-            stops: experiment.run.stop.clone(),
-            batch: experiment.run.batch,
-            lossy: experiment.verifier.lossy,
-            known_tokens: self.tokenizer.as_ref().map(Tokenizer::size),
-            ..Settings::default()
-        }
-    }
-
-    /// Decodes jobs; without any, only what can be known beforehand is checked.
-    pub fn decode(
-        &mut self,
-        decoder: &mut Decoder,
-        jobs: &[Job],
-        settings: &Settings,
-        on_event: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
-    ) -> Result<Vec<Output>> {
-        let mut parts = Parts {
-            target: self.target.model.as_mut(),
-            draft: match &mut decoder.draft {
-                Some(draft) => Some((&decoder.name, draft.as_mut())),
-                None => None,
-            },
-            verifier: decoder.verifier.as_ref(),
-            policy: &mut decoder.policy,
-        };
-        Ok(decode(
-            &mut parts,
-            jobs,
-            settings,
-            self.tokenizer.as_ref(),
-            on_event,
-        )?)
     }
 }

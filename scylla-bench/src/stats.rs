@@ -1,10 +1,12 @@
 //! Numbers of a run: acceptance by depth, medians and spreads.
 
-use scylla_core::decode::{Cycle, Output, Phases};
-use serde::Serialize;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use scylla_core::engine::{Cycle, Output, Phases};
+use serde::{Deserialize, Serialize};
 
 /// Median, smallest and largest of repeated measurements.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Spread {
     /// The middle value; of an even number, the mean of the middle two.
     pub median: f64,
@@ -22,6 +24,69 @@ pub fn spread(values: &[f64]) -> Option<Spread> {
     let n = sorted.len();
     let median = (sorted[(n - 1) / 2] + sorted[n / 2]) / 2.0;
     Some(Spread { median, min, max })
+}
+
+/// A value and an interval that holds it with 95 % confidence.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Interval {
+    /// Of all that was measured.
+    pub value: f64,
+    /// The lower end.
+    pub low: f64,
+    /// The upper end.
+    pub high: f64,
+}
+
+/// Resamples of a bootstrap.
+const RESAMPLES: usize = 2000;
+
+/// A statistic of `n` units (prompts), and the middle 95 % of its values over resamples of them, drawn with replacement:
+/// the percentile bootstrap. The draws are the same every time. `None` without a unit, or where it has no value.
+pub fn interval(n: usize, statistic: impl Fn(&[usize]) -> f64) -> Option<Interval> {
+    if n == 0 {
+        return None;
+    }
+    let value = statistic(&(0..n).collect::<Vec<_>>());
+    let mut rng = StdRng::seed_from_u64(0);
+    let mut resample = || -> Vec<usize> { (0..n).map(|_| rng.random_range(0..n)).collect() };
+    let mut values: Vec<f64> = (0..RESAMPLES).map(|_| statistic(&resample())).collect();
+    values.retain(|v| v.is_finite());
+    values.sort_by(f64::total_cmp);
+    let at = |share: f64| quantile(&values, share);
+    let (low, high) = (at(0.025)?, at(0.975)?);
+    value.is_finite().then_some(Interval { value, low, high })
+}
+
+/// The value below which a share of sorted ones lies, between the two nearest in proportion.
+fn quantile(sorted: &[f64], share: f64) -> Option<f64> {
+    let place = share * sorted.len().checked_sub(1)? as f64;
+    let (low, high) = (
+        sorted[place.floor() as usize],
+        sorted[place.ceil() as usize],
+    );
+    Some(low + (high - low) * place.fract())
+}
+
+/// Median and upper quantiles of a time that users wait for.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Quantiles {
+    /// Half are below it.
+    pub median: f64,
+    /// 95 % are below it.
+    pub p95: f64,
+    /// 99 % are below it.
+    pub p99: f64,
+}
+
+/// Summarises times; `None` when there is none.
+pub fn quantiles(values: &[f64]) -> Option<Quantiles> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    Some(Quantiles {
+        median: quantile(&sorted, 0.5)?,
+        p95: quantile(&sorted, 0.95)?,
+        p99: quantile(&sorted, 0.99)?,
+    })
 }
 
 /// Acceptance rate of each depth given that the depth above it was accepted; `None` where nothing was offered.
@@ -208,8 +273,27 @@ mod tests {
             ranks: vec![0; accepted],
             offered: (0..=accepted).map(|d| usize::from(d < depth)).collect(),
             cut,
-            ms: Phases::default(),
+            step: 0,
         }
+    }
+
+    #[test]
+    fn an_interval_over_units_is_the_same_every_time_and_as_wide_as_they_differ() {
+        let values = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0];
+        let mean = |of: &[usize]| of.iter().map(|&i| values[i]).sum::<f64>() / of.len() as f64;
+        let found = interval(values.len(), mean).expect("an interval");
+        assert_eq!(Some(found), interval(values.len(), mean));
+        assert_eq!(found.value, 4.5);
+        // Standard error of the resampled mean: sqrt(5.25 / 8) = 0.81; 1.96 of them to each side, in steps of 1/8.
+        assert!(
+            (found.low - 2.9).abs() < 0.25 && (found.high - 6.1).abs() < 0.25,
+            "{found:?}"
+        );
+        let same = interval(3, |_| 2.0).expect("an interval");
+        assert_eq!((same.low, same.high), (2.0, 2.0));
+        assert_eq!(interval(0, |_| 1.0), None);
+        assert_eq!(quantiles(&[3.0, 1.0, 2.0]).map(|q| q.median), Some(2.0));
+        assert_eq!(quantiles(&[]), None);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The summary as a table on the terminal.
 
 use crate::bench::{Row, Summary};
-use crate::stats::Spread;
+use crate::experiment::PolicyKind;
+use crate::stats::{Interval, Quantiles, Spread};
 
 /// Renders columns of text, the first left-aligned, the others right-aligned.
 fn aligned(rows: &[Vec<String>], left: usize) -> String {
@@ -43,14 +44,68 @@ fn spread(value: Option<Spread>, digits: usize) -> String {
     }
 }
 
-fn cells(row: &Row) -> Vec<String> {
-    let name = match row.draft == crate::registry::PLAIN {
-        true => "plain".into(),
-        false => format!(
-            "{} {}/{}/{}",
-            row.draft, row.budget.total, row.budget.width, row.budget.depth
-        ),
+fn interval(value: Option<Interval>) -> String {
+    match value {
+        Some(i) => format!("{:.2} ({:.2}-{:.2})", i.value, i.low, i.high),
+        None => "-".into(),
+    }
+}
+
+fn quantiles(value: Option<Quantiles>) -> String {
+    match value {
+        Some(q) => format!("{:.1} {:.1} {:.1}", q.median, q.p95, q.p99),
+        None => "-".into(),
+    }
+}
+
+/// The draft with what it may propose, and who chooses that.
+fn name(row: &Row) -> String {
+    if row.draft == crate::registry::PLAIN {
+        return "plain".into();
+    }
+    let b = &row.budget;
+    let limits = b.limits();
+    let policy = match b.policy {
+        PolicyKind::Fixed => String::new(),
+        other => format!(" {other:?}").to_lowercase(),
     };
+    format!(
+        "{} {}/{}/{}{policy}",
+        row.draft, limits.total, limits.width, limits.depth
+    )
+}
+
+/// What users of a batch see, one line per batch and decoder.
+fn by_batch(rows: &[Row]) -> String {
+    let head = [
+        "batch",
+        "draft total/width/depth",
+        "tau",
+        "tokens/s with prompts (min-max)",
+        "speed-up of decoding (95 %)",
+        "first token, ms: median p95 p99",
+        "a token, ms: median p95 p99",
+    ];
+    let mut lines = vec![head.map(String::from).to_vec()];
+    let last = rows.last().map(|row| row.task.clone());
+    for row in rows.iter().filter(|row| Some(&row.task) == last.as_ref()) {
+        lines.push(vec![
+            match row.rate > 0.0 {
+                true => format!("{} at {}/s", row.batch, row.rate),
+                false => row.batch.to_string(),
+            },
+            name(row),
+            row.tau.map_or("-".into(), |t| format!("{t:.2}")),
+            spread(row.throughput, 1),
+            interval(row.speedup_interval),
+            quantiles(row.first_token_ms),
+            quantiles(row.token_ms),
+        ]);
+    }
+    aligned(&lines, 2)
+}
+
+fn cells(row: &Row) -> Vec<String> {
     let alpha: Vec<String> = row
         .alpha
         .iter()
@@ -60,7 +115,7 @@ fn cells(row: &Row) -> Vec<String> {
     let share = |v: f64| format!("{:.1}", v * 100.0);
     vec![
         row.task.clone(),
-        name,
+        name(row),
         row.rule.clone(),
         row.prompts.to_string(),
         row.tokens.to_string(),
@@ -71,7 +126,7 @@ fn cells(row: &Row) -> Vec<String> {
             alpha.join(" ")
         },
         spread(row.tokens_per_s, 1),
-        spread(row.speedup, 2),
+        interval(row.speedup_interval),
         share(row.time_share.propose),
         share(row.time_share.forward),
         share(row.time_share.accept),
@@ -92,7 +147,7 @@ pub(crate) fn summary(summary: &Summary) -> String {
         "tau",
         "alpha 1-3",
         "tokens/s (min-max)",
-        "speed-up (min-max)",
+        "speed-up (95 %)",
         "propose%",
         "forward%",
         "accept%",
@@ -100,17 +155,30 @@ pub(crate) fn summary(summary: &Summary) -> String {
         "= plain",
     ];
     let mut lines = vec![head.map(String::from).to_vec()];
-    let mut task = "";
+    let mut before: Option<(&str, usize)> = None;
+    let several = summary
+        .rows
+        .iter()
+        .any(|row| row.batch > 1 || row.rate > 0.0);
     for row in &summary.rows {
-        if !task.is_empty() && task != row.task {
+        let here = (row.task.as_str(), row.batch);
+        if before.is_some_and(|before| before != here) {
             lines.push(Vec::new());
         }
-        task = &row.task;
-        lines.push(cells(row));
+        before = Some(here);
+        let mut cells = cells(row);
+        if several {
+            cells[0] = format!("{} x {}", row.batch, row.task);
+        }
+        lines.push(cells);
+    }
+    let mut out = aligned(&lines, 3);
+    if several {
+        out.push('\n');
+        out.push_str(&by_batch(&summary.rows));
     }
     let e = &summary.environment;
     let mib = |b: u64| b as f64 / (1 << 20) as f64;
-    let mut out = aligned(&lines, 3);
     out.push_str(&format!(
         "\n{} | {} threads | {} {} | weights {} | commit {} | target {}\n",
         e.cpu,
@@ -130,6 +198,6 @@ pub(crate) fn summary(summary: &Summary) -> String {
             mib(m.cache_bytes)
         ));
     }
-    out.push_str("tau counts the bonus token (plain = 1.00); speeds are medians over repeats of decoding alone, prefill apart\n");
+    out.push_str("tau counts the bonus token (plain = 1.00); speeds are medians over repeats of decoding alone, prefill apart; speed-ups are paired by prompt, with the middle 95 % over resampled prompts\n");
     out
 }

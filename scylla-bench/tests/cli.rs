@@ -401,6 +401,14 @@ fn bench_prints_and_writes_what_scripts_rely_on() {
             .lines()
             .map(|l| serde_json::from_str(l).expect("JSON"))
             .collect();
+        // What was written is read.
+        let run = scylla_bench::runs::read(&dir).expect("a run");
+        assert_eq!(run.summary.format, scylla_bench::runs::VERSION);
+        assert_eq!(run.cycles.len(), trace.lines().count() - 1);
+        let of_cycles: usize = run.cycles.iter().map(|c| c.record.nodes).sum();
+        let of_steps: usize = run.steps.iter().map(|s| s.record.rows).sum();
+        assert_eq!(of_cycles, of_steps);
+        assert!(run.steps.iter().all(|s| s.record.ms.forward > 0.0));
         // tau of the summary is that of the trace.
         let ngram: Vec<&Value> = lines.iter().filter(|l| l["decoder"] == 1).collect();
         let committed: u64 = ngram
@@ -526,10 +534,15 @@ fn the_default_model_is_not_fetched_without_network_and_says_where_to_put_it() {
 }
 
 #[test]
-fn the_readme_shows_the_example_draft_as_it_is_compiled() {
+fn the_readme_shows_the_example_decoder_as_it_is_compiled() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let example = std::fs::read_to_string(root.join("examples/custom_draft.rs")).expect("example");
-    let readme = std::fs::read_to_string(root.join("../README.md")).expect("README");
-    assert!(readme.contains(&example));
-    assert!(example.lines().count() <= 40);
+    let read = |path: &str| std::fs::read_to_string(root.join(path)).expect(path);
+    let (readme, example) = (read("../README.md"), read("examples/decoder.rs"));
+    let (_, program) = example
+        .split_once('\n')
+        .expect("a first line that says what it is");
+    assert!(readme.contains(program));
+    assert!(read("examples/custom_draft.rs").lines().count() <= 40);
+    assert!(readme.lines().count() <= 150);
+    assert!(readme.lines().all(|line| line.chars().count() <= 160));
 }

@@ -4,6 +4,7 @@
 //! takes every random decision through [`scylla_core::plugin::Chance`]; it runs no model. [`prove()`] enumerates those
 //! decisions, and with them the law of what a rule commits.
 
+mod auto;
 mod block;
 mod chain;
 mod deterministic_tree;
@@ -18,6 +19,7 @@ mod traversal;
 mod typical;
 mod weights;
 
+pub use auto::Auto;
 pub use block::Block;
 pub use chain::Chain;
 pub use deterministic_tree::DeterministicTree;

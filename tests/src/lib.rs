@@ -1,6 +1,8 @@
 //! What the integration tests share: random tiny models in every file format, and where larger inputs lie.
 
 pub mod answers;
+mod bench;
+mod decode;
 mod drafts;
 mod random;
 mod tiny;
@@ -17,6 +19,8 @@ use scylla_core::model::{
 };
 use scylla_core::plugin::{SlotRows, Step, TargetModel, Want};
 
+pub use bench::{Bench, NETWORKS, TINY};
+pub use decode::{decode_prompts, refusal, whole};
 pub use drafts::{DraftTensor, TinyDraft};
 pub use random::{RandomWeights, llama_shape};
 pub use tiny::{

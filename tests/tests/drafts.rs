@@ -1,178 +1,28 @@
 //! What every draft must hold: greedy text unchanged, trees within bounds, slots that do not see one another, exact laws.
 
 use std::cell::Cell;
-use std::ops::ControlFlow;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
-use safetensors::Dtype;
 use scylla_core::chance::Seeded;
-use scylla_core::decode::{Event, Job, Output, Parts, Settings, decode};
-use scylla_core::model::{Executor, LoadOptions, Loaded, ModelFiles, load_on};
+use scylla_core::engine::Request as Asked;
+use scylla_core::model::ModelFiles;
 use scylla_core::plugin::{
-    Chance, Committed, DraftModel, FixedBudget, Matrix, Request, SlotRows, Step, TargetModel,
-    Verifier, Want,
+    Chance, Committed, DraftModel, Matrix, Request, SlotRows, Step, TargetModel, Verifier, Want,
 };
 use scylla_core::sampling::Sampling;
 use scylla_core::tabular::Law;
 use scylla_core::tree::{Budget, Drawing, Tree};
-use scylla_draft::network::{self, DraftHost, DraftLm};
+use scylla_draft::network::{self, DraftLm};
 use scylla_draft::tree::{Scored, TreeDraft, TreeKind, TreeSettings};
 use scylla_draft::{Ngram, Suffix};
-use scylla_tests::{NEAR_TIE, Tiny, TinyDraft, on_device, parting, write_hf};
+use scylla_tests::{Bench, NEAR_TIE, NETWORKS, TINY, Tiny, parting, refusal, whole};
 use scylla_verify::prove::prove;
 use scylla_verify::{
     Block, Chain, DeterministicTree, Greedy, RrsWithoutReplacement, SpecInfer, Traversal,
 };
 use serde_json::json;
-
-/// A small vocabulary, so that random drafts are accepted now and then; layers enough for three taps.
-const TINY: Tiny = Tiny {
-    family: "llama",
-    window: None,
-    vocab: 13,
-    hidden: 32,
-    ffn: 48,
-    layers: 7,
-    heads: 2,
-    kv_heads: 1,
-    head_dim: 16,
-    tied: false,
-    seed: 0,
-};
-
-/// A target and random drafts of every kind beside it.
-struct Bench {
-    dir: tempfile::TempDir,
-    target: Loaded,
-}
-
-const NETWORKS: [&str; 7] = [
-    "eagle2",
-    "eagle3",
-    "speculators",
-    "hass",
-    "scylla",
-    "draft-lm",
-    "eagle3.1",
-];
-
-impl Bench {
-    /// On the CPU kernels.
-    fn new(tiny: Tiny, threads: usize) -> Self {
-        let options = LoadOptions {
-            threads,
-            ..LoadOptions::default()
-        };
-        Self::on(tiny, options.executor())
-    }
-
-    /// On candle's tensors on the CPU.
-    fn on_device(tiny: Tiny) -> Self {
-        Self::on(tiny, on_device())
-    }
-
-    fn on(tiny: Tiny, executor: Arc<dyn Executor>) -> Self {
-        let dir = tempfile::tempdir().expect("dir");
-        let target = dir.path().join("target");
-        std::fs::create_dir(&target).expect("directory");
-        write_hf(&tiny, &target, Dtype::F32, 1);
-        let other = Tiny {
-            seed: tiny.seed + 1,
-            layers: 1,
-            ..tiny
-        };
-        let lm = dir.path().join("draft-lm");
-        std::fs::create_dir(&lm).expect("directory");
-        write_hf(&other, &lm, Dtype::F32, 1);
-        let write = |name: &str, family: &str, config| {
-            TinyDraft::new(&tiny, family, config, tiny.seed).write(&dir.path().join(name));
-        };
-        write("eagle2", "eagle", json!({}));
-        write("hass", "eagle", json!({}));
-        write("eagle3", "eagle3", json!({}));
-        write(
-            "speculators",
-            "speculators",
-            json!({"norm_before_residual": true}),
-        );
-        write("scylla", "scylla", json!({}));
-        let newer = json!({"fc_norm": true, "norm_before_fc": true, "norm_output": true});
-        write("eagle3.1", "eagle3", newer);
-        let files = ModelFiles::open(&target).expect("opens");
-        Self {
-            target: load_on(&files, &LoadOptions::default(), executor).expect("loads"),
-            dir,
-        }
-    }
-
-    /// Another model where the target is computed.
-    fn load(&self, files: &ModelFiles) -> Box<dyn TargetModel + Send> {
-        let executor = Arc::clone(&self.target.executor);
-        load_on(files, &LoadOptions::default(), executor)
-            .expect("loads")
-            .model
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn host(&self, head: Option<&[u32]>) -> DraftHost {
-        DraftHost {
-            head: head.map(Into::into),
-            ..DraftHost::of(&self.target)
-        }
-    }
-
-    fn draft(&self, name: &str, tree: &TreeSettings, head: Option<&[u32]>) -> TreeDraft {
-        let (dir, host) = (self.path(name), self.host(head));
-        match name {
-            "eagle2" => TreeDraft::new(network::eagle(&dir, &host).expect(name), tree),
-            "hass" => TreeDraft::new(network::hass(&dir, &host).expect(name), tree),
-            "scylla" => TreeDraft::new(network::scylla(&dir, &host).expect(name), tree),
-            "draft-lm" => {
-                let files = ModelFiles::open(&dir).expect("opens");
-                let vocab = host.target.vocab;
-                let network = DraftLm::new(self.load(&files), 0, vocab, vocab);
-                TreeDraft::new(network.expect(name), tree)
-            }
-            _ => TreeDraft::new(network::eagle3(&dir, None, &host).expect(name), tree),
-        }
-        .expect(name)
-    }
-
-    fn decode(
-        &mut self,
-        draft: Option<&mut dyn DraftModel>,
-        rule: &dyn Verifier,
-        budget: Budget,
-        prompts: &[Vec<u32>],
-        settings: &Settings,
-    ) -> scylla_core::Result<Vec<Output>> {
-        let mut policy = FixedBudget(budget);
-        let mut parts = Parts {
-            target: self.target.model.as_mut(),
-            draft: None,
-            verifier: rule,
-            policy: &mut policy,
-        };
-        if let Some(draft) = draft {
-            parts.draft = Some(("under test", draft));
-        }
-        let jobs: Vec<Job> = (0..)
-            .zip(prompts)
-            .map(|(sequence, prompt)| Job {
-                prompt: prompt.clone(),
-                sequence,
-            })
-            .collect();
-        let go_on = &mut |_: Event<'_>| ControlFlow::Continue(());
-        decode(&mut parts, &jobs, settings, None, go_on)
-    }
-}
 
 fn trees() -> Vec<TreeSettings> {
     let of = |tree| TreeSettings {
@@ -326,13 +176,12 @@ fn greedy_text(cases: u32, make: &dyn Fn(Tiny, usize) -> Bench, margin: f32) -> 
     let (accepted, near_ties) = (Cell::new(0), Cell::new(0));
     let body = |(prompts, budget, (batch, threads, seed), tree, head): Case| {
         let mut bench = make(targets(seed), threads);
-        let settings = Settings {
+        let like = Asked {
             max_new_tokens: 20,
-            batch,
-            ..Settings::default()
+            ..Asked::default()
         };
-        let plain = bench.decode(None, &Greedy, Budget::OFF, &prompts, &settings);
-        let plain = plain.expect("plain");
+        let like = (&like, batch);
+        let plain = whole(bench.decode(None, &Greedy, Budget::OFF, &prompts, like));
         let mut drafts: Vec<(&str, Box<dyn DraftModel>)> = vec![
             ("ngram", Box::new(Ngram::new(1, 3).expect("ngram"))),
             ("suffix", Box::new(Suffix::new(1, 4.0).expect("suffix"))),
@@ -341,14 +190,14 @@ fn greedy_text(cases: u32, make: &dyn Fn(Tiny, usize) -> Bench, margin: f32) -> 
             let head = head.as_deref().filter(|_| name != "draft-lm");
             drafts.push((name, Box::new(bench.draft(name, &tree, head))));
         }
-        let mut rules: Vec<&dyn Verifier> = vec![&Greedy, &DeterministicTree, &Traversal];
+        let mut rules: Vec<&'static dyn Verifier> = vec![&Greedy, &DeterministicTree, &Traversal];
         if budget.width == 1 {
-            rules.extend([&Chain as &dyn Verifier, &Block]);
+            rules.extend([&Chain as &'static dyn Verifier, &Block]);
         }
         for (name, draft) in &mut drafts {
             for &rule in &rules {
-                let found = bench.decode(Some(draft.as_mut()), rule, budget, &prompts, &settings);
-                let texts = prompts.iter().zip(&plain).zip(found.expect(name));
+                let found = bench.decode(Some(draft.as_mut()), rule, budget, &prompts, like);
+                let texts = prompts.iter().zip(&plain).zip(whole(found));
                 for ((prompt, a), b) in texts {
                     let here: usize = b.cycles.iter().map(|c| c.accepted).sum();
                     accepted.set(accepted.get() + here);
@@ -609,7 +458,7 @@ fn q_passes_through_the_transform_that_p_passes_through() {
 fn law(bench: &Bench, prompt: &[u32], sampling: &Sampling, vocab: usize) -> Law {
     let files = ModelFiles::open(&bench.path("target")).expect("opens");
     let model = bench.load(&files);
-    let model: Mutex<Box<dyn TargetModel + Send>> = Mutex::new(model);
+    let model: Mutex<Box<dyn TargetModel>> = Mutex::new(model);
     let (prompt, sampling) = (prompt.to_vec(), sampling.clone());
     Arc::new(move |after: &[u32]| {
         let mut model = model.lock().expect("the model");
@@ -637,13 +486,13 @@ fn law(bench: &Bench, prompt: &[u32], sampling: &Sampling, vocab: usize) -> Law 
 #[test]
 fn drafts_whose_trees_a_rule_is_not_exact_for_are_refused() {
     let mut bench = Bench::new(TINY, 1);
-    let sampled = Settings {
+    let sampled = Asked {
         sampling: Sampling {
             temperature: 1.0,
             ..Sampling::default()
         },
         max_new_tokens: 8,
-        ..Settings::default()
+        ..Asked::default()
     };
     let budget = Budget {
         total: 8,
@@ -659,24 +508,17 @@ fn drafts_whose_trees_a_rule_is_not_exact_for_are_refused() {
         let mut draft = bench.draft(name, &dynamic, None);
         assert_eq!(draft.drawing(&sampled.sampling), Drawing::Deterministic);
         let rule = &RrsWithoutReplacement;
-        let refused = bench.decode(Some(&mut draft), rule, budget, &[vec![1, 2]], &sampled);
-        let error = refused.expect_err("refused").to_string();
+        let (prompts, like) = ([vec![1, 2]], (&sampled, 1));
+        let error = refusal(&bench.decode(Some(&mut draft), rule, budget, &prompts, like));
         assert!(
             error.contains("rrs") && error.contains("under test"),
             "{error}"
         );
         let mut draft = bench.draft(name, &widths, None);
-        let refused = bench.decode(
-            Some(&mut draft),
-            &SpecInfer,
-            budget,
-            &[vec![1, 2]],
-            &sampled,
-        );
-        let error = refused.expect_err("refused").to_string();
+        let error = refusal(&bench.decode(Some(&mut draft), &SpecInfer, budget, &prompts, like));
         assert!(error.contains("without replacement"), "{error}");
-        let done = bench.decode(Some(&mut draft), rule, budget, &[vec![1, 2]], &sampled);
-        assert_eq!(done.expect("exact")[0].ids.len(), 8);
+        let done = whole(bench.decode(Some(&mut draft), rule, budget, &prompts, like));
+        assert_eq!(done[0].ids.len(), 8);
     }
 }
 
@@ -685,14 +527,12 @@ fn drafts_whose_trees_a_rule_is_not_exact_for_are_refused() {
 fn drafts_work_to_the_end_of_the_context() {
     let mut bench = Bench::new(TINY, 2);
     let long: Vec<u32> = (0..200).map(|i| i % 13).collect();
-    let settings = Settings {
+    let like = Asked {
         max_new_tokens: 100,
-        ..Settings::default()
+        ..Asked::default()
     };
-    let prompts = [long];
-    let plain = bench
-        .decode(None, &Greedy, Budget::OFF, &prompts, &settings)
-        .expect("plain");
+    let (prompts, like) = ([long], (&like, 1));
+    let plain = whole(bench.decode(None, &Greedy, Budget::OFF, &prompts, like));
     assert_eq!(plain[0].ids.len(), 56);
     // The second may forward more nodes than the draft model's own context has places left.
     for (total, width, depth) in [(40, 6, 6), (300, 60, 5)] {
@@ -703,8 +543,8 @@ fn drafts_work_to_the_end_of_the_context() {
         };
         for name in NETWORKS {
             let mut draft = bench.draft(name, &TreeSettings::default(), None);
-            let found = bench.decode(Some(&mut draft), &Greedy, budget, &prompts, &settings);
-            assert_eq!(found.expect(name)[0].ids, plain[0].ids, "{name}");
+            let found = whole(bench.decode(Some(&mut draft), &Greedy, budget, &prompts, like));
+            assert_eq!(found[0].ids, plain[0].ids, "{name}");
         }
     }
 }

@@ -1,19 +1,17 @@
 //! EAGLE-1 and EAGLE-3 against golden values: network outputs, trees node by node, whole greedy decodes.
 
-use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
 use scylla_core::chance::Seeded;
-use scylla_core::decode::{Job, Parts, Settings, decode};
+use scylla_core::engine::Request as Asked;
 use scylla_core::model::{Executor, LoadOptions, Loaded, ModelFiles, load_on};
-use scylla_core::plugin::{Committed, DraftModel, FixedBudget, Matrix, Request};
+use scylla_core::plugin::{Committed, DraftModel, Matrix, Request};
 use scylla_core::sampling::Sampling;
 use scylla_core::tree::{Budget, Tree};
 use scylla_draft::network::{self, Body, DraftHost, Feature, Network, Nodes};
 use scylla_draft::tree::{Scored, TreeDraft, TreeSettings};
-use scylla_tests::{Tensors, deviation, executors, golden, ids};
-use scylla_verify::Greedy;
+use scylla_tests::{Tensors, decode_prompts, deviation, executors, golden, ids, whole};
 use serde_json::Value;
 
 const HIDDEN: f32 = 2e-3;
@@ -349,26 +347,16 @@ fn decodes<B: Body + 'static>(case: &mut Case, network: Feature<B>) {
         let all = numbers::<u32>(&decode_case["new_tokens_untruncated"]);
         let accepted = numbers::<usize>(&decode_case["accepted_lengths"]);
         let budget = budget(decode_case);
-        let mut policy = FixedBudget(budget);
-        let mut parts = Parts {
-            target: case.target.model.as_mut(),
-            draft: Some(("golden", &mut draft)),
-            verifier: &Greedy,
-            policy: &mut policy,
-        };
-        let job = Job {
-            prompt: numbers(&decode_case["prompt"]),
-            sequence: 0,
-        };
         // Room behind the last golden cycle, so that the limit cuts no tree of it.
-        let settings = Settings {
+        let like = Asked {
             max_new_tokens: all.len() + 2 * budget.levels(),
-            ..Settings::default()
+            budget,
+            ..Asked::default()
         };
-        let go_on = &mut |_: scylla_core::decode::Event<'_>| ControlFlow::Continue(());
-        let output = decode(&mut parts, &[job], &settings, None, go_on)
-            .expect("decode")
-            .remove(0);
+        let prompts = [numbers(&decode_case["prompt"])];
+        let target = case.target.model.as_mut();
+        let outputs = decode_prompts(target, Some(&mut draft), &like, &prompts, 1);
+        let output = whole(outputs).remove(0);
         assert_eq!(output.ids[..all.len()], all, "{}", case.dir.display());
         let found: Vec<usize> = output.cycles.iter().map(|c| c.accepted).collect();
         assert_eq!(found[..accepted.len()], accepted, "{}", case.dir.display());

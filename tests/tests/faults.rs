@@ -1,19 +1,20 @@
 //! What goes wrong for one sequence ends that sequence, and what would change the law is refused beforehand.
 
-use std::cell::Cell;
 use std::ops::ControlFlow;
-use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use scylla_core::decode::{Event, Finish, Job, Output, Parts, Settings, decode};
+use scylla_core::engine::{
+    Draft, Engine, Event, Finish, Options, Output, Parts, Request as Asked, RequestId, decode,
+};
 use scylla_core::plugin::{
-    Committed, DraftModel, FixedBudget, Forward, Request, Slot, Step, TargetModel, TargetShape,
-    Verifier,
+    Committed, DraftModel, Forward, Request, Slot, Step, TargetModel, TargetShape, Verifier,
 };
 use scylla_core::sampling::Sampling;
 use scylla_core::tabular::{Law, TableDraft, TableTarget};
 use scylla_core::tree::{Budget, Drawing, Tree};
 use scylla_core::{Error, Result};
+use scylla_tests::refusal;
 use scylla_verify::{
     Block, Chain, DeterministicTree, Greedy, KSeq, RrsWithoutReplacement, SpecInfer, Traversal,
     Typical,
@@ -36,8 +37,8 @@ fn counting(bad: impl Fn(&[u32]) -> Option<f64> + Send + Sync + 'static) -> Law 
 /// A target that counts its forwards, and fails at those that are asked for.
 struct Watched {
     inner: TableTarget,
-    forwards: Rc<Cell<usize>>,
-    fails_at: usize,
+    forwards: Arc<AtomicUsize>,
+    fails: fn(usize, &Step<'_>) -> bool,
 }
 
 impl TargetModel for Watched {
@@ -48,8 +49,8 @@ impl TargetModel for Watched {
         self.inner.close(slot);
     }
     fn forward(&mut self, step: &Step<'_>) -> Result<Forward> {
-        self.forwards.set(self.forwards.get() + 1);
-        match self.forwards.get() == self.fails_at {
+        let count = self.forwards.fetch_add(1, Ordering::Relaxed) + 1;
+        match (self.fails)(count, step) {
             true => Err(Error::Invalid("the device is gone".into())),
             false => self.inner.forward(step),
         }
@@ -64,68 +65,74 @@ impl TargetModel for Watched {
 
 struct Run {
     law: Law,
-    fails_at: usize,
-    settings: Settings,
-    budget: Budget,
+    /// Whether a forward fails, by its number from 1 on.
+    fails: fn(usize, &Step<'_>) -> bool,
+    /// What all requests are like.
+    like: Asked,
+    batch: usize,
 }
+
+type OnEvent<'a> = &'a mut dyn FnMut(&Event) -> ControlFlow<()>;
 
 impl Run {
     fn new(law: Law) -> Self {
         Self {
             law,
-            fails_at: 0,
-            settings: Settings {
+            fails: |_, _| false,
+            like: Asked {
                 max_new_tokens: 5,
-                ..Settings::default()
+                budget: Budget::OFF,
+                ..Asked::default()
             },
-            budget: Budget::OFF,
+            batch: 1,
         }
     }
 
     /// Decodes prompts of one token each; with the outputs, the forwards it took.
-    fn with<'a>(
+    fn with(
         &self,
         prompts: &[u32],
-        rule: &'a dyn Verifier,
-        mut draft: Option<&mut (dyn DraftModel + 'a)>,
-        on_event: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
-    ) -> (Result<Vec<Output>>, usize) {
-        let forwards = Rc::new(Cell::new(0));
+        rule: &'static dyn Verifier,
+        draft: Option<&mut dyn DraftModel>,
+        on_event: OnEvent<'_>,
+    ) -> (Vec<Output>, usize) {
+        let forwards = Arc::new(AtomicUsize::new(0));
         let mut target = Watched {
             inner: TableTarget::new(VOCAB, 64, Arc::clone(&self.law)),
-            forwards: Rc::clone(&forwards),
-            fails_at: self.fails_at,
+            forwards: Arc::clone(&forwards),
+            fails: self.fails,
         };
-        let mut policy = FixedBudget(self.budget);
-        let mut parts = Parts {
-            target: &mut target,
-            draft: match &mut draft {
-                Some(draft) => Some(("test", &mut **draft)),
-                None => None,
-            },
-            verifier: rule,
-            policy: &mut policy,
+        let parts = match draft {
+            Some(draft) => Parts::drafted(&mut target, Draft::new("test", draft), Greedy),
+            None => Parts::plain(&mut target, Greedy),
         };
-        let jobs: Vec<Job> = prompts
-            .iter()
-            .map(|&token| Job {
-                prompt: vec![token],
-                sequence: u64::from(token),
-            })
-            .collect();
-        let done = decode(&mut parts, &jobs, &self.settings, None, on_event);
+        let options = Options {
+            batch: self.batch,
+            ..Options::default()
+        };
+        let mut engine = Engine::new(parts, options).expect("an engine");
+        let request = |&token: &u32| Asked {
+            prompt: vec![token],
+            sequence: u64::from(token),
+            rule: Some(Arc::new(rule)),
+            ..self.like.clone()
+        };
+        let requests = prompts.iter().map(request).collect();
+        let done = decode(&mut engine, requests, on_event);
+        assert!(engine.is_idle());
+        drop(engine);
         for slot in 0..prompts.len() {
             assert!(
                 target.commit(slot, &[]).is_err(),
                 "slot {slot} was left open"
             );
         }
-        (done, forwards.get())
+        (done, forwards.load(Ordering::Relaxed))
     }
 
     fn plain(&self, prompts: &[u32]) -> Vec<Output> {
-        let go_on = &mut |_: Event<'_>| ControlFlow::Continue(());
-        self.with(prompts, &Greedy, None, go_on).0.expect("runs")
+        self.with(prompts, &Greedy, None, &mut |_| ControlFlow::Continue(()))
+            .0
     }
 }
 
@@ -142,7 +149,7 @@ fn a_sequence_that_fails_ends_alone_with_what_it_had() {
             let mut run = Run::new(counting(move |t| {
                 (t[0] == 1 && t.len() == 4).then_some(value)
             }));
-            run.settings.batch = batch;
+            run.batch = batch;
             let outputs = run.plain(&[0, 1, 2, 3]);
             for (i, (found, expected)) in outputs.iter().zip(&alone).enumerate() {
                 if i == 1 {
@@ -167,7 +174,7 @@ fn a_sequence_that_fails_ends_alone_with_what_it_had() {
 #[test]
 fn prompts_that_do_not_fit_are_told_one_by_one_and_the_others_run() {
     let mut run = Run::new(counting(|_| None));
-    run.settings.batch = 2;
+    run.batch = 2;
     let outputs = run.plain(&[0, 99, 2]);
     assert_eq!(outputs[1].finish, Finish::Failed);
     assert!(
@@ -182,64 +189,58 @@ fn prompts_that_do_not_fit_are_told_one_by_one_and_the_others_run() {
     );
 }
 
+/// Where a forward of several fails, each is tried alone: what fails again ends alone, and what was no one's fault ends none.
 #[test]
-fn what_fails_for_a_whole_batch_ends_that_batch_and_the_next_jobs_run() {
+fn a_forward_that_fails_for_a_batch_ends_only_whose_rows_fail_alone() {
+    let prompts = [0, 1, 2, 3];
+    let alone = Run::new(counting(|_| None)).plain(&prompts);
     let mut run = Run::new(counting(|_| None));
-    run.settings.batch = 2;
-    run.fails_at = 4; // two prompts, one cycle of both, then the second cycle
-    let outputs = run.plain(&[0, 1, 2, 3]);
-    let finishes: Vec<Finish> = outputs.iter().map(|o| o.finish).collect();
-    assert_eq!(
-        finishes,
-        [
-            Finish::Failed,
-            Finish::Failed,
-            Finish::Length,
-            Finish::Length
-        ]
-    );
-    assert_eq!((outputs[0].ids.len(), outputs[2].ids.len()), (2, 5));
-    assert!(
-        outputs[1]
-            .failed
-            .as_deref()
-            .is_some_and(|m| m.contains("device is gone"))
-    );
+    run.batch = 4;
+    run.fails = |_, step| step.slots.iter().any(|s| s.tokens.contains(&4));
+    // 0 and 1, 2, 3 come to the token 4 after four, three, two and one; as root it is forwarded, as the last it is not.
+    let outputs = run.plain(&prompts);
+    let ends: Vec<(Finish, usize)> = outputs.iter().map(|o| (o.finish, o.ids.len())).collect();
+    let failed = Finish::Failed;
+    assert_eq!(ends, [(failed, 4), (failed, 3), (failed, 2), (failed, 1)]);
+    let reason = outputs[1].failed.as_deref().expect("a reason");
+    assert!(reason.contains("device is gone"), "{reason}");
+    for (found, expected) in outputs.iter().zip(&alone) {
+        assert!(expected.ids.starts_with(&found.ids));
+    }
+    // One failure that does not come again.
+    run.fails = |count, _| count == 3;
+    assert_eq!(shown(&run.plain(&prompts)), shown(&alone));
 }
 
 /// Job 0 ends in the cycle in which the caller breaks off: with its own last token, or with its mate's.
 #[test]
 fn sequences_that_had_ended_keep_their_reason_and_their_event() {
-    for (job_of_break, token) in [(0, 3), (2, 1)] {
+    for (job_of_break, token) in [(0, 3), (2, 0)] {
         let mut run = Run::new(counting(|_| None));
-        run.settings = Settings {
-            batch: 2,
-            eos: vec![3],
-            max_new_tokens: 9,
-            ..Settings::default()
-        };
+        run.batch = 2;
+        run.like.eos = vec![3];
+        run.like.max_new_tokens = 9;
         let mut finished = Vec::new();
-        let mut on_event = |event: Event<'_>| match event {
-            Event::Finished { job, finish } => {
-                finished.push((job, finish));
+        let mut on_event = |event: &Event| match event {
+            Event::Finished { request, output } => {
+                finished.push((request.0, output.finish));
                 ControlFlow::Continue(())
             }
-            Event::Tokens { job, ids, .. } if job == job_of_break && ids == [token] => {
+            Event::Tokens { request, ids, .. }
+                if *request == RequestId(job_of_break) && ids[..] == [token] =>
+            {
                 ControlFlow::Break(())
             }
-            Event::Tokens { .. } => ControlFlow::Continue(()),
+            _ => ControlFlow::Continue(()),
         };
         // Job 1 ends with its first token, and job 2 takes its place.
-        let outputs = run
-            .with(&[0, 2, 4, 5], &Greedy, None, &mut on_event)
-            .0
-            .expect("runs");
+        let outputs = run.with(&[0, 2, 4, 5], &Greedy, None, &mut on_event).0;
         assert_eq!(
             shown(&outputs),
             [
                 (Finish::Eos, vec![1, 2, 3]),
                 (Finish::Eos, vec![3]),
-                (Finish::Interrupted, vec![5, 0, 1]),
+                (Finish::Interrupted, vec![5, 0]),
                 (Finish::Interrupted, vec![]),
             ],
             "broken off by job {job_of_break}"
@@ -251,15 +252,12 @@ fn sequences_that_had_ended_keep_their_reason_and_their_event() {
 #[test]
 fn a_break_that_comes_with_the_end_of_a_text_ends_the_run() {
     let mut run = Run::new(counting(|_| None));
-    run.settings.eos = vec![3];
-    let mut on_event = |event: Event<'_>| match event {
-        Event::Tokens { ids: [3], .. } => ControlFlow::Break(()),
+    run.like.eos = vec![3];
+    let mut on_event = |event: &Event| match event {
+        Event::Tokens { ids, .. } if ids[..] == [3] => ControlFlow::Break(()),
         _ => ControlFlow::Continue(()),
     };
-    let outputs = run
-        .with(&[0, 4, 5], &Greedy, None, &mut on_event)
-        .0
-        .expect("runs");
+    let outputs = run.with(&[0, 4, 5], &Greedy, None, &mut on_event).0;
     assert_eq!(
         shown(&outputs),
         [
@@ -272,7 +270,11 @@ fn a_break_that_comes_with_the_end_of_a_text_ends_the_run() {
 
 #[test]
 fn every_rule_says_for_root_only_trees_whether_it_samples() {
-    let rules: [(&dyn Verifier, bool, bool); 9] = [
+    const TYPICAL: Typical = Typical {
+        epsilon: 0.3,
+        delta: 0.09,
+    };
+    let rules: [(&'static dyn Verifier, bool, bool); 9] = [
         (&Greedy, true, false),
         (&Chain, true, true),
         (&Block, true, true),
@@ -281,25 +283,25 @@ fn every_rule_says_for_root_only_trees_whether_it_samples() {
         (&SpecInfer, true, true),
         (&KSeq, true, true),
         (&Traversal, true, true),
-        (&Typical::default(), false, false),
+        (&TYPICAL, false, false),
     ];
     for (rule, greedily, sampling) in rules {
         for (temperature, exact) in [(0.0, greedily), (0.8, sampling)] {
             for drafted in [false, true] {
                 let mut run = Run::new(counting(|_| None));
-                run.settings.sampling.temperature = temperature;
+                run.like.sampling.temperature = temperature;
                 let mut draft = TableDraft::new(counting(|_| None), Drawing::Independent);
                 let draft: Option<&mut dyn DraftModel> = match drafted {
                     true => Some(&mut draft),
                     false => None,
                 };
-                let go_on = &mut |_: Event<'_>| ControlFlow::Continue(());
+                let go_on = &mut |_: &Event| ControlFlow::Continue(());
                 let (done, forwards) = run.with(&[0], rule, draft, go_on);
                 let name = format!("{} at {temperature}, drafted {drafted}", rule.name());
                 match exact {
-                    true => assert_eq!(done.expect(&name)[0].ids.len(), 5, "{name}"),
+                    true => assert_eq!(done[0].ids.len(), 5, "{name}"),
                     false => {
-                        let error = done.expect_err(&name).to_string();
+                        let error = refusal(&done);
                         assert!(
                             error.contains(rule.name()) && error.contains("lossy"),
                             "{error}"
@@ -315,20 +317,16 @@ fn every_rule_says_for_root_only_trees_whether_it_samples() {
 #[test]
 fn what_is_not_exact_for_a_drafts_trees_is_refused_before_the_prompt() {
     let mut run = Run::new(counting(|_| None));
-    run.settings.sampling.temperature = 1.0;
-    run.budget = Budget {
+    run.like.sampling.temperature = 1.0;
+    run.like.budget = Budget {
         total: 8,
         width: 2,
         depth: 1,
     };
     let mut draft = TableDraft::new(counting(|_| None), Drawing::Independent);
-    let go_on = &mut |_: Event<'_>| ControlFlow::Continue(());
+    let go_on = &mut |_: &Event| ControlFlow::Continue(());
     let (done, forwards) = run.with(&[0], &Chain, Some(&mut draft), go_on);
-    assert!(
-        done.expect_err("refused")
-            .to_string()
-            .contains("trees of width 2")
-    );
+    assert!(refusal(&done).contains("trees of width 2"));
     assert_eq!(forwards, 0);
 }
 
@@ -361,16 +359,15 @@ impl DraftModel for TooWide {
 #[test]
 fn a_tree_wider_than_its_budget_ends_its_sequence_alone() {
     let mut run = Run::new(counting(|_| None));
-    run.settings.batch = 2;
-    run.settings.max_new_tokens = 3;
-    run.budget = Budget {
+    run.batch = 2;
+    run.like.max_new_tokens = 3;
+    run.like.budget = Budget {
         total: 8,
         width: 1,
         depth: 2,
     };
-    let go_on = &mut |_: Event<'_>| ControlFlow::Continue(());
-    let (done, _) = run.with(&[2, 4], &Greedy, Some(&mut TooWide), go_on);
-    let outputs = done.expect("runs");
+    let go_on = &mut |_: &Event| ControlFlow::Continue(());
+    let (outputs, _) = run.with(&[2, 4], &Greedy, Some(&mut TooWide), go_on);
     assert_eq!(outputs[0].finish, Finish::Failed);
     assert!(
         outputs[0]

@@ -6,16 +6,19 @@ use proptest::prelude::*;
 use safetensors::Dtype;
 use scylla_core::Result;
 use scylla_core::chance::Seeded;
-use scylla_core::decode::{Finish, Job, Output, Parts, Settings, decode};
+use scylla_core::engine::{
+    Engine, Event, Finish, Options, Output, Parts, Request as Asked, decode,
+};
 use scylla_core::model::{LoadOptions, ModelFiles, WeightForm, load_on};
 use scylla_core::plugin::{
-    Chance, Committed, DraftModel, FixedBudget, Request, SlotRows, Step, TargetModel, Verifier,
-    Want,
+    Chance, Committed, DraftModel, Request, SlotRows, Step, TargetModel, Verifier, Want,
 };
 use scylla_core::sampling::Sampling;
 use scylla_core::tree::{Budget, Drawing, Tree};
 use scylla_draft::Ngram;
-use scylla_tests::{NEAR_TIE, Tiny, deviation, on_device, parting, write_hf};
+use scylla_tests::{
+    NEAR_TIE, Tiny, decode_prompts, deviation, on_device, parting, refusal, whole, write_hf,
+};
 use scylla_verify::{Chain, Greedy};
 
 /// Where a model runs: the kernels on so many threads, or candle's tensors on a device.
@@ -25,7 +28,7 @@ enum Place {
     Device,
 }
 
-fn model(tiny: &Tiny, weights: WeightForm, place: Place) -> Box<dyn TargetModel + Send> {
+fn model(tiny: &Tiny, weights: WeightForm, place: Place) -> Box<dyn TargetModel> {
     let dir = tempfile::tempdir().expect("dir");
     write_hf(tiny, dir.path(), Dtype::F32, 1);
     let files = ModelFiles::open(dir.path()).expect("opens");
@@ -77,27 +80,13 @@ fn same_text(
     Ok(())
 }
 
-fn run(
-    target: &mut dyn TargetModel,
-    draft: Option<&mut dyn DraftModel>,
-    verifier: &dyn Verifier,
-    budget: Budget,
-    jobs: &[Job],
-    settings: &Settings,
-) -> Result<Vec<Output>> {
-    let mut policy = FixedBudget(budget);
-    let mut parts = Parts {
-        target,
-        draft: None,
-        verifier,
-        policy: &mut policy,
-    };
-    if let Some(draft) = draft {
-        parts.draft = Some(("test", draft));
+/// Requests with this rule and budget, which are greedy where nothing else is said.
+fn asked(rule: impl Verifier + 'static, budget: Budget) -> Asked {
+    Asked {
+        rule: Some(std::sync::Arc::new(rule)),
+        budget,
+        ..Asked::default()
     }
-    decode(&mut parts, jobs, settings, None, &mut |_| {
-        ControlFlow::Continue(())
-    })
 }
 
 /// Proposes random trees that know the future: every other child continues plain decoding, so that long and
@@ -156,17 +145,6 @@ impl DraftModel for Oracle {
     }
 }
 
-fn jobs(prompts: &[Vec<u32>]) -> Vec<Job> {
-    prompts
-        .iter()
-        .enumerate()
-        .map(|(i, p)| Job {
-            prompt: p.clone(),
-            sequence: i as u64,
-        })
-        .collect()
-}
-
 fn tiny() -> impl Strategy<Value = Tiny> {
     let shape = prop::sample::select(vec![(4, 2, 16), (4, 4, 8), (6, 2, 16), (3, 1, 32)]);
     let family = prop::sample::select(vec![
@@ -205,24 +183,23 @@ proptest! {
         seed in 0u64..100,
     ) {
         let mut target = model(&tiny, form, place);
-        let settings = Settings { max_new_tokens: 24, batch: 1, ..Settings::default() };
-        let jobs = jobs(&prompts);
-        let plain = run(target.as_mut(), None, &Greedy, Budget::OFF, &jobs, &settings).expect("plain");
+        let plain = Asked { max_new_tokens: 24, ..asked(Greedy, Budget::OFF) };
+        let plain = whole(decode_prompts(target.as_mut(), None, &plain, &prompts, 1));
         prop_assert!(plain.iter().all(|o| o.tau() == Some(1.0) && o.finish == Finish::Length));
 
         let futures: Vec<Vec<u32>> =
             prompts.iter().zip(&plain).map(|(p, o)| [p.as_slice(), &o.ids].concat()).collect();
         let budget = Budget { total: budget.0, width: budget.1, depth: budget.2 };
         let mut oracle = Oracle { futures, seen: Vec::new(), random: Seeded::new(seed, 0), vocab: tiny.vocab };
-        let batched = Settings { batch, ..settings.clone() };
-        let found = run(target.as_mut(), Some(&mut oracle), &Greedy, budget, &jobs, &batched).expect("oracle");
+        let like = Asked { max_new_tokens: 24, ..asked(Greedy, budget) };
+        let found = whole(decode_prompts(target.as_mut(), Some(&mut oracle), &like, &prompts, batch));
         for ((prompt, a), b) in prompts.iter().zip(&plain).zip(&found) {
             same_text(target.as_mut(), place, prompt, &a.ids, &b.ids)?;
             prop_assert_eq!(b.cycles.iter().map(|c| c.committed).sum::<usize>() + 1, b.ids.len());
             prop_assert!(b.cycles.iter().all(|c| c.nodes <= budget.total && c.committed <= c.accepted + 1));
         }
         let mut ngram = Ngram::new(1, 3).expect("ngram");
-        let found = run(target.as_mut(), Some(&mut ngram), &Greedy, budget, &jobs, &batched).expect("ngram");
+        let found = whole(decode_prompts(target.as_mut(), Some(&mut ngram), &like, &prompts, batch));
         for ((prompt, a), b) in prompts.iter().zip(&plain).zip(&found) {
             same_text(target.as_mut(), place, prompt, &a.ids, &b.ids)?;
         }
@@ -268,13 +245,11 @@ proptest! {
     ) {
         let mut target = model(&Tiny { seed, ..Tiny::default() }, WeightForm::F32, Place::Kernels(2));
         let sampling = Sampling { temperature, top_p: 0.9, ..Sampling::default() };
-        let settings = Settings { sampling, seed, max_new_tokens: 16, ..Settings::default() };
-        let jobs = jobs(&prompts);
+        let like = Asked { sampling, seed, max_new_tokens: 16, ..asked(Chain, Budget::chain(4)) };
         let mut once = |batch| {
             let mut ngram = Ngram::new(1, 3).expect("ngram");
-            let settings = Settings { batch, ..settings.clone() };
-            let outputs = run(target.as_mut(), Some(&mut ngram), &Chain, Budget::chain(4), &jobs, &settings);
-            outputs.expect("run").into_iter().map(|o| o.ids).collect::<Vec<_>>()
+            let outputs = whole(decode_prompts(target.as_mut(), Some(&mut ngram), &like, &prompts, batch));
+            outputs.into_iter().map(|o| o.ids).collect::<Vec<_>>()
         };
         prop_assert_eq!(once(1), once(3));
     }
@@ -284,111 +259,76 @@ proptest! {
 fn sequences_end_at_eos_at_the_limit_and_at_the_context() {
     let mut target = model(&Tiny::default(), WeightForm::F32, Place::Kernels(1));
     let prompt = vec![5, 6, 7];
-    let settings = Settings {
+    let prompts = [prompt.clone()];
+    let like = Asked {
         max_new_tokens: 30,
-        ..Settings::default()
+        ..asked(Greedy, Budget::OFF)
     };
-    let plain = run(
-        target.as_mut(),
-        None,
-        &Greedy,
-        Budget::OFF,
-        &jobs(std::slice::from_ref(&prompt)),
-        &settings,
-    )
-    .expect("plain")
-    .remove(0);
+    let plain = whole(decode_prompts(target.as_mut(), None, &like, &prompts, 1)).remove(0);
     let eos = plain.ids[12];
     let first = plain.ids.iter().position(|&t| t == eos).expect("occurs");
-    let settings = Settings {
-        eos: vec![eos],
-        ..settings
-    };
-    let future = [prompt.as_slice(), &plain.ids].concat();
     let mut oracle = Oracle {
-        futures: vec![future],
+        futures: vec![[prompt.as_slice(), &plain.ids].concat()],
         seen: Vec::new(),
         random: Seeded::new(1, 0),
         vocab: 97,
     };
-    let cut = run(
-        target.as_mut(),
-        Some(&mut oracle),
-        &Greedy,
-        Budget {
-            total: 16,
-            width: 2,
-            depth: 6,
-        },
-        &jobs(&[prompt]),
-        &settings,
-    )
-    .expect("cut")
-    .remove(0);
+    let budget = Budget {
+        total: 16,
+        width: 2,
+        depth: 6,
+    };
+    let like = Asked {
+        eos: vec![eos],
+        budget,
+        ..like
+    };
+    let draft: Option<&mut dyn DraftModel> = Some(&mut oracle);
+    let cut = whole(decode_prompts(target.as_mut(), draft, &like, &prompts, 1)).remove(0);
     assert_eq!(cut.ids, plain.ids[..=first]);
     assert_eq!(cut.finish, Finish::Eos);
     assert!(cut.cycles.last().is_none_or(|c| c.cut));
 
     // The context of the tiny models is 256.
-    let long: Vec<u32> = (0..250).map(|i| i % 97).collect();
+    let long = [(0..250).map(|i| i % 97).collect::<Vec<u32>>()];
     let mut ngram = Ngram::new(1, 3).expect("ngram");
-    let settings = Settings {
+    let like = Asked {
         max_new_tokens: 100,
-        ..Settings::default()
+        ..asked(Greedy, Budget::chain(8))
     };
-    let full = run(
-        target.as_mut(),
-        Some(&mut ngram),
-        &Greedy,
-        Budget::chain(8),
-        &jobs(std::slice::from_ref(&long)),
-        &settings,
-    )
-    .expect("full")
-    .remove(0);
+    let draft: Option<&mut dyn DraftModel> = Some(&mut ngram);
+    let full = whole(decode_prompts(target.as_mut(), draft, &like, &long, 1)).remove(0);
     assert_eq!((full.ids.len(), full.finish), (6, Finish::Context));
-    let plain = run(
-        target.as_mut(),
-        None,
-        &Greedy,
-        Budget::OFF,
-        &jobs(&[long]),
-        &settings,
-    )
-    .expect("plain")
-    .remove(0);
+    let plain = whole(decode_prompts(target.as_mut(), None, &like, &long, 1)).remove(0);
     assert_eq!(full.ids, plain.ids);
 }
 
 #[test]
 fn breaking_off_keeps_what_was_decoded_and_frees_the_slots() {
     let mut target = model(&Tiny::default(), WeightForm::F32, Place::Kernels(1));
-    let settings = Settings {
-        max_new_tokens: 50,
+    let options = Options {
         batch: 2,
-        ..Settings::default()
+        ..Options::default()
     };
+    let mut engine = Engine::new(Parts::plain(&mut target, Greedy), options).expect("an engine");
+    let request = |prompt: &[u32]| Asked {
+        prompt: prompt.to_vec(),
+        max_new_tokens: 50,
+        ..Asked::default()
+    };
+    let requests = vec![request(&[1, 2]), request(&[3]), request(&[4])];
     let mut told = 0;
-    let mut policy = FixedBudget(Budget::OFF);
-    let mut parts = Parts {
-        target: target.as_mut(),
-        draft: None,
-        verifier: &Greedy,
-        policy: &mut policy,
-    };
-    let jobs = jobs(&[vec![1, 2], vec![3], vec![4]]);
-    let outputs = decode(&mut parts, &jobs, &settings, None, &mut |_| {
-        told += 1;
-        if told >= 10 {
-            ControlFlow::Break(())
-        } else {
-            ControlFlow::Continue(())
+    let outputs: Vec<Output> = decode(&mut engine, requests, &mut |event: &Event| {
+        told += usize::from(matches!(event, Event::Tokens { .. }));
+        match told >= 10 {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
         }
-    })
-    .expect("broken off");
+    });
     assert_eq!(outputs.len(), 3);
     assert!(outputs.iter().all(|o| o.finish == Finish::Interrupted));
     assert!(!outputs[0].ids.is_empty() && outputs[2].ids.is_empty());
+    drop(engine);
     target.open(0).expect("slot 0 is free again");
     target.open(1).expect("slot 1 is free again");
 }
@@ -397,115 +337,96 @@ fn breaking_off_keeps_what_was_decoded_and_frees_the_slots() {
 fn a_rule_that_is_not_exact_for_the_draft_is_refused_naming_both() {
     let mut target = model(&Tiny::default(), WeightForm::F32, Place::Kernels(1));
     let mut ngram = Ngram::new(1, 3).expect("ngram");
-    let sampling = Sampling {
-        temperature: 1.0,
-        ..Sampling::default()
-    };
-    let settings = Settings {
-        sampling,
-        max_new_tokens: 8,
-        ..Settings::default()
-    };
-    let jobs = jobs(&[vec![1, 2, 1, 2, 1]]);
     let wide = Budget {
         total: 8,
         width: 2,
         depth: 2,
     };
-    let error = run(
-        target.as_mut(),
-        Some(&mut ngram),
-        &Chain,
-        wide,
-        &jobs,
-        &settings,
-    )
-    .expect_err("refused")
-    .to_string();
+    let sampled = |like: Asked| Asked {
+        sampling: Sampling {
+            temperature: 1.0,
+            ..Sampling::default()
+        },
+        max_new_tokens: 8,
+        ..like
+    };
+    let prompts = [vec![1, 2, 1, 2, 1]];
+    let mut run = |like: &Asked| {
+        let draft: Option<&mut dyn DraftModel> = Some(&mut ngram);
+        decode_prompts(target.as_mut(), draft, like, &prompts, 1)
+    };
+    let error = refusal(&run(&sampled(asked(Chain, wide))));
     assert!(
-        error.contains("`chain`") && error.contains("`test`") && error.contains("lossy"),
+        error.contains("`chain`") && error.contains("`under test`") && error.contains("lossy"),
         "{error}"
     );
-    let error = run(
-        target.as_mut(),
-        Some(&mut ngram),
-        &Greedy,
-        wide,
-        &jobs,
-        &settings,
-    )
-    .expect_err("refused")
-    .to_string();
+    let greedy = sampled(asked(Greedy, wide));
+    let error = refusal(&run(&greedy));
     assert!(error.contains("`greedy`"), "{error}");
-    let lossy = Settings {
+    let lossy = Asked {
         lossy: true,
-        ..settings
+        ..greedy
     };
-    assert!(
-        run(
-            target.as_mut(),
-            Some(&mut ngram),
-            &Greedy,
-            wide,
-            &jobs,
-            &lossy
-        )
-        .is_ok()
-    );
+    whole(run(&lossy));
 }
 
 #[test]
 fn settings_and_prompts_out_of_range_are_refused() {
     let mut target = model(&Tiny::default(), WeightForm::F32, Place::Kernels(1));
-    // Settings are refused as a whole, a prompt alone.
-    let mut refused = |prompt: Vec<u32>, settings: Settings| {
-        let jobs = jobs(&[prompt]);
-        match run(
-            target.as_mut(),
-            None,
-            &Greedy,
-            Budget::OFF,
-            &jobs,
-            &settings,
-        ) {
-            Err(e) => e.to_string(),
-            Ok(outputs) => {
-                assert_eq!(
-                    (outputs[0].finish, &outputs[0].ids[..]),
-                    (Finish::Failed, &[][..])
-                );
-                outputs[0].failed.clone().expect("a reason")
-            }
-        }
+    let mut refused = |prompt: Vec<u32>, like: Asked| {
+        let outputs = decode_prompts(target.as_mut(), None, &like, &[prompt], 1);
+        let ended = (outputs[0].finish, &outputs[0].ids[..]);
+        assert_eq!(ended, (Finish::Failed, &[][..]));
+        refusal(&outputs)
     };
-    let ok = Settings::default;
-    assert!(refused(vec![], ok()).contains("prompt 0 is empty"));
+    let ok = Asked::default;
+    assert!(refused(vec![], ok()).contains("prompt is empty"));
     assert!(refused(vec![1; 256], ok()).contains("256 tokens"));
     assert!(refused(vec![97], ok()).contains("vocabulary of 97"));
-    assert!(refused(vec![1], Settings { batch: 0, ..ok() }).contains("batch 0"));
-    assert!(
-        refused(
-            vec![1],
-            Settings {
-                max_new_tokens: 0,
-                ..ok()
-            }
-        )
-        .contains("max_new_tokens 0")
-    );
-    assert!(
-        refused(
-            vec![1],
-            Settings {
-                stops: vec!["a".into()],
-                ..ok()
-            }
-        )
-        .contains("tokenizer")
-    );
-    let sampling = Sampling {
-        temperature: -0.5,
-        ..Sampling::default()
+    let none = Asked {
+        max_new_tokens: 0,
+        ..ok()
     };
-    assert!(refused(vec![1], Settings { sampling, ..ok() }).contains("temperature is -0.5"));
+    assert!(refused(vec![1], none).contains("max_new_tokens 0"));
+    let stops = Asked {
+        stops: vec!["a".into()],
+        ..ok()
+    };
+    assert!(refused(vec![1], stops).contains("tokenizer"));
+    let cold = Asked {
+        sampling: Sampling {
+            temperature: -0.5,
+            ..Sampling::default()
+        },
+        ..ok()
+    };
+    assert!(refused(vec![1], cold).contains("temperature is -0.5"));
+    let budget = Asked {
+        budget: Budget {
+            total: 5000,
+            ..Budget::OFF
+        },
+        ..ok()
+    };
+    assert!(refused(vec![1], budget).contains("budget total 5000"));
+    for (options, wanted) in [
+        (
+            Options {
+                batch: 0,
+                ..Options::default()
+            },
+            "batch 0",
+        ),
+        (
+            Options {
+                prompt_rows: 0,
+                ..Options::default()
+            },
+            "prompt_rows 0",
+        ),
+    ] {
+        let engine = Engine::new(Parts::plain(&mut target, Greedy), options);
+        let error = engine.map(|_| ()).expect_err("refused").to_string();
+        assert!(error.contains(wanted), "{error}");
+    }
 }

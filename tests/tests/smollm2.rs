@@ -2,22 +2,20 @@
 //!
 //! `fixtures/make_llamacpp_fixtures.py` makes the reference files.
 
-use std::ops::ControlFlow;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use multilevel_ot::bytes::{groups, token_offsets};
 use multilevel_ot::{MultiLevelOt, Projection};
-use scylla_core::decode::{Job, Output, Parts, Settings, decode};
+use scylla_core::engine::{Output, Request};
 use scylla_core::model::{LoadOptions, ModelFiles, WeightForm, load};
-use scylla_core::plugin::{DraftModel, FixedBudget, SlotRows, Step, TargetModel, Want};
+use scylla_core::plugin::{DraftModel, SlotRows, Step, TargetModel, Want};
 use scylla_core::text::{Message, Tokenizer};
 use scylla_core::train::AnswerLogits;
 use scylla_core::tree::Budget;
 use scylla_draft::Ngram;
 use scylla_tests::answers::{Answers, gradient};
-use scylla_tests::{default_model, write_sentencepiece_gguf};
-use scylla_verify::Greedy;
+use scylla_tests::{decode_prompts, default_model, whole, write_sentencepiece_gguf};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -58,7 +56,7 @@ fn tokenizer(path: &Path) -> Tokenizer {
         .expect("has one")
 }
 
-fn target(path: &Path, weights: WeightForm) -> Box<dyn TargetModel + Send> {
+fn target(path: &Path, weights: WeightForm) -> Box<dyn TargetModel> {
     let options = LoadOptions {
         weights,
         context: 2048,
@@ -164,10 +162,10 @@ fn check_greedy(
             tokenizer.encode(&case.prompt).expect("encodes"),
             case.prompt_ids
         );
-        let settings = Settings {
+        let settings = Request {
             max_new_tokens: case.ids.len(),
             eos: vec![2],
-            ..Settings::default()
+            ..Request::default()
         };
         let found = run(model.as_mut(), None, &case.prompt_ids, &settings).ids;
         let same = found
@@ -251,36 +249,17 @@ fn run(
     target: &mut dyn TargetModel,
     draft: Option<&mut dyn DraftModel>,
     prompt: &[u32],
-    settings: &Settings,
+    like: &Request,
 ) -> Output {
-    let budget = if draft.is_some() {
-        Budget {
+    let like = Request {
+        budget: Budget {
             total: 12,
             width: 2,
             depth: 6,
-        }
-    } else {
-        Budget::OFF
+        },
+        ..like.clone()
     };
-    let mut policy = FixedBudget(budget);
-    let mut parts = Parts {
-        target,
-        draft: None,
-        verifier: &Greedy,
-        policy: &mut policy,
-    };
-    if let Some(draft) = draft {
-        parts.draft = Some(("ngram", draft));
-    }
-    let jobs = [Job {
-        prompt: prompt.to_vec(),
-        sequence: 0,
-    }];
-    decode(&mut parts, &jobs, settings, None, &mut |_| {
-        ControlFlow::Continue(())
-    })
-    .expect("decodes")
-    .remove(0)
+    whole(decode_prompts(target, draft, &like, &[prompt.to_vec()], 1)).remove(0)
 }
 
 const PROMPTS: [&str; 4] = [
@@ -317,10 +296,10 @@ fn greedy_speculation_equals_plain_decoding_on_real_text() {
                 .render(&[message])
                 .expect("renders");
             let prompt = tokenizer.encode(&prompt).expect("encodes");
-            let settings = Settings {
+            let settings = Request {
                 max_new_tokens: 48,
                 eos: vec![2],
-                ..Settings::default()
+                ..Request::default()
             };
             let plain = run(model.as_mut(), None, &prompt, &settings);
             let mut ngram = Ngram::new(2, 4).expect("ngram");

@@ -13,6 +13,12 @@ use crate::{Error, Registry, Result, bench, terminal};
 pub(super) struct Bench {
     /// Experiment file; without one, the default comparison runs
     experiment: Option<PathBuf>,
+    /// Sequences side by side, one run for each: 1,2,4,8,16,32
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    batch: Vec<u64>,
+    /// Conversations that begin in a second, at random times; without it another begins when one ends
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    rate: Option<f64>,
     /// Override any field of the experiment
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
@@ -26,6 +32,11 @@ pub(super) struct Bench {
 impl Bench {
     pub(super) fn run(self, registry: &Registry, stop: &AtomicBool) -> Result<()> {
         let mut overrides = self.model.overrides();
+        if !self.batch.is_empty() {
+            let batches: Vec<i64> = self.batch.iter().map(|&b| b.min(1 << 32) as i64).collect();
+            overrides.push(Override::new("run.batches", batches));
+        }
+        overrides.extend(self.rate.map(|rate| Override::new("run.rate", rate)));
         overrides.extend(Override::parse_all(&self.set)?);
         let experiment = Experiment::load(self.experiment.as_deref(), &overrides)?;
         let mut session = open_session(&experiment)?;

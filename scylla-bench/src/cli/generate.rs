@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
-use scylla_core::decode::{Cycle, Event, Finish, Job, Output, Phases};
+use scylla_core::engine::{Cycle, Event, Finish, Output, Phases, decode};
 use scylla_core::files::read_text;
 use scylla_core::text::Message;
 use serde::Serialize;
@@ -150,17 +150,15 @@ impl Generate {
                 session.prompt(&[message], &experiment.prompts)?
             }
         };
-        session.check_length(&prompt)?;
-        let mut decoder = session.decoder(registry, &experiment)?;
-        let settings = session.settings(&experiment);
-        let jobs = [Job {
-            prompt: prompt.clone(),
-            sequence: 0,
-        }];
+        session.wording.check_length(&prompt)?;
+        let mut composed = session.compose(registry, &experiment)?;
+        let request = session.request(&experiment, &composed, prompt.clone(), 0);
+        let mut engine = session.engine(&mut composed, experiment.run.options(1))?;
+        engine.check(&request)?;
         // What became of standard output: whether somebody still reads, or why it cannot be written to.
         let mut told = Ok(true);
-        let mut on_event = |event: Event<'_>| {
-            if let (false, Event::Tokens { text, .. }) = (self.json, &event) {
+        let mut on_event = |event: &Event| {
+            if let (false, Event::Tokens { text, .. }) = (self.json, event) {
                 told = print_some(text);
             }
             match stop.load(Ordering::Relaxed) || !matches!(told, Ok(true)) {
@@ -168,9 +166,8 @@ impl Generate {
                 false => ControlFlow::Continue(()),
             }
         };
-        let output = session
-            .decode(&mut decoder, &jobs, &settings, &mut on_event)?
-            .remove(0);
+        let output = decode(&mut engine, vec![request], &mut on_event).remove(0);
+        drop(engine);
         if !told? {
             return Ok(()); // the reader has left
         }
@@ -226,7 +223,7 @@ fn check_names(registry: &Registry, experiment: &Experiment) -> Result<()> {
         return Err(scylla_core::Error::unknown("draft", draft, known).into());
     }
     let rule = &experiment.verifier;
-    let width = experiment.budget.width;
+    let width = experiment.budget.limits().width;
     registry.make_rule(
         &rule.name,
         &experiment.sampling,

@@ -3,15 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use scylla_core::decode::{Cycle, tau};
-use scylla_core::files::read_text;
+use scylla_core::engine::{Cycle, tau};
 use scylla_core::tree::Budget;
 use scylla_draft::tree::{MOST_OPTIMAL, expected_tokens, optimal};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::{print_json, print_text};
 use crate::stats::alpha_by_rank;
-use crate::{Error, Result};
+use crate::{Error, Result, runs};
 
 #[derive(Args)]
 pub(super) struct Tree {
@@ -34,14 +33,6 @@ pub(super) struct Tree {
     json: bool,
 }
 
-/// What a line of `cycles.jsonl` must say here.
-#[derive(Deserialize)]
-struct Line {
-    decoder: usize,
-    #[serde(flatten)]
-    cycle: Cycle,
-}
-
 #[derive(Serialize)]
 struct Answer {
     cycles: usize,
@@ -53,29 +44,11 @@ struct Answer {
 
 /// The recorded cycles of one decoder.
 fn cycles(run: &Path, decoder: usize) -> Result<Vec<Cycle>> {
-    let path = run.join("cycles.jsonl");
-    let text = read_text(&path)?;
-    let mut cycles = Vec::new();
-    for (i, line) in text.lines().enumerate() {
-        let line: Line = serde_json::from_str(line)
-            .map_err(|e| Error::file(&path, format!("line {}: {e}", i + 1)))?;
-        let c = &line.cycle;
-        let ranks = c.ranks.iter().zip(&c.offered);
-        let sound = c.offered.len() == c.ranks.len() + 1 || c.offered.is_empty();
-        let within = c.offered.iter().all(|&n| n < 4096) && c.offered.len() <= 4096;
-        if !(sound && within && ranks.clone().all(|(rank, offered)| rank < offered)) {
-            let message = "ranks and offered do not fit together";
-            return Err(Error::file(&path, format!("line {}: {message}", i + 1)));
-        }
-        if line.decoder == decoder {
-            cycles.push(line.cycle);
-        }
-    }
+    let rows = runs::read_cycles(run)?.into_iter();
+    let of_decoder = rows.filter(|row| row.decoder == decoder);
+    let cycles: Vec<Cycle> = of_decoder.map(|row| row.record).collect();
     match cycles.is_empty() {
-        true => Err(Error::file(
-            &path,
-            format!("no cycles of decoder {decoder}"),
-        )),
+        true => Err(Error::file(run, format!("no cycles of decoder {decoder}"))),
         false => Ok(cycles),
     }
 }

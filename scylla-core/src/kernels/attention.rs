@@ -118,7 +118,7 @@ pub struct KvLayer {
 }
 
 /// Where the values of a position lie.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct KvLayout {
     heads: usize,
     head_dim: usize,
@@ -159,6 +159,17 @@ impl<E: Element> Store<E> {
         }
     }
 
+    /// The first `count` positions of another store of this layout; whole tiles of keys are copied.
+    fn copy_first(&mut self, layout: KvLayout, other: &Self, count: usize) {
+        for head in 0..layout.heads {
+            let at = layout.key(head, 0);
+            let keys = at..at + count.next_multiple_of(TILE) * layout.head_dim;
+            self.keys[keys.clone()].copy_from_slice(&other.keys[keys]);
+            let values = layout.value(head, 0)..layout.value(head, count);
+            self.values[values.clone()].copy_from_slice(&other.values[values]);
+        }
+    }
+
     fn copy(&mut self, layout: KvLayout, from: usize, to: usize) {
         for head in 0..layout.heads {
             let (a, b) = (layout.key(head, from), layout.key(head, to));
@@ -195,6 +206,20 @@ impl KvLayer {
         match &mut self.form {
             Form::F32(store) => store.write(layout, position, key, value),
             Form::F16(store) => store.write(layout, position, key, value),
+        }
+    }
+
+    /// Copies the first `count` rows of another cache.
+    ///
+    /// # Panics
+    /// If that has another form or size, or fewer positions.
+    pub fn copy_first(&mut self, other: &Self, count: usize) {
+        assert_eq!(self.layout, other.layout);
+        assert!(count <= self.layout.capacity, "rows outside the cache");
+        match (&mut self.form, &other.form) {
+            (Form::F32(to), Form::F32(from)) => to.copy_first(self.layout, from, count),
+            (Form::F16(to), Form::F16(from)) => to.copy_first(self.layout, from, count),
+            _ => panic!("caches of different forms"),
         }
     }
 

@@ -22,6 +22,15 @@ const ROOM: f64 = 20.0;
 const AHEAD: usize = 1024;
 
 /// f32 or f64.
+///
+/// ```
+/// use scylla_core::kernels::softmax::Real;
+///
+/// fn half_life<F: Real>(x: F) -> F {
+///     F::exp(-(x * F::narrow(std::f64::consts::LN_2)), false)
+/// }
+/// assert!((half_life(1.0f64) - 0.5).abs() < 1e-12);
+/// ```
 pub trait Real:
     Copy
     + PartialOrd

@@ -410,6 +410,19 @@ impl CpuStack {
     }
 }
 
+/// Makes the cache of a slot, of which no page is there yet.
+fn new_cache(
+    layers: &[LayerWeights],
+    form: CacheForm,
+    capacity: usize,
+) -> impl FnOnce() -> Vec<KvLayer> + '_ {
+    move || {
+        let layer =
+            |l: &LayerWeights| KvLayer::new(form, l.spec.kv_heads, l.spec.head_dim, capacity);
+        layers.iter().map(layer).collect()
+    }
+}
+
 /// Norms heads in place; `scratch` has room for them.
 fn norm_heads(heads: &mut [f32], norm: &[f32], eps: f32, scratch: &mut [f32]) {
     let scratch = &mut scratch[..heads.len()];
@@ -434,14 +447,30 @@ impl Stack for CpuStack {
     }
 
     fn open(&mut self, slot: Slot) -> Result<()> {
-        let (capacity, form) = (self.slots.capacity, self.cache_form);
-        let layer =
-            |l: &LayerWeights| KvLayer::new(form, l.spec.kv_heads, l.spec.head_dim, capacity);
-        let (spare, layers) = (&mut self.spare, &self.layers);
-        self.slots.open(slot, || {
-            let spare = spare.pop();
-            Ok(spare.unwrap_or_else(|| layers.iter().map(layer).collect()))
+        let made = new_cache(&self.layers, self.cache_form, self.slots.capacity);
+        let spare = &mut self.spare;
+        let cache = || Ok(spare.pop().unwrap_or_else(made));
+        self.slots.open(slot, cache)
+    }
+
+    fn fork(&mut self, from: Slot, to: Slot, count: usize) -> Result<()> {
+        let made = new_cache(&self.layers, self.cache_form, self.slots.capacity);
+        let spare = &mut self.spare;
+        let cache = || Ok(spare.pop().unwrap_or_else(made));
+        self.slots.fork([from, to], count, cache, |to, from| {
+            let layers = to.iter_mut().zip(from);
+            layers.for_each(|(to, from)| to.copy_first(from, count));
+            Ok(())
         })
+    }
+
+    /// Pages are there once they are written, by head and layer; tiles are whole.
+    fn slot_bytes(&self, positions: usize) -> usize {
+        positions.next_multiple_of(16) * self.cache_bytes()
+    }
+
+    fn trim(&mut self) {
+        self.spare.clear();
     }
 
     fn close(&mut self, slot: Slot) {

@@ -18,6 +18,31 @@ use crate::{Error, Result};
 pub type Forms = BTreeMap<&'static str, usize>;
 
 /// A weight `[N, K]`, with a bias `[N]` or without.
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use scylla_core::kernels::Pool;
+/// use scylla_core::model::{Cpu, Executor};
+/// use scylla_core::plugin::Matrix;
+/// # use scylla_core::model::{StoredTensor, WeightForm, Weights};
+/// # struct Ones;
+/// # impl Weights for Ones {
+/// #     fn find(&self, name: &str, shape: &[usize]) -> scylla_core::Result<StoredTensor<'_>> {
+/// #         let bytes = 1.0f32.to_le_bytes().repeat(shape.iter().product());
+/// #         StoredTensor::in_memory(name.to_string(), safetensors::Dtype::F32, shape, bytes)
+/// #     }
+/// #     fn form(&self) -> WeightForm { WeightForm::F32 }
+/// # }
+///
+/// let cpu = Cpu::new(Arc::new(Pool::new(1)));
+/// let head = cpu.weight(&Ones, "head", [4, 2], false)?; // ones, [4, 2]
+/// let mut out = Matrix::default();
+/// head.multiply(&Matrix::host(vec![1.0, 2.0], 2), &mut out)?;
+/// assert_eq!(out.values()?, [3.0; 4]);
+/// assert_eq!(head.cut(&[0, 3])?.n(), 2);
+/// # Ok::<(), scylla_core::Error>(())
+/// ```
 pub trait WeightMatrix: Send + Sync {
     /// N: values a row of a product.
     fn n(&self) -> usize;
@@ -44,6 +69,37 @@ pub trait WeightMatrix: Send + Sync {
 }
 
 /// Decoder layers with a cache for each slot.
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use scylla_core::kernels::Pool;
+/// use scylla_core::model::{AttentionInput, Biases, Cpu, Executor, LayerSpec, Rope, StackRows};
+/// use scylla_core::plugin::Matrix;
+/// # use scylla_core::model::{StoredTensor, WeightForm, Weights};
+/// # struct Ones;
+/// # impl Weights for Ones {
+/// #     fn find(&self, name: &str, shape: &[usize]) -> scylla_core::Result<StoredTensor<'_>> {
+/// #         let bytes = 1.0f32.to_le_bytes().repeat(shape.iter().product());
+/// #         StoredTensor::in_memory(name.to_string(), safetensors::Dtype::F32, shape, bytes)
+/// #     }
+/// #     fn form(&self) -> WeightForm { WeightForm::F32 }
+/// # }
+///
+/// let spec = LayerSpec {
+///     hidden: 4, ffn: 8, heads: 2, kv_heads: 1, head_dim: 2, eps: 1e-5, biases: Biases::default(),
+///     qk_norm: false, window: None, rope: Rope::plain(1e4), input: AttentionInput::Normed,
+/// };
+/// let cpu = Cpu::new(Arc::new(Pool::new(1)));
+/// let mut stack = cpu.stack(&Ones, &[("layers.0".into(), spec)], 16)?;
+/// stack.open(0)?;
+/// let rows = [StackRows { slot: 0, count: 2, parents: &[] }]; // a chain of two
+/// let mut x = Matrix::host(vec![0.5; 8], 4);
+/// stack.forward(&rows, &mut x, None, &mut |_, _| {})?;
+/// stack.commit(0, &[0])?; // the first stays, the second goes
+/// assert!(x.values()?.iter().all(|v| v.is_finite()));
+/// # Ok::<(), scylla_core::Error>(())
+/// ```
 pub trait Stack: Send {
     /// Positions a slot can hold.
     fn capacity(&self) -> usize;
@@ -55,6 +111,15 @@ pub trait Stack: Send {
     fn open(&mut self, slot: Slot) -> Result<()>;
     /// Ends it, and keeps its memory for the next one; closing a slot that is not open does nothing.
     fn close(&mut self, slot: Slot);
+    /// Opens slot `to` with the first `count` committed rows of slot `from`, which stays as it is.
+    ///
+    /// # Errors
+    /// If there are fewer.
+    fn fork(&mut self, from: Slot, to: Slot, count: usize) -> Result<()>;
+    /// Bytes that the cache of a slot takes which comes to hold so many positions.
+    fn slot_bytes(&self, positions: usize) -> usize;
+    /// Gives back the memory of slots that were closed.
+    fn trim(&mut self);
     /// Keeps the waiting rows that are listed, a path from a first row, and drops the rest.
     fn commit(&mut self, slot: Slot, path: &[usize]) -> Result<()>;
     /// Runs rows through all layers: `x` `[M, H]`, rows slot by slot, goes from the input of the first to the output
@@ -111,6 +176,37 @@ pub(super) fn check_input(
 }
 
 /// Reads weights to where it computes, and computes with them.
+///
+/// ```
+/// use candle_core::Device;
+/// use scylla_core::model::{Cpu, Executor, OnDevice};
+/// use scylla_core::plugin::Matrix;
+/// # use scylla_core::model::{StoredTensor, WeightForm, Weights};
+/// # struct Ones;
+/// # impl Weights for Ones {
+/// #     fn find(&self, name: &str, shape: &[usize]) -> scylla_core::Result<StoredTensor<'_>> {
+/// #         let bytes = 1.0f32.to_le_bytes().repeat(shape.iter().product());
+/// #         StoredTensor::in_memory(name.to_string(), safetensors::Dtype::F32, shape, bytes)
+/// #     }
+/// #     fn form(&self) -> WeightForm { WeightForm::F32 }
+/// # }
+///
+/// /// Written once, run anywhere: a normed product.
+/// fn run(executor: &dyn Executor) -> scylla_core::Result<Vec<f32>> {
+///     let norm = executor.vector(&Ones, "norm.weight", 2)?;
+///     let weight = executor.weight(&Ones, "fc", [3, 2], false)?;
+///     let (mut normed, mut out) = (Matrix::default(), Matrix::default());
+///     let x = executor.bring(Matrix::host(vec![3.0, 3.0], 2))?;
+///     executor.rms_norm(&x, &norm, 0.0, &mut normed)?;
+///     weight.multiply(&normed, &mut out)?;
+///     Ok(out.all()?.into_owned())
+/// }
+///
+/// let kernels = Cpu::new(std::sync::Arc::new(scylla_core::kernels::Pool::new(1)));
+/// assert_eq!(run(&kernels)?, [2.0; 3]);
+/// assert_eq!(run(&OnDevice::new(Device::Cpu))?, [2.0; 3]);
+/// # Ok::<(), scylla_core::Error>(())
+/// ```
 pub trait Executor: Send + Sync {
     /// Brings rows from the host to where it computes.
     fn bring(&self, rows: Matrix) -> Result<Matrix>;

@@ -183,7 +183,7 @@ pub fn parse_device(name: &str) -> Result<Device> {
 /// A loaded target and what it weighs.
 pub struct Loaded {
     /// The model.
-    pub model: Box<dyn TargetModel + Send>,
+    pub model: Box<dyn TargetModel>,
     /// Its shape.
     pub config: ModelConfig,
     /// Bytes of weights held.

@@ -88,6 +88,34 @@ impl<C> Slots<C> {
         Ok(())
     }
 
+    /// Opens slot `to` with the first `count` committed rows of slot `from`: `cache` is made, and `copy(to, from)` copies
+    /// them.
+    pub(super) fn fork(
+        &mut self,
+        [from, to]: [usize; 2],
+        count: usize,
+        cache: impl FnOnce() -> Result<C>,
+        copy: impl FnOnce(&mut C, &C) -> Result<()>,
+    ) -> Result<()> {
+        let len = self.get(from)?.len;
+        if count > len {
+            return Err(Error::Invalid(format!(
+                "slot {to}: {count} rows of slot {from}, which has {len}"
+            )));
+        }
+        self.open(to, cache)?;
+        let mut opened = self.slots[to].take();
+        let copied = match (&mut opened, self.cache(from)) {
+            (Some(opened), Some(from)) => copy(&mut opened.cache, from),
+            _ => Ok(()),
+        };
+        if let Some(opened) = &mut opened {
+            opened.len = count;
+        }
+        self.slots[to] = opened;
+        copied
+    }
+
     pub(super) fn close(&mut self, slot: usize) -> Option<C> {
         self.slots.get_mut(slot)?.take().map(|s| s.cache)
     }

@@ -175,6 +175,18 @@ impl TargetModel for Transformer {
         }
     }
 
+    fn fork(&mut self, from: Slot, to: Slot, count: usize) -> Result<bool> {
+        self.stack.fork(from, to, count).map(|()| true)
+    }
+
+    fn slot_bytes(&self, positions: usize) -> usize {
+        self.stack.slot_bytes(positions)
+    }
+
+    fn trim(&mut self) {
+        self.stack.trim();
+    }
+
     fn shape(&self) -> TargetShape {
         TargetShape {
             context: self.stack.capacity(),

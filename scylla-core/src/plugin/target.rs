@@ -80,7 +80,51 @@ pub struct Forward {
 ///
 /// A slot holds committed positions; `forward` appends rows after them and after rows that wait already (so a tree
 /// may be run level by level), and `commit` keeps some of those rows.
-pub trait TargetModel {
+///
+/// ```
+/// use scylla_core::plugin::{Forward, Matrix, Slot, Step, TargetModel, TargetShape};
+///
+/// /// Four tokens, always the same logits. It holds no state, so that opening and keeping rows is nothing to it.
+/// struct Loaded(Vec<f32>);
+///
+/// impl TargetModel for Loaded {
+///     fn open(&mut self, _: Slot) -> scylla_core::Result<()> {
+///         Ok(())
+///     }
+///     fn close(&mut self, _: Slot) {}
+///     fn forward(&mut self, step: &Step<'_>) -> scylla_core::Result<Forward> {
+///         let rows = |n: usize| Matrix::host(self.0.repeat(n), self.0.len());
+///         let wanted = step.slots.iter().map(|s| Ok(rows(s.want.of(s.tokens.len())?.len())));
+///         let logits = wanted.collect::<scylla_core::Result<_>>()?;
+///         Ok(Forward { logits, taps: vec![Vec::new(); step.slots.len()] })
+///     }
+///     fn commit(&mut self, _: Slot, _: &[usize]) -> scylla_core::Result<()> {
+///         Ok(())
+///     }
+///     fn shape(&self) -> TargetShape {
+///         TargetShape { vocab: self.0.len(), hidden: 0, layers: 0, context: 64 }
+///     }
+/// }
+///
+/// use scylla_core::engine::{Engine, Options, Parts, Request, decode};
+/// # struct Best;
+/// # impl scylla_core::plugin::Verifier for Best {
+/// #     fn name(&self) -> &str { "best" }
+/// #     fn exact_for(&self, _: scylla_core::tree::Drawing, _: usize, s: &scylla_core::sampling::Sampling) -> bool { s.is_greedy() }
+/// #     fn verify(&self, _: &scylla_core::tree::Tree, rows: &dyn scylla_core::plugin::TargetRows,
+/// #         _: &mut dyn scylla_core::plugin::Chance) -> scylla_core::Result<scylla_core::plugin::Verdict> {
+/// #         Ok(scylla_core::plugin::Verdict { path: Vec::new(), bonus: rows.argmax(&[0])?[0] })
+/// #     }
+/// # }
+/// # let greedy = Best;
+/// let parts = Parts::plain(Loaded(vec![0.0, 3.0, 1.0, 2.0]), greedy);
+/// let mut engine = Engine::new(parts, Options::default())?;
+/// let request = Request { prompt: vec![0], max_new_tokens: 3, ..Request::default() };
+/// let outputs = decode(&mut engine, vec![request], &mut |_| std::ops::ControlFlow::Continue(()));
+/// assert_eq!(outputs[0].ids, [1, 1, 1]);
+/// # Ok::<(), scylla_core::Error>(())
+/// ```
+pub trait TargetModel: Send {
     /// Starts an empty sequence in a slot.
     fn open(&mut self, slot: Slot) -> Result<()>;
     /// Ends it; closing a slot that is not open does nothing.
@@ -93,7 +137,55 @@ pub trait TargetModel {
     fn shape(&self) -> TargetShape;
     /// Takes back what a forward handed out, when nobody needs it any more: its memory may serve the next one.
     fn recycle(&mut self, _: Forward) {}
+    /// Opens slot `to` with the first `count` committed rows of slot `from`, which stays as it is. False, and nothing is
+    /// opened, where a model cannot.
+    fn fork(&mut self, _from: Slot, _to: Slot, _count: usize) -> Result<bool> {
+        Ok(false)
+    }
+    /// Bytes that the cache of a slot takes which comes to hold so many positions; 0 where none are counted.
+    fn slot_bytes(&self, _positions: usize) -> usize {
+        0
+    }
+    /// Gives back the memory that is kept of slots that were closed.
+    fn trim(&mut self) {}
 }
+
+/// The same model, borrowed or boxed.
+macro_rules! forwarded {
+    ($($kind:ty),+) => {$(
+        impl<T: TargetModel + ?Sized> TargetModel for $kind {
+            fn open(&mut self, slot: Slot) -> Result<()> {
+                (**self).open(slot)
+            }
+            fn close(&mut self, slot: Slot) {
+                (**self).close(slot);
+            }
+            fn forward(&mut self, step: &Step<'_>) -> Result<Forward> {
+                (**self).forward(step)
+            }
+            fn commit(&mut self, slot: Slot, path: &[usize]) -> Result<()> {
+                (**self).commit(slot, path)
+            }
+            fn shape(&self) -> TargetShape {
+                (**self).shape()
+            }
+            fn recycle(&mut self, forward: Forward) {
+                (**self).recycle(forward);
+            }
+            fn fork(&mut self, from: Slot, to: Slot, count: usize) -> Result<bool> {
+                (**self).fork(from, to, count)
+            }
+            fn slot_bytes(&self, positions: usize) -> usize {
+                (**self).slot_bytes(positions)
+            }
+            fn trim(&mut self) {
+                (**self).trim();
+            }
+        }
+    )+};
+}
+
+forwarded!(&mut T, Box<T>);
 
 /// Sizes of a target.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -21,6 +21,30 @@ pub struct Message {
     pub content: String,
 }
 
+impl Message {
+    /// What the user says.
+    pub fn user(content: impl Into<String>) -> Self {
+        Self::of("user", content)
+    }
+
+    /// What the model said.
+    pub fn assistant(content: impl Into<String>) -> Self {
+        Self::of("assistant", content)
+    }
+
+    /// What stands above the conversation.
+    pub fn system(content: impl Into<String>) -> Self {
+        Self::of("system", content)
+    }
+
+    fn of(role: &'static str, content: impl Into<String>) -> Self {
+        Self {
+            role,
+            content: content.into(),
+        }
+    }
+}
+
 /// What a template may do: an instruction costs 1, a byte that it makes or reads 1/64 (minijinja's fuel).
 const FUEL: u64 = 2_000_000;
 /// Bytes of a prompt.

@@ -65,6 +65,34 @@ pub struct AlignLoss {
 }
 
 /// A loss that carries a teacher's knowledge to a student with another tokenizer.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use scylla_core::train::{AlignContext, AlignLoss, AlignNeeds, Aligner, AnswerLogits, Part};
+///
+/// /// The mean squared distance of logits; both must have one tokenizer.
+/// struct Distance;
+///
+/// impl Aligner for Distance {
+///     fn needs(&self) -> AlignNeeds {
+///         AlignNeeds::default()
+///     }
+///     fn loss(&self, teacher: &AnswerLogits, student: &AnswerLogits, _: &AlignContext) -> scylla_core::Result<AlignLoss> {
+///         let value = (&student.logits - teacher.logits.detach())?.sqr()?.mean_all()?;
+///         let part = Part { name: "distance", weight: 1.0, value: value.clone() };
+///         Ok(AlignLoss { total: value, parts: vec![part], gradient: None, notes: Vec::new() })
+///     }
+/// }
+///
+/// let answer = |value: f32| -> scylla_core::Result<AnswerLogits> {
+///     let logits = Tensor::full(value, (1, 2, 3), &Device::Cpu)?;
+///     let labels = Tensor::zeros((1, 2), candle_core::DType::I64, &Device::Cpu)?;
+///     Ok(AnswerLogits { logits, labels, vocab: 3, tokens: None, offsets: None, hidden: None })
+/// };
+/// let loss = Distance.loss(&answer(1.0)?, &answer(3.0)?, &AlignContext::default())?;
+/// assert_eq!(loss.total.to_scalar::<f32>()?, 4.0);
+/// # Ok::<(), scylla_core::Error>(())
+/// ```
 pub trait Aligner {
     /// What it needs beside logits and labels.
     fn needs(&self) -> AlignNeeds;

@@ -154,6 +154,10 @@ impl Body for Reduced {
         &mut *self.stack
     }
 
+    fn stack_bytes(&self, positions: usize) -> usize {
+        self.stack.slot_bytes(positions)
+    }
+
     fn project(&mut self, features: &mut Matrix, out: &mut Matrix) -> Result<()> {
         std::mem::swap(features, out);
         Ok(())

@@ -21,7 +21,7 @@ struct Sequence {
 
 /// A language model that drafts.
 pub struct DraftLm {
-    model: Box<dyn TargetModel + Send>,
+    model: Box<dyn TargetModel>,
     bytes: usize,
     ids: Ids,
     /// Positions a slot holds, nodes included.
@@ -39,7 +39,7 @@ impl DraftLm {
     /// # Errors
     /// If the model has fewer rows of logits than the tokenizer has tokens.
     pub fn new(
-        model: Box<dyn TargetModel + Send>,
+        model: Box<dyn TargetModel>,
         bytes: usize,
         vocab: usize,
         known: usize,
@@ -122,6 +122,32 @@ impl Network for DraftLm {
     fn close(&mut self, slot: Slot) {
         self.model.close(slot);
         self.slots.remove(&slot);
+    }
+
+    fn fork(&mut self, from: Slot, to: Slot, tokens: &[u32]) -> Result<bool> {
+        let Some(source) = self.slots.get(&from).filter(|s| !s.full) else {
+            return Ok(false);
+        };
+        // At least the last token is run again, which gives the logits after it.
+        let rows = source.committed.min(tokens.len().saturating_sub(1));
+        if !self.model.fork(from, to, rows)? {
+            return Ok(false);
+        }
+        let sequence = Sequence {
+            committed: rows,
+            tokens: tokens[rows..].to_vec(),
+            ..Sequence::default()
+        };
+        self.slots.insert(to, sequence);
+        Ok(true)
+    }
+
+    fn slot_bytes(&self, positions: usize) -> usize {
+        self.model.slot_bytes(positions.min(self.positions))
+    }
+
+    fn trim(&mut self) {
+        self.model.trim();
     }
 
     fn observe(&mut self, committed: &Committed<'_>) -> Result<()> {

@@ -145,6 +145,10 @@ impl Body for Eagle3 {
         &mut *self.stack
     }
 
+    fn stack_bytes(&self, positions: usize) -> usize {
+        self.stack.slot_bytes(positions)
+    }
+
     fn project(&mut self, features: &mut Matrix, out: &mut Matrix) -> Result<()> {
         if let Some(norm) = &self.whole_norm {
             let eps = self.config.backbone.eps;

@@ -15,6 +15,58 @@ use super::{Ids, NODES, Network, Nodes};
 
 /// One network: from (feature, token) rows to states, and from states to logits, where its executor keeps them. `M`
 /// rows, `F` values of the target's features, `H` of the state that recurs.
+///
+/// ```
+/// use scylla_core::model::{Stack, StackRows, WeightMatrix};
+/// use scylla_core::plugin::{Matrix, Tap};
+/// use scylla_draft::network::{Body, Feature, Ids};
+/// use std::sync::Arc;
+///
+/// /// The target's last state through a stack of its own, and the target's head.
+/// struct Plain {
+///     hidden: usize,
+///     stack: Box<dyn Stack>,
+///     head: Arc<dyn WeightMatrix>,
+///     ids: Ids,
+/// }
+///
+/// impl Body for Plain {
+///     fn taps(&self) -> &[Tap] {
+///         &[Tap::Final]
+///     }
+///     fn feature_width(&self) -> usize {
+///         self.hidden
+///     }
+///     fn ids(&self) -> &Ids {
+///         &self.ids
+///     }
+///     fn step_bytes(&self) -> usize {
+///         0
+///     }
+///     fn stack(&mut self) -> &mut dyn Stack {
+///         &mut *self.stack
+///     }
+///     fn stack_bytes(&self, positions: usize) -> usize {
+///         self.stack.slot_bytes(positions)
+///     }
+///     fn project(&mut self, features: &mut Matrix, out: &mut Matrix) -> scylla_core::Result<()> {
+///         std::mem::swap(features, out);
+///         Ok(())
+///     }
+///     fn run(&mut self, rows: &[StackRows<'_>], features: &Matrix, _: &[u32], out: &mut Matrix) -> scylla_core::Result<()> {
+///         out.copy_of(features);
+///         self.stack.forward(rows, out, None, &mut |_, _| {})
+///     }
+///     fn logits(&mut self, states: &Matrix, out: &mut Matrix) -> scylla_core::Result<()> {
+///         self.head.multiply(states, out)
+///     }
+/// }
+///
+/// /// Pairing features with tokens, caches and feeding states back are the same for all.
+/// fn network(body: Plain, context: usize) -> Feature<Plain> {
+///     Feature::new(body, context)
+/// }
+/// ```
 pub trait Body: Send {
     /// Hidden states of the target that make up a feature, side by side.
     fn taps(&self) -> &[Tap];
@@ -26,6 +78,8 @@ pub trait Body: Send {
     fn step_bytes(&self) -> usize;
     /// Its decoder layers.
     fn stack(&mut self) -> &mut dyn Stack;
+    /// Bytes that the cache of a slot takes which comes to hold so many positions.
+    fn stack_bytes(&self, positions: usize) -> usize;
     /// Brings target features `[M, F]` to the width that recurs, `[M, H]`; the features are used up.
     fn project(&mut self, features: &mut Matrix, out: &mut Matrix) -> Result<()>;
     /// Runs rows, features `[M, H]` beside tokens `[M]`, and writes the states that recur `[M, H]`.
@@ -104,8 +158,7 @@ impl<B: Body> Feature<B> {
             let count = s.tokens.len().min(s.features.rows());
             let whole: Vec<usize> = (0..count).collect();
             self.features.append(&[&s.features], &whole)?;
-            s.features.drop_first(count)?;
-            self.tokens.extend(s.tokens.drain(..count));
+            self.tokens.extend_from_slice(&s.tokens[..count]);
             self.body.stack().commit(slot, &[])?;
             match count {
                 // Nodes of an earlier tree go, what they followed stays.
@@ -133,6 +186,9 @@ impl<B: Body> Feature<B> {
             let path: Vec<usize> = (0..count).collect();
             self.body.stack().commit(slot, &path)?;
             let s = open(&mut self.slots, slot)?;
+            // Only now: where the forward fails they still wait, and another one may take them.
+            s.features.drop_first(count)?;
+            s.tokens.drain(..count);
             s.committed += count;
             s.states.clear();
             s.states.append(&[&self.states], &[end - 1])?;
@@ -173,6 +229,34 @@ impl<B: Body> Network for Feature<B> {
     fn close(&mut self, slot: Slot) {
         self.body.stack().close(slot);
         self.slots.remove(&slot);
+    }
+
+    fn fork(&mut self, from: Slot, to: Slot, tokens: &[u32]) -> Result<bool> {
+        let Some(rows) = tokens.len().checked_sub(1) else {
+            return Ok(false);
+        };
+        if self.slots.get(&from).is_some_and(|s| s.committed < rows) {
+            self.catch_up(&[from])?;
+        }
+        if self.slots.get(&from).is_none_or(|s| s.committed < rows) {
+            return Ok(false);
+        }
+        self.body.stack().fork(from, to, rows)?;
+        let sequence = Sequence {
+            begun: true,
+            committed: rows,
+            ..Sequence::default()
+        };
+        self.slots.insert(to, sequence);
+        Ok(true)
+    }
+
+    fn slot_bytes(&self, positions: usize) -> usize {
+        self.body.stack_bytes(positions)
+    }
+
+    fn trim(&mut self) {
+        self.body.stack().trim();
     }
 
     fn observe(&mut self, committed: &Committed<'_>) -> Result<()> {

@@ -38,6 +38,60 @@ pub struct Nodes<'a> {
 }
 
 /// A model over draft ids that grows trees: committed rows stay in its cache, nodes only while a tree grows.
+///
+/// ```
+/// use scylla_core::plugin::{Committed, DraftModel, Matrix, Request, Slot, Tap};
+/// use scylla_draft::network::{Ids, Network, Nodes};
+/// use scylla_draft::tree::{TreeDraft, TreeSettings};
+///
+/// /// Four tokens; after any text the higher id is the more probable.
+/// struct Rising(Ids);
+///
+/// impl Rising {
+///     fn rows(n: usize) -> Matrix {
+///         Matrix::host([0.0, 1.0, 2.0, 3.0].repeat(n), 4)
+///     }
+/// }
+///
+/// impl Network for Rising {
+///     fn taps(&self) -> Vec<Tap> {
+///         Vec::new()
+///     }
+///     fn ids(&self) -> &Ids {
+///         &self.0
+///     }
+///     fn step_bytes(&self) -> usize {
+///         0
+///     }
+///     fn open(&mut self, _: Slot) -> scylla_core::Result<()> {
+///         Ok(())
+///     }
+///     fn close(&mut self, _: Slot) {}
+///     fn observe(&mut self, _: &Committed<'_>) -> scylla_core::Result<()> {
+///         Ok(())
+///     }
+///     fn room(&self, _: Slot) -> Option<usize> {
+///         Some(100)
+///     }
+///     fn start(&mut self, slots: &[Slot], logits: &mut Matrix) -> scylla_core::Result<()> {
+///         *logits = Self::rows(slots.len());
+///         Ok(())
+///     }
+///     fn expand(&mut self, nodes: &[Nodes<'_>], logits: &mut Matrix) -> scylla_core::Result<()> {
+///         *logits = Self::rows(nodes.iter().map(|n| n.tokens.len()).sum());
+///         Ok(())
+///     }
+/// }
+///
+/// // With a shape of trees it is a draft.
+/// let mut draft = TreeDraft::new(Rising(Ids::same(4, 4)), &TreeSettings::default())?;
+/// draft.open(0)?;
+/// # use scylla_core::{chance::Seeded, sampling::Sampling, tree::Budget};
+/// # let (sampling, mut chance) = (Sampling::default(), Seeded::new(0, 0));
+/// let request = Request { slot: 0, root: 1, budget: Budget { total: 3, width: 2, depth: 0 }, sampling: &sampling, chance: &mut chance };
+/// assert_eq!(draft.propose(&mut [request])?[0].tokens, [1, 3, 2]);
+/// # Ok::<(), scylla_core::Error>(())
+/// ```
 pub trait Network: Send {
     /// Hidden states it wants with each committed position.
     fn taps(&self) -> Vec<Tap>;
@@ -53,6 +107,17 @@ pub trait Network: Send {
     fn open(&mut self, slot: Slot) -> Result<()>;
     /// Ends it; closing a slot that is not open does nothing.
     fn close(&mut self, slot: Slot);
+    /// Opens slot `to` as if it had seen these tokens, which slot `from` begins with, and the features of all of them but
+    /// the last. False, and nothing is opened, where it cannot, or `from` knows less.
+    fn fork(&mut self, _from: Slot, _to: Slot, _tokens: &[u32]) -> Result<bool> {
+        Ok(false)
+    }
+    /// Bytes that the cache of a slot takes which comes to hold so many positions.
+    fn slot_bytes(&self, _positions: usize) -> usize {
+        0
+    }
+    /// Gives back the memory of slots that were closed.
+    fn trim(&mut self) {}
     /// Learns what became final.
     fn observe(&mut self, committed: &Committed<'_>) -> Result<()>;
     /// Nodes that may be forwarded while a tree grows in this slot; `None` where its cache has no room for the

@@ -155,6 +155,32 @@ impl Level<'_, '_> {
 }
 
 /// How a tree grows from its network's logits. Level 0 holds the root's children.
+///
+/// ```
+/// use scylla_core::sampling::Sampling;
+/// use scylla_core::tree::{Budget, Drawing};
+/// use scylla_draft::tree::{Growth, Level, Shape};
+///
+/// /// The most probable child of the most probable child, and so on.
+/// struct Best;
+///
+/// impl Shape for Best {
+///     fn drawing(&self, _: &Sampling) -> Drawing {
+///         Drawing::Deterministic
+///     }
+///     fn grow(&mut self, growth: &mut Growth, level: &mut Level<'_, '_>) -> scylla_core::Result<()> {
+///         let node = growth.frontier[0];
+///         let best = level.top(0, &growth.tree, node, 1)?;
+///         let child = best.first().map(|&(token, log)| growth.push(node, token, growth.scores[node] + log, 0));
+///         let more = growth.level + 1 < level.budget().levels() && growth.tree.len() < level.budget().total;
+///         growth.frontier = child.filter(|_| more).into_iter().collect();
+///         Ok(())
+///     }
+///     fn chosen(&self, growth: &Growth, budget: Budget) -> Vec<usize> {
+///         (0..growth.tree.len().min(budget.total)).collect()
+///     }
+/// }
+/// ```
 pub trait Shape: Send {
     /// How children are chosen under a sampling setting.
     fn drawing(&self, sampling: &Sampling) -> Drawing;
@@ -178,6 +204,16 @@ pub struct Scored {
 struct Seen {
     ids: Vec<u32>,
     known: HashSet<u32>,
+}
+
+impl Seen {
+    fn add(&mut self, tokens: &[u32], ids: &Ids) {
+        for id in tokens.iter().filter_map(|&t| Some(ids.draft(t)? as u32)) {
+            if self.known.insert(id) {
+                self.ids.push(id);
+            }
+        }
+    }
 }
 
 /// A draft: a network and the shape of its trees.
@@ -263,17 +299,32 @@ impl DraftModel for TreeDraft {
                 stop.committed(c.tokens.len());
             }
             if let Some(seen) = self.seen.get_mut(&c.slot) {
-                let ids = self.network.ids();
-                let ids = c.tokens.iter().filter_map(|&t| Some(ids.draft(t)? as u32));
-                for id in ids {
-                    if seen.known.insert(id) {
-                        seen.ids.push(id);
-                    }
-                }
+                seen.add(c.tokens, self.network.ids());
             }
             self.network.observe(c)?;
         }
         Ok(())
+    }
+
+    fn fork(&mut self, from: Slot, to: Slot, tokens: &[u32]) -> Result<bool> {
+        if !self.network.fork(from, to, tokens)? {
+            return Ok(false);
+        }
+        let mut seen = Seen::default();
+        seen.add(tokens, self.network.ids());
+        self.seen.insert(to, seen);
+        if let Some(stop) = &mut self.stop {
+            stop.interrupt();
+        }
+        Ok(true)
+    }
+
+    fn slot_bytes(&self, positions: usize) -> usize {
+        self.network.slot_bytes(positions)
+    }
+
+    fn trim(&mut self) {
+        self.network.trim();
     }
 
     fn propose(&mut self, requests: &mut [Request<'_>]) -> Result<Vec<Tree>> {

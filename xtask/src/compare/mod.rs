@@ -2,6 +2,7 @@
 //! on the same model files and prompts with the same threads, interleaved.
 
 mod numbers;
+mod parallel;
 mod prompts;
 mod setup;
 mod shapes;
@@ -16,7 +17,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use crate::root;
-use numbers::Sample;
+use numbers::Evidence;
 use setup::Setup;
 use shapes::Tried;
 
@@ -24,12 +25,14 @@ use shapes::Tried;
 const AS_SHIPPED: &str = "smollm2-as-shipped";
 /// What `--models` calls the prompts.
 const PROMPTS: &str = "prompts";
+/// What `--models` calls sequences side by side.
+const PARALLEL: &str = "parallel";
 
 pub(crate) const USAGE: &str = "options of `cargo xtask compare`:
   --rounds N           interleaved rounds (default 5)
   --threads LIST       numbers of threads (default 2,1)
-  --models LIST        of smollm2-as-shipped, smollm2-q8_0, llama-1.1b-q8_0, llama-1.1b-q4_0, qwen2.5-0.5b-q8_0, prompts;
-                       default all
+  --models LIST        of smollm2-as-shipped, smollm2-q8_0, llama-1.1b-q8_0, llama-1.1b-q4_0, qwen2.5-0.5b-q8_0,
+                       parallel (1 to 32 sequences side by side), prompts; default all
   --per-task N         prompts of each task (default 3)
   --new-tokens N       limit of new tokens a prompt (default 96)
   --draft NAME[:DIR]   one more draft of this project on the prompts; may be given again
@@ -57,7 +60,7 @@ impl Options {
         let mut options = Self {
             rounds: 5,
             threads: vec![2, 1],
-            models: models.chain([PROMPTS.into()]).collect(),
+            models: models.chain([PARALLEL.into(), PROMPTS.into()]).collect(),
             per_task: 3,
             new: 96,
             drafts: Vec::new(),
@@ -111,12 +114,12 @@ struct Claim {
     wanted: f64,
     /// Whether less is better.
     at_most: bool,
-    found: Sample,
+    found: Evidence,
 }
 
 impl Claim {
     fn met(&self) -> bool {
-        let found = self.found.median();
+        let found = self.found.value();
         match self.at_most {
             true => found <= self.wanted,
             false => found >= self.wanted,
@@ -133,21 +136,21 @@ impl Claim {
 }
 
 impl Claims {
-    fn at_least(&mut self, threads: usize, what: String, wanted: f64, found: &Sample) {
-        self.push(threads, what, wanted, false, found);
+    fn at_least(&mut self, threads: usize, what: String, wanted: f64, found: impl Into<Evidence>) {
+        self.push(threads, what, wanted, false, found.into());
     }
 
-    fn at_most(&mut self, threads: usize, what: String, wanted: f64, found: &Sample) {
-        self.push(threads, what, wanted, true, found);
+    fn at_most(&mut self, threads: usize, what: String, wanted: f64, found: impl Into<Evidence>) {
+        self.push(threads, what, wanted, true, found.into());
     }
 
-    fn push(&mut self, threads: usize, what: String, wanted: f64, at_most: bool, found: &Sample) {
+    fn push(&mut self, threads: usize, what: String, wanted: f64, at_most: bool, found: Evidence) {
         self.0.push(Claim {
             threads,
             what,
             wanted,
             at_most,
-            found: found.clone(),
+            found,
         });
     }
 
@@ -175,8 +178,9 @@ struct Run {
     /// Options of llama.cpp that were tried, by model and threads.
     tried: BTreeMap<(&'static str, usize), Rc<[Tried]>>,
     environment: Value,
-    /// What was found of each model, and on the prompts.
+    /// What was found of each model, of sequences side by side, and on the prompts.
     models: Vec<Value>,
+    parallel: Vec<Value>,
     on_prompts: Vec<Value>,
 }
 
@@ -184,12 +188,13 @@ impl Run {
     /// What was found so far, for people; written too where a name was given, so that what breaks off later loses nothing.
     fn report(&self, args: &[String], begun: Instant) -> Result<String> {
         let minutes = begun.elapsed().as_secs_f64() / 60.0;
-        let of_models = self.models.iter().map(|m| &m["ours"]["environment"]);
+        let of_models = self.models.iter().chain(&self.parallel);
+        let of_models = of_models.map(|m| &m["ours"]["environment"]);
         let of_prompts = self.on_prompts.iter().map(|p| &p["environment"]);
         let ours = of_models.chain(of_prompts).next();
         let tell = |key: &str| ours.and_then(|e| e[key].as_str()).unwrap_or_default();
         let report = format!(
-            "# Side by side\n\n`cargo xtask compare {}`: {} interleaved rounds, medians (smallest-largest), {minutes:.0} minutes in all.\n{} ({}), commit {}. llama.cpp: {}.\n\n{}{}",
+            "# Side by side\n\n`cargo xtask compare {}`: {} interleaved rounds, medians (smallest-largest), of ratios on prompts the value over all of them (95 % interval), {minutes:.0} minutes in all.\n{} ({}), commit {}. llama.cpp: {}.\n\n{}{}",
             args.join(" "),
             self.options.rounds,
             tell("cpu"),
@@ -203,7 +208,7 @@ impl Run {
             let claims: Vec<Value> = self.claims.0.iter().map(Claim::json).collect();
             let all = json!({
                 "command": args, "minutes": minutes, "environment": self.environment, "ours": ours,
-                "models": self.models, "prompts": self.on_prompts, "claims": claims,
+                "models": self.models, "parallel": self.parallel, "prompts": self.on_prompts, "claims": claims,
             });
             let folder = root().join("docs/results");
             std::fs::write(folder.join(format!("{name}.md")), &report)?;
@@ -236,6 +241,7 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
         text: String::new(),
         tried: BTreeMap::new(),
         models: Vec::new(),
+        parallel: Vec::new(),
         on_prompts: Vec::new(),
     };
     let asked = |run: &Run, name: &str| run.options.models.iter().any(|m| m == name);
@@ -245,6 +251,13 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
             if asked(&run, model.name) {
                 let found = shapes::measure(&mut run, model, threads)?;
                 run.models.push(found);
+                report = run.report(args, begun)?;
+            }
+        }
+        if asked(&run, PARALLEL) {
+            for model in &parallel::MODELS {
+                let found = parallel::measure(&mut run, model, threads)?;
+                run.parallel.push(found);
                 report = run.report(args, begun)?;
             }
         }

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use super::numbers::Sample;
+use super::numbers::{Interval, Sample};
 use super::setup::{Build, Setup};
 use super::worker::{Decoded, Worker};
 use super::{AS_SHIPPED, Claims, Run};
@@ -95,6 +95,13 @@ fn prompts(ours: &mut Worker, part: &str, per_task: usize) -> Result<Prompts> {
     })
 }
 
+/// What one prompt took in each round.
+#[derive(Default)]
+struct Cost {
+    tokens: Sample,
+    ms: Sample,
+}
+
 /// One way to decode.
 struct Method {
     name: String,
@@ -107,6 +114,8 @@ struct Method {
     speed: BTreeMap<String, Sample>,
     /// Ids of each prompt in the first round.
     ids: Vec<Vec<u64>>,
+    /// Of each prompt.
+    costs: Vec<Cost>,
     /// Tokens, cycles, milliseconds and those outside the target's forward, over everything.
     totals: [f64; 4],
 }
@@ -120,6 +129,7 @@ impl Method {
             set,
             speed: BTreeMap::new(),
             ids: Vec::new(),
+            costs: Vec::new(),
             totals: [0.0; 4],
         }
     }
@@ -128,8 +138,14 @@ impl Method {
         self.speed.get(task).cloned().unwrap_or_default()
     }
 
-    fn add(&mut self, decoded: &Decoded) {
+    /// Takes in a prompt, by its place among the prompts.
+    fn add(&mut self, prompt: usize, decoded: &Decoded) {
         let tokens = decoded.ids.len() as f64 - 1.0;
+        if self.costs.len() <= prompt {
+            self.costs.resize_with(prompt + 1, Cost::default);
+        }
+        self.costs[prompt].tokens.push(tokens);
+        self.costs[prompt].ms.push(decoded.ms);
         let parts = [
             tokens,
             decoded.cycles.unwrap_or(f64::NAN),
@@ -306,7 +322,7 @@ pub(super) fn measure(run: &mut Run, threads: usize) -> Result<Value> {
                 let worker = &mut workers[method.worker];
                 let decoded = worker.decode(&prompt.ids, options.new, &test.eos, &method.set)?;
                 add(&mut sums[which], &prompt.task, &decoded);
-                method.add(&decoded);
+                method.add(i, &decoded);
                 if round == 0 {
                     method.ids.push(decoded.ids);
                 }
@@ -329,7 +345,7 @@ pub(super) fn measure(run: &mut Run, threads: usize) -> Result<Value> {
     }
     let found = Found {
         threads,
-        prompts: test.list.len(),
+        prompts: test.list.into_iter().map(|p| p.task).collect(),
         new: options.new,
         methods,
         llama_plain: [llama_plain, llama_server],
@@ -346,7 +362,8 @@ pub(super) fn measure(run: &mut Run, threads: usize) -> Result<Value> {
 
 struct Found {
     threads: usize,
-    prompts: usize,
+    /// The task of each prompt.
+    prompts: Vec<String>,
     new: usize,
     methods: Vec<Method>,
     /// Plain decoding of llama.cpp, through its library and its server.
@@ -354,6 +371,14 @@ struct Found {
     llama_ngram: usize,
     kept: String,
 }
+
+/// Which method others are set against on a task.
+type Base = fn(&Found, &str) -> usize;
+
+const BASES: [(&str, Base); 2] = [
+    ("our plain decoding", |_, _| 0),
+    ("llama.cpp plain (the faster way)", Found::plain_of_llama),
+];
 
 impl Found {
     fn tasks(&self) -> Vec<&str> {
@@ -363,45 +388,62 @@ impl Found {
         tasks
     }
 
-    /// The faster of llama.cpp's plain ways on a task.
-    fn plain_of_llama(&self, task: &str) -> Sample {
-        let ways = self.llama_plain.map(|i| self.methods[i].of(task));
-        let [library, server] = ways;
-        match library.median() >= server.median() {
-            true => library,
-            false => server,
-        }
+    /// The fastest of some methods on a task.
+    fn fastest(&self, of: impl IntoIterator<Item = usize>, task: &str) -> usize {
+        let speed = |i: &usize| self.methods[*i].of(task).median();
+        let fastest = of.into_iter().max_by(|a, b| speed(a).total_cmp(&speed(b)));
+        fastest.unwrap_or(0)
     }
 
-    fn model_free(&self) -> &[Method] {
-        &self.methods[1..OURS.len()]
+    /// The faster of llama.cpp's plain ways on a task.
+    fn plain_of_llama(&self, task: &str) -> usize {
+        self.fastest(self.llama_plain, task)
+    }
+
+    /// How many times as fast one method decodes a task as another, of each prompt its middle time over the rounds; the interval is
+    /// over which prompts the task happened to have, the same for both methods.
+    fn ratio(&self, one: usize, other: usize, task: &str) -> Interval {
+        let costs = |which: usize| -> Vec<(f64, f64)> {
+            let of_task = self.prompts.iter().zip(&self.methods[which].costs);
+            let of_task = of_task.filter(|(known, _)| task == ALL || *known == task);
+            of_task
+                .map(|(_, cost)| (cost.tokens.median(), cost.ms.median()))
+                .collect()
+        };
+        let speed = |costs: &[(f64, f64)], chosen: &[usize]| {
+            let tokens: f64 = chosen.iter().map(|&i| costs[i].0).sum();
+            let ms: f64 = chosen.iter().map(|&i| costs[i].1).sum();
+            tokens / ms
+        };
+        let (one, other) = (costs(one), costs(other));
+        Interval::bootstrap(one.len(), |chosen| {
+            speed(&one, chosen) / speed(&other, chosen)
+        })
+    }
+
+    /// Places of this project's methods without a draft model.
+    fn model_free(&self) -> std::ops::Range<usize> {
+        1..OURS.len()
     }
 
     fn claim(&self, claims: &mut Claims) {
         let t = self.threads;
         for task in self.tasks() {
-            let speeds = self.model_free().iter().map(|m| m.of(task));
-            let best = speeds.max_by(|a, b| a.median().total_cmp(&b.median()));
-            let best = best.unwrap_or_default();
+            let best = self.fastest(self.model_free(), task);
             if COPYING.contains(&task) {
                 let what = |over: &str| format!("{task}: best of ngram and suffix over {over}");
-                let plain = best.over(&self.plain_of_llama(task));
-                claims.at_least(t, what("llama.cpp plain"), 1.8, &plain);
-                let own = self.methods[self.llama_ngram].of(task);
-                claims.at_least(
-                    t,
-                    what("llama.cpp's own n-gram speculation"),
-                    2.0,
-                    &best.over(&own),
-                );
+                let plain = self.ratio(best, self.plain_of_llama(task), task);
+                claims.at_least(t, what("llama.cpp plain"), 1.8, plain);
+                let own = self.ratio(best, self.llama_ngram, task);
+                claims.at_least(t, what("llama.cpp's own n-gram speculation"), 2.0, own);
             }
             if task != ALL {
-                let over = best.over(&self.methods[0].of(task));
+                let over = self.ratio(best, 0, task);
                 let what = format!("{task}: best of ngram and suffix over our plain decoding");
-                claims.at_least(t, what, 0.97, &over);
+                claims.at_least(t, what, 0.97, over);
             }
         }
-        for method in self.model_free() {
+        for method in &self.methods[self.model_free()] {
             let mut share = Sample::default();
             share.push(method.outside());
             let what = format!("{}: share outside the target's forward", method.name);
@@ -415,7 +457,7 @@ impl Found {
         *text += &format!(
             "\n### Prompts, {} thread{s}\n\n{} prompts of the test part, greedy, at most {} new tokens, tokens/s. llama.cpp: {}.\n\n| | tau | {} |\n|---|---|{}\n",
             self.threads,
-            self.prompts,
+            self.prompts.len(),
             self.new,
             self.kept,
             tasks.join(" | "),
@@ -433,23 +475,15 @@ impl Found {
                 speeds.collect::<Vec<_>>().join(" | ")
             );
         }
-        for (what, base) in [
-            ("our plain decoding", None),
-            ("llama.cpp plain (the faster way)", Some(())),
-        ] {
+        *text += "\nRatios are of all prompts of a task, each with its middle time over the rounds; in brackets is the 95 % interval over which prompts those happened to be (percentile bootstrap, both sides on the same prompts).\n";
+        for (what, base) in BASES {
             *text += &format!(
                 "\nOver {what}:\n\n| | {} |\n|---|{}\n",
                 tasks.join(" | "),
                 "---|".repeat(tasks.len())
             );
-            for method in &self.methods {
-                let over = |task: &&str| {
-                    let base = match base {
-                        None => self.methods[0].of(task),
-                        Some(()) => self.plain_of_llama(task),
-                    };
-                    method.of(task).over(&base).to_string()
-                };
+            for (i, method) in self.methods.iter().enumerate() {
+                let over = |task: &&str| self.ratio(i, base(self, task), task).to_string();
                 let ratios: Vec<String> = tasks.iter().map(over).collect();
                 *text += &format!("| {} | {} |\n", method.name, ratios.join(" | "));
             }
@@ -466,11 +500,10 @@ impl Found {
             .collect();
         *text += &format!(
             "\nTexts equal to our plain decoding, of {}: {}.\n",
-            self.prompts,
+            self.prompts.len(),
             same.join("; ")
         );
-        let outside: Vec<String> = self
-            .model_free()
+        let outside: Vec<String> = self.methods[self.model_free()]
             .iter()
             .map(|m| format!("{} {:.2} %", m.name, 100.0 * m.outside()))
             .collect();
@@ -481,12 +514,18 @@ impl Found {
     }
 
     fn json(&self) -> Value {
-        let methods = self.methods.iter().map(|m| {
-            let speeds: serde_json::Map<String, Value> = m.speed.iter().map(|(task, s)| (task.clone(), s.json())).collect();
-            json!({ "name": m.name, "set": m.set, "tau": m.tau(), "outside_forward": m.outside(), "tokens_per_s": speeds})
+        let tasks = self.tasks();
+        let methods = self.methods.iter().enumerate().map(|(i, m)| {
+            let speeds: Map<String, Value> = m.speed.iter().map(|(task, s)| (task.clone(), s.json())).collect();
+            let over = |base: Base| -> Map<String, Value> {
+                let ratio = |task: &&str| (task.to_string(), self.ratio(i, base(self, task), task).json());
+                tasks.iter().map(ratio).collect()
+            };
+            let over: Map<String, Value> = BASES.iter().map(|(what, base)| (what.to_string(), over(*base).into())).collect();
+            json!({ "name": m.name, "set": m.set, "tau": m.tau(), "outside_forward": m.outside(), "tokens_per_s": speeds, "over": over })
         });
         json!({
-            "threads": self.threads, "prompts": self.prompts, "new_tokens": self.new, "llama_cpp": self.kept,
+            "threads": self.threads, "prompts": self.prompts.len(), "new_tokens": self.new, "llama_cpp": self.kept,
             "methods": methods.collect::<Vec<_>>(),
         })
     }

@@ -25,7 +25,7 @@ pub(super) struct Setup {
 }
 
 /// One build of llama.cpp.
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 pub(super) struct Build {
     pub(super) name: &'static str,
     library: String,

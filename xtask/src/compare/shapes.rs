@@ -100,17 +100,29 @@ pub(super) struct Tried {
 impl Tried {
     /// As results name it.
     pub(super) fn name(&self) -> String {
-        let options = self.options.as_object().into_iter().flatten();
-        let shown = options.filter(|(key, _)| *key != "context");
-        let words: Vec<String> = shown
-            .map(|(key, value)| format!("{key} {value}").replace('"', ""))
-            .collect();
-        format!("{}, {}", self.build.name, words.join(", "))
+        name(&self.build, &self.options)
     }
 
     fn json(&self) -> Value {
         json!({ "options": self.name(), "tokens_per_s": self.decode, "prefill_per_s": self.prefill, "forward_8_ms": self.eight })
     }
+}
+
+/// As results name a build with its options, but for those that only make room.
+pub(super) fn name(build: &Build, options: &Value) -> String {
+    let options = options.as_object().into_iter().flatten();
+    let shown = options.filter(|(key, _)| !["context", "sequences"].contains(&key.as_str()));
+    let words: Vec<String> = shown
+        .map(|(key, value)| format!("{key} {value}").replace('"', ""))
+        .collect();
+    format!("{}, {}", build.name, words.join(", "))
+}
+
+/// Options with one more.
+pub(super) fn with(options: &Value, key: &str, value: Value) -> Value {
+    let mut options = options.clone();
+    options[key] = value;
+    options
 }
 
 fn attempt(setup: &Setup, model: &Path, build: &Build, options: Value) -> Result<Tried> {
@@ -138,7 +150,8 @@ fn attempt(setup: &Setup, model: &Path, build: &Build, options: Value) -> Result
     Ok(tried)
 }
 
-fn best(tried: &[Tried], of: impl Fn(&Tried) -> f64) -> usize {
+/// Which of some tries has the most of something.
+pub(super) fn best<T>(tried: &[T], of: impl Fn(&T) -> f64) -> usize {
     let order = (0..tried.len()).max_by(|&a, &b| of(&tried[a]).total_cmp(&of(&tried[b])));
     order.unwrap_or(0)
 }
@@ -157,11 +170,6 @@ pub(super) fn tune(setup: &Setup, model: &Path, threads: usize) -> Result<Vec<Tr
     let (build, options) = (fastest.build.clone(), fastest.options.clone());
     let filler = &tried[best(&tried, |t| t.prefill)];
     let (filling, filled) = (filler.build.clone(), filler.options.clone());
-    let with = |options: &Value, key: &str, value: Value| {
-        let mut options = options.clone();
-        options[key] = value;
-        options
-    };
     let mut more = vec![
         (filling.clone(), with(&filled, "ubatch", json!(128))),
         (filling, with(&filled, "ubatch", json!(256))),

@@ -21,6 +21,17 @@ pub(super) struct Decoded {
     pub(super) accepted: f64,
 }
 
+/// What was decoded of several sequences side by side.
+pub(super) struct Parallel {
+    /// Of each sequence.
+    pub(super) ids: Vec<Vec<u64>>,
+    /// Of the tokens after the first of each.
+    pub(super) ms: f64,
+    /// Those of them that a peer in Python spent outside its library.
+    pub(super) outside: Option<f64>,
+    pub(super) prefill_ms: f64,
+}
+
 /// A running worker.
 pub(super) struct Worker {
     /// What it said of itself when it was ready.
@@ -129,6 +140,26 @@ impl Worker {
             cycles: number("cycles"),
             drafted: number("drafted").unwrap_or(0.0),
             accepted: number("accepted").unwrap_or(0.0),
+        })
+    }
+
+    /// Decodes several sequences greedily, all in one forward a step, past any end.
+    pub(super) fn parallel(&mut self, prompts: &[Vec<u32>], new: usize) -> Result<Parallel> {
+        let answer = self.ask(&json!({ "op": "parallel", "prompts": prompts, "new": new }))?;
+        let number = |key: &str| answer[key].as_f64();
+        let ids: Vec<Vec<u64>> = serde_json::from_value(answer["ids"].clone())?;
+        if ids.len() != prompts.len() || ids.iter().any(|ids| ids.len() != new) {
+            bail!(
+                "{}: not {new} ids of each of {} sequences",
+                self.shown,
+                prompts.len()
+            );
+        }
+        Ok(Parallel {
+            ids,
+            ms: number("ms").context("no time")?,
+            outside: number("outside_ms"),
+            prefill_ms: number("prefill_ms").context("no time of the prefill")?,
         })
     }
 }

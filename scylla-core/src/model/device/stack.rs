@@ -151,6 +151,17 @@ impl DeviceStack {
         })
     }
 
+    /// Makes the cache of a slot, or takes that of a closed one.
+    fn new_cache(&mut self) -> impl FnOnce() -> Result<Tensor> + use<> {
+        let lines = self.layers.len() * 2 * self.kv_heads;
+        let shape = (lines, self.slots.capacity, self.head_dim);
+        let (spare, dtype, device) = (self.spare.pop(), self.dtype, self.on.device.clone());
+        move || match spare {
+            Some(cache) => Ok(cache),
+            None => Ok(Tensor::zeros(shape, dtype, &device)?),
+        }
+    }
+
     fn frame(&self, views: &[Vec<RowView>]) -> Result<Frame> {
         let positions: Vec<u32> = views.iter().flatten().map(|v| v.position as u32).collect();
         let positions = Tensor::new(positions, &self.on.device)?;
@@ -333,13 +344,27 @@ impl Stack for DeviceStack {
     }
 
     fn open(&mut self, slot: Slot) -> Result<()> {
-        let lines = self.layers.len() * 2 * self.kv_heads;
-        let shape = (lines, self.slots.capacity, self.head_dim);
-        let (spare, dtype, device) = (&mut self.spare, self.dtype, &self.on.device);
-        self.slots.open(slot, || match spare.pop() {
-            Some(cache) => Ok(cache),
-            None => Ok(Tensor::zeros(shape, dtype, device)?),
+        let cache = self.new_cache();
+        self.slots.open(slot, cache)
+    }
+
+    fn fork(&mut self, from: Slot, to: Slot, count: usize) -> Result<()> {
+        let cache = self.new_cache();
+        self.slots.fork([from, to], count, cache, |to, from| {
+            if count > 0 {
+                to.slice_set(&from.narrow(1, 0, count)?.contiguous()?, 1, 0)?;
+            }
+            Ok(())
         })
+    }
+
+    /// A slot's tensor is there whole from the start.
+    fn slot_bytes(&self, _positions: usize) -> usize {
+        self.slots.capacity * self.cache_bytes()
+    }
+
+    fn trim(&mut self) {
+        self.spare.clear();
     }
 
     fn close(&mut self, slot: Slot) {

@@ -23,6 +23,32 @@ use crate::files::parse_json;
 use crate::{Error, Result};
 
 /// A family of models.
+///
+/// ```
+/// use scylla_core::model::{Family, Fields, LayerSpec};
+///
+/// /// Llama's layers with a window of `sight` positions in every second one, and blocks instead of layers.
+/// struct Toy;
+///
+/// impl Family for Toy {
+///     fn name(&self) -> &'static str {
+///         "toy"
+///     }
+///     fn keys(&self) -> &'static [&'static str] {
+///         &["sight"]
+///     }
+///     fn layers_of_hf(&self, fields: &Fields<'_>, layers: &mut [LayerSpec]) -> scylla_core::Result<()> {
+///         let sight = fields.size("sight")?;
+///         layers.iter_mut().skip(1).step_by(2).for_each(|layer| layer.window = sight);
+///         Ok(())
+///     }
+///     fn hf_name(&self, name: &str) -> String {
+///         name.replace("model.layers", "blocks")
+///     }
+/// }
+///
+/// assert_eq!(Toy.hf_name("model.layers.3.mlp.up_proj.weight"), "blocks.3.mlp.up_proj.weight");
+/// ```
 pub trait Family: Sync {
     /// What files call it: `model_type` in a `config.json`, `general.architecture` in a GGUF file.
     fn name(&self) -> &'static str;

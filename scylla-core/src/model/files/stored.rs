@@ -13,6 +13,26 @@ use crate::model::WeightForm;
 use crate::{Error, Result};
 
 /// Where weights come from, by name and shape.
+///
+/// ```
+/// use scylla_core::model::{StoredTensor, WeightForm, Weights};
+///
+/// /// Every tensor there can be, all ones.
+/// struct Ones;
+///
+/// impl Weights for Ones {
+///     fn find(&self, name: &str, shape: &[usize]) -> scylla_core::Result<StoredTensor<'_>> {
+///         let bytes = 1.0f32.to_le_bytes().repeat(shape.iter().product());
+///         StoredTensor::in_memory(name.to_string(), safetensors::Dtype::F32, shape, bytes)
+///     }
+///     fn form(&self) -> WeightForm {
+///         WeightForm::F32
+///     }
+/// }
+///
+/// assert_eq!(Ones.vector("norm.weight", 3)?, [1.0; 3]);
+/// # Ok::<(), scylla_core::Error>(())
+/// ```
 pub trait Weights {
     /// Finds a tensor of floating-point values or blocks of them, its shape checked.
     fn find(&self, name: &str, shape: &[usize]) -> Result<StoredTensor<'_>>;

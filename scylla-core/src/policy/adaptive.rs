@@ -1,0 +1,180 @@
+//! The budget that the run itself calls for: most expected tokens over the expected time of the next step.
+
+use super::{Acceptance, Costs};
+use crate::plugin::{BudgetPolicy, Drafting, Outlook};
+use crate::tree::Budget;
+
+/// Goodput: levels are added to requests, the most promising first, as long as expected tokens over expected time grow.
+///
+/// A level promises the probability that one of its nodes is accepted, for the nodes it is expected to have, as recent
+/// trees of the request had it, those of all requests where it has few of its own. Time is the measured time of a forward
+/// of so many rows, of the draft at so many levels, and of the rest. What was never tried, or long ago, is taken to do
+/// well, so that it is tried (again) now and then; where it does not pay, nothing is drafted.
+#[derive(Debug, Clone, Copy)]
+pub struct AdaptiveBudget {
+    /// Expected tokens per time must exceed plain decoding's by this share, or nothing is drafted.
+    pub margin: f64,
+}
+
+impl Default for AdaptiveBudget {
+    fn default() -> Self {
+        Self { margin: 0.01 }
+    }
+}
+
+/// Cycles of all requests that weigh as much as a request's own, and what is believed before the first: one node a level,
+/// and the share of it that is accepted given the level above.
+const OTHERS: f64 = 6.0;
+const UNSEEN: f64 = 4.0;
+const HOPE: f64 = 0.7;
+
+/// Expected nodes of a level, and the probability that one of them is accepted.
+fn promise(own: &Acceptance, all: &Acceptance, depth: usize) -> (f64, f64) {
+    let hope = (1.0, HOPE.powi(depth as i32 + 1));
+    own.at(depth, all.at(depth, hope, UNSEEN), OTHERS)
+}
+
+/// Expected milliseconds of a step of so many rows, levels and requests; `None` before the first.
+fn time(costs: &Costs, rows: f64, levels: usize, requests: usize) -> Option<f64> {
+    let (low, share) = (rows.floor(), rows.fract());
+    let (low, high) = (
+        costs.forward.at(low as usize)?,
+        costs.forward.at(low as usize + 1)?,
+    );
+    let forward = low + (high - low) * share;
+    let propose = costs.propose.at(levels).unwrap_or(0.0);
+    Some(forward + propose + costs.others.at(requests).unwrap_or(0.0))
+}
+
+/// What a request allows, cut to so many levels; of a tree's nodes a share.
+fn cut(most: Budget, levels: usize) -> Budget {
+    match most.levels() {
+        0 => Budget::OFF,
+        all if levels >= all => most,
+        all => {
+            let nodes = ((most.total - 1) * levels).div_ceil(all);
+            most.within(levels, nodes + 1)
+        }
+    }
+}
+
+impl AdaptiveBudget {
+    /// Levels for each request.
+    fn levels(&self, outlook: &Outlook<'_>) -> Vec<usize> {
+        let requests = outlook.requests;
+        let base = (requests.len() + outlook.prompt_rows) as f64;
+        let most: Vec<usize> = requests.iter().map(|r| r.most.levels()).collect();
+        let mut levels = vec![0; requests.len()];
+        let (mut rows, mut tokens) = (base, requests.len() as f64);
+        let at = |rows, deepest| time(outlook.costs, rows, deepest, requests.len());
+        let Some(plain) = at(rows, 0) else {
+            return most; // nothing is known: all that is allowed is tried
+        };
+        let mut best = (tokens / plain * (1.0 + self.margin), levels.clone());
+        // The next level of each request, by what it promises for a row; no more than the level above it.
+        let worth = |r: &Drafting<'_>, depth: usize| {
+            let (nodes, accepted) = promise(r.acceptance, outlook.acceptance, depth);
+            (accepted / nodes.max(1e-6), nodes, accepted)
+        };
+        let mut next: Vec<(f64, f64, f64)> = requests.iter().map(|r| worth(r, 0)).collect();
+        let open = |levels: &[usize], i: &usize| levels[*i] < most[*i];
+        while let Some(i) = (0..requests.len())
+            .filter(|i| open(&levels, i))
+            .max_by(|&a, &b| next[a].0.total_cmp(&next[b].0).then(b.cmp(&a)))
+        {
+            let (ratio, nodes, accepted) = next[i];
+            rows += nodes;
+            tokens += accepted;
+            levels[i] += 1;
+            let below = worth(&requests[i], levels[i]);
+            next[i] = (below.0.min(ratio), below.1, below.2.min(accepted));
+            let deepest = levels.iter().max().copied().unwrap_or(0);
+            let Some(time) = at(rows, deepest) else { break };
+            if tokens / time > best.0 {
+                best = (tokens / time, levels.clone());
+            }
+        }
+        best.1
+    }
+}
+
+impl BudgetPolicy for AdaptiveBudget {
+    fn budgets(&mut self, outlook: &Outlook<'_>) -> Vec<Budget> {
+        let levels = self.levels(outlook);
+        let requests = outlook.requests.iter();
+        requests
+            .zip(levels)
+            .map(|(r, levels)| cut(r.most, levels))
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tree::Tree;
+
+    /// A forward of m rows costs `1 + slope (m - 1)` milliseconds.
+    fn costs(slope: f64) -> Costs {
+        let mut costs = Costs::default();
+        for rows in 1..=64 {
+            costs.forward.add(rows, 1.0 + slope * (rows - 1) as f64, 1);
+        }
+        costs
+    }
+
+    /// Cycles of chains of four, of which so many tokens were accepted.
+    fn seen(accepted: usize) -> Acceptance {
+        let mut seen = Acceptance::default();
+        for _ in 0..100 {
+            seen.add(4, &Tree::chain(0, &[1; 4]), accepted);
+        }
+        seen
+    }
+
+    fn chosen(costs: &Costs, all: &Acceptance, own: &[Acceptance]) -> Vec<usize> {
+        let of = |acceptance| Drafting {
+            most: Budget::chain(4),
+            positions: 100,
+            acceptance,
+        };
+        let requests: Vec<Drafting<'_>> = own.iter().map(of).collect();
+        let outlook = Outlook {
+            requests: &requests,
+            prompt_rows: 0,
+            acceptance: all,
+            costs,
+        };
+        let budgets = AdaptiveBudget::default().budgets(&outlook);
+        budgets.iter().map(Budget::levels).collect()
+    }
+
+    #[test]
+    fn drafts_as_deep_as_is_accepted_while_rows_are_cheap_and_not_where_they_cost_as_much_as_a_token()
+     {
+        let all = seen(2);
+        assert_eq!(chosen(&costs(0.2), &all, &[seen(2)]), [2]);
+        assert_eq!(
+            chosen(&costs(0.2), &all, &[seen(2), seen(0), seen(4)]),
+            [2, 0, 4]
+        );
+        assert_eq!(chosen(&costs(1.0), &all, &[seen(2)]), [0]);
+        assert_eq!(
+            chosen(&Costs::default(), &all, &[seen(0)]),
+            [4],
+            "nothing measured yet"
+        );
+    }
+
+    #[test]
+    fn what_was_found_to_fail_is_tried_again_when_that_is_long_ago() {
+        let mut own = seen(0);
+        let mut all = seen(0);
+        assert_eq!(chosen(&costs(0.1), &all, &[own.clone()]), [0]);
+        for _ in 0..400 {
+            own.add(0, &Tree::root(0), 0);
+            all.add(0, &Tree::root(0), 0);
+        }
+        assert!(chosen(&costs(0.1), &all, &[own])[0] > 0);
+    }
+}

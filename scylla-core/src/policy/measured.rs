@@ -1,0 +1,194 @@
+//! What a run has shown until now: acceptance by depth, and the time that steps take.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use crate::engine::Step;
+use crate::tree::Tree;
+
+/// How trees fared by depth, the older the less.
+#[derive(Debug, Clone)]
+pub struct Acceptance {
+    /// What a cycle still counts after the next one.
+    keeps: f64,
+    levels: Vec<Level>,
+}
+
+/// Sums over cycles, of one depth.
+#[derive(Debug, Clone, Copy, Default)]
+struct Level {
+    /// Cycles whose budget reached this deep.
+    allowed: f64,
+    /// Nodes that were drafted there.
+    nodes: f64,
+    /// Cycles in which a node there was accepted.
+    accepted: f64,
+}
+
+impl Default for Acceptance {
+    fn default() -> Self {
+        Self::remembering(30.0)
+    }
+}
+
+impl Acceptance {
+    /// One that remembers about so many cycles.
+    pub fn remembering(cycles: f64) -> Self {
+        Self {
+            keeps: 1.0 - 1.0 / cycles.max(1.0),
+            levels: Vec::new(),
+        }
+    }
+
+    /// Counts a cycle whose budget reached `levels` deep.
+    pub fn add(&mut self, levels: usize, tree: &Tree, accepted: usize) {
+        let mut nodes = vec![0usize; levels];
+        for depth in tree.depths().into_iter().filter(|&depth| depth > 0) {
+            if let Some(nodes) = nodes.get_mut(depth - 1) {
+                *nodes += 1;
+            }
+        }
+        if self.levels.len() < levels {
+            self.levels.resize(levels, Level::default());
+        }
+        for (depth, level) in self.levels.iter_mut().enumerate() {
+            // Depths that were not allowed fade, so that what is believed of them does not stay for ever.
+            let (allowed, nodes) = (f64::from(u8::from(depth < levels)), nodes.get(depth));
+            *level = Level {
+                allowed: level.allowed * self.keeps + allowed,
+                nodes: level.nodes * self.keeps + nodes.map_or(0.0, |&n| n as f64),
+                accepted: level.accepted * self.keeps + f64::from(u8::from(accepted > depth)),
+            };
+        }
+    }
+
+    /// Cycles, as far as they are remembered, whose budget reached the level `depth` (0: the root's children).
+    pub fn allowed(&self, depth: usize) -> f64 {
+        self.levels.get(depth).map_or(0.0, |l| l.allowed)
+    }
+
+    /// Expected nodes at a depth and probability that one of them is accepted, of a cycle whose budget reaches so deep:
+    /// what was seen, and `prior` as if it had been seen in `weight` cycles.
+    pub fn at(&self, depth: usize, prior: (f64, f64), weight: f64) -> (f64, f64) {
+        let l = self.levels.get(depth).copied().unwrap_or_default();
+        let mean = |sum: f64, prior: f64| (sum + weight * prior) / (l.allowed + weight);
+        (mean(l.nodes, prior.0), mean(l.accepted, prior.1))
+    }
+}
+
+/// Time by size of the work, as measured lately.
+#[derive(Debug, Clone, Default)]
+pub struct Curve {
+    /// By size: the latest measurements, and the step of the last.
+    points: BTreeMap<usize, (VecDeque<f64>, u64)>,
+}
+
+/// Measurements kept of one size; their median is what counts.
+const KEPT: usize = 9;
+/// Steps after which a size that did not occur again is forgotten, so that one bad measurement does not count for ever.
+const FORGOTTEN: u64 = 512;
+
+impl Curve {
+    /// Adds a measurement, in milliseconds.
+    pub fn add(&mut self, size: usize, ms: f64, step: u64) {
+        let (times, last) = self.points.entry(size).or_default();
+        times.push_back(ms);
+        if times.len() > KEPT {
+            times.pop_front();
+        }
+        *last = step;
+        // One size is always left to go by.
+        self.points.retain(|_, (_, last)| *last + FORGOTTEN > step);
+    }
+
+    /// Expected milliseconds. Between sizes that were measured in proportion; beyond them it is taken to cost what the
+    /// nearest does, so that what was never tried looks worth a try. `None` before the first measurement.
+    pub fn at(&self, size: usize) -> Option<f64> {
+        let below = self.points.range(..=size).next_back();
+        let above = self.points.range(size..).next();
+        let middle = |(_, (times, _)): (&usize, &(VecDeque<f64>, u64))| median(times);
+        match (below, above) {
+            (None, None) => None,
+            (Some(one), None) | (None, Some(one)) => Some(middle(one)),
+            (Some(below), Some(above)) if below.0 == above.0 => Some(middle(below)),
+            (Some(below), Some(above)) => {
+                let share = (size - below.0) as f64 / (above.0 - below.0) as f64;
+                let (low, high) = (middle(below), middle(above));
+                Some(low + (high - low).max(0.0) * share)
+            }
+        }
+    }
+
+    /// Whether this size was measured lately.
+    pub fn knows(&self, size: usize) -> bool {
+        self.points.contains_key(&size)
+    }
+}
+
+fn median(times: &VecDeque<f64>) -> f64 {
+    let mut sorted: Vec<f64> = times.iter().copied().collect();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
+}
+
+/// What steps cost, by phase.
+#[derive(Debug, Clone, Default)]
+pub struct Costs {
+    /// The target's forward by rows, those of prompts included.
+    pub forward: Curve,
+    /// The draft by the levels it was allowed, for all requests of a step together; level 0 is learning alone.
+    pub propose: Curve,
+    /// The rule, keeping rows and text, by requests.
+    pub others: Curve,
+}
+
+impl Costs {
+    /// Learns from a step.
+    pub fn add(&mut self, step: &Step) {
+        let rows = step.rows + step.prompt_rows;
+        if rows > 0 {
+            self.forward.add(rows, step.ms.forward, step.step);
+        }
+        if step.batch > 0 && step.prompt_rows == 0 {
+            self.propose.add(step.levels, step.ms.propose, step.step);
+            let others = step.ms.accept + step.ms.commit;
+            self.others.add(step.batch, others, step.step);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn acceptance_is_of_cycles_that_reached_the_depth() {
+        let mut seen = Acceptance::remembering(1e9);
+        let chain = |n: usize| Tree::chain(0, &vec![1; n]);
+        seen.add(2, &chain(2), 1);
+        seen.add(2, &chain(0), 0);
+        seen.add(1, &chain(1), 1);
+        let (nodes, accepted) = seen.at(0, (0.0, 0.0), 0.0);
+        assert!((nodes - 2.0 / 3.0).abs() < 1e-6 && (accepted - 2.0 / 3.0).abs() < 1e-6);
+        let (nodes, accepted) = seen.at(1, (0.0, 0.0), 0.0);
+        assert!((nodes - 0.5).abs() < 1e-6 && accepted == 0.0);
+        assert_eq!(
+            seen.at(2, (0.5, 0.25), 1.0),
+            (0.5, 0.25),
+            "nothing seen: the prior"
+        );
+    }
+
+    #[test]
+    fn a_curve_is_the_median_between_what_was_measured_and_flat_beyond() {
+        let mut curve = Curve::default();
+        assert_eq!(curve.at(3), None);
+        for ms in [1.0, 50.0, 1.0] {
+            curve.add(1, ms, 1);
+        }
+        curve.add(5, 3.0, 2);
+        let found: Vec<f64> = [1, 3, 5, 9].iter().filter_map(|&n| curve.at(n)).collect();
+        assert_eq!(found, [1.0, 2.0, 3.0, 3.0]);
+        curve.add(1, 1.0, 600);
+        assert!(!curve.knows(5), "forgotten");
+    }
+}
