@@ -368,6 +368,9 @@ impl Experiment {
                 run.prompt_rows, run.kept
             ));
         }
+        if run.cache_mib > 1 << 30 {
+            return bad(format!("run.cache_mib {} is above 2^30", run.cache_mib));
+        }
         if !(run.rate.is_finite() && run.rate >= 0.0) {
             return bad(format!(
                 "run.rate {} must be a number of conversations a second, 0 for none",

@@ -89,7 +89,7 @@ pub struct Run {
     pub summary: Summary,
     /// Every cycle.
     pub cycles: Vec<CycleRow>,
-    /// Every step; none of a run of version 1.
+    /// Every step.
     pub steps: Vec<StepRow>,
 }
 
@@ -172,7 +172,7 @@ pub fn read_steps(path: &Path) -> Result<Vec<StepRow>> {
     }
 }
 
-/// Reads a run that a bench wrote.
+/// Reads a run that a bench wrote, of version 2; of an earlier one [`read_cycles`] reads the cycles.
 ///
 /// # Errors
 /// If a file is missing, of a later version, or not understood.

@@ -227,7 +227,7 @@ pub struct Totals {
     pub decoded: usize,
     /// Cycles.
     pub cycles: usize,
-    /// Tokens of prompts.
+    /// Tokens of prompts that were run.
     pub prompt_tokens: usize,
     /// Time.
     pub ms: Phases,
@@ -237,7 +237,7 @@ impl Totals {
     /// Adds a sequence.
     pub fn add(&mut self, output: &Output) {
         self.tokens += output.ids.len();
-        self.prompt_tokens += output.prompt_tokens;
+        self.prompt_tokens += output.prompt_tokens - output.reused_tokens;
         self.cycles += output.cycles.len();
         self.decoded += output.cycles.iter().map(|c| c.committed).sum::<usize>();
         self.ms.add(&output.ms);

@@ -186,7 +186,8 @@ impl Decoder {
         }
     }
 
-    /// Decodes one request and tells its text as it comes.
+    /// Decodes one request and tells its text as it comes. What others do meanwhile, that were submitted to the engine, is
+    /// told to nobody: who has several at once steps the engine himself.
     ///
     /// # Errors
     /// If it is refused, or fails.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use safetensors::Dtype;
 use scylla_core::engine::{Output, Request};
-use scylla_core::model::{Executor, LoadOptions, Loaded, ModelFiles, load_on};
+use scylla_core::model::{Executor, LoadOptions, Loaded, ModelFiles, WeightForm, load_on};
 use scylla_core::plugin::{DraftModel, TargetModel, Verifier};
 use scylla_core::tree::Budget;
 use scylla_draft::network::{self, DraftHost, DraftLm};
@@ -55,6 +55,20 @@ impl Bench {
             ..LoadOptions::default()
         };
         Self::on(tiny, options.executor())
+    }
+
+    /// The same with the target's weights in a form, beside which caches hold half precision unless it is f32.
+    pub fn held(tiny: Tiny, threads: usize, weights: WeightForm) -> Self {
+        let options = LoadOptions {
+            threads,
+            weights,
+            ..LoadOptions::default()
+        };
+        let mut bench = Self::on(tiny, options.executor());
+        let files = ModelFiles::open(&bench.path("target")).expect("opens");
+        let executor = Arc::clone(&bench.target.executor);
+        bench.target = load_on(&files, &options, executor).expect("loads");
+        bench
     }
 
     /// On candle's tensors on the CPU.

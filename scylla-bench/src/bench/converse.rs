@@ -11,10 +11,10 @@ use scylla_core::engine::{Engine, Event, Output, RequestId, Step, decode};
 use scylla_core::text::Message;
 
 use super::Skipped;
+use crate::Result;
 use crate::experiment::Experiment;
 use crate::prompts::Prompt;
 use crate::session::{Composed, Session, Wording, engine, request};
-use crate::{Error, Result};
 
 /// One conversation: a prompt, and which of several about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,7 +26,7 @@ pub(super) struct Talk {
 impl Talk {
     /// Keys the random stream of a turn.
     fn sequence(&self, turn: usize) -> u64 {
-        ((self.copy as u64) << 32) | (self.prompt * 64 + turn) as u64
+        ((self.copy as u64) << 48) | ((self.prompt as u64) << 16) | turn as u64
     }
 }
 
@@ -93,6 +93,8 @@ struct Run<'a, 'e> {
     outputs: Vec<Vec<Output>>,
     skipped: Vec<Skipped>,
     ids: HashMap<RequestId, usize>,
+    /// Milliseconds from the arrival of each to when it could be submitted: a step is not broken off.
+    late: Vec<f64>,
     draft: String,
 }
 
@@ -132,6 +134,7 @@ pub(super) fn converse(
         outputs: vec![Vec::new(); group.len()],
         skipped: Vec::new(),
         ids: HashMap::new(),
+        late: vec![0.0; group.len()],
         draft,
     };
     run.engine.resume(measured);
@@ -140,6 +143,7 @@ pub(super) fn converse(
     loop {
         let now = begun.elapsed().as_secs_f64() * 1e3;
         while next < group.len() && arrivals[next] <= now {
+            run.late[next] = begun.elapsed().as_secs_f64() * 1e3 - arrivals[next];
             run.speak(next, &plain);
             next += 1;
         }
@@ -199,30 +203,45 @@ impl Run<'_, '_> {
             .wording
             .prompt(&self.messages[index], &self.experiment.prompts);
         let fitting = ids.and_then(|ids| self.wording.check_length(&ids).map(|()| ids));
-        let submitted = fitting.and_then(|prompt| {
-            let request = scylla_core::engine::Request {
-                prompt,
-                sequence: talk.sequence(turn),
-                ..plain.clone()
-            };
-            self.engine.submit(request).map_err(Error::from)
-        });
-        match submitted {
+        let prompt = match fitting {
+            Ok(prompt) => prompt,
+            Err(e) => return self.skip(index, None, e.to_string()),
+        };
+        let request = scylla_core::engine::Request {
+            prompt,
+            sequence: talk.sequence(turn),
+            ..plain.clone()
+        };
+        match self.engine.submit(request) {
             Ok(id) => {
                 self.ids.insert(id, index);
             }
-            Err(e) => self.skip(index, None, e.to_string()),
+            Err(e) => {
+                let draft = self.draft.clone();
+                self.skip(index, Some(&draft), e.to_string());
+            }
         }
     }
 
     /// Keeps an answer, and goes on with the conversation.
-    fn finished(&mut self, id: RequestId, output: Output, plain: &scylla_core::engine::Request) {
+    fn finished(
+        &mut self,
+        id: RequestId,
+        mut output: Output,
+        plain: &scylla_core::engine::Request,
+    ) {
         let Some(index) = self.ids.remove(&id) else {
             return;
         };
         if let Some(reason) = output.failed {
             let draft = self.draft.clone();
             return self.skip(index, Some(&draft), reason);
+        }
+        if self.outputs[index].is_empty() {
+            let (waited, late) = (&mut output.waited, self.late[index]);
+            waited.slot += late;
+            waited.first = waited.first.map(|ms| ms + late);
+            waited.end += late;
         }
         self.messages[index].push(Message::assistant(&output.text));
         self.outputs[index].push(output);

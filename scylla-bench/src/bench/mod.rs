@@ -355,7 +355,8 @@ fn memory(session: &Session, specs: &[Experiment], batch: usize, done: &[Done]) 
         .flat_map(|d| &d.turns)
         .map(|o| o.prompt_tokens + o.ids.len())
         .max();
-    let positions = longest.unwrap_or(0) * batch;
+    let kept = specs.first().map_or(0, |s| s.run.kept);
+    let positions = longest.unwrap_or(0) * (batch + kept);
     let drafts_weigh = specs.iter().any(|s| s.draft.dir.is_some());
     let weights = session.target.weight_bytes as u64;
     let cache = (session.target.cache_bytes * positions) as u64;

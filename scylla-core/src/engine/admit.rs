@@ -58,6 +58,15 @@ impl Memory {
     fn oldest(&self) -> Option<usize> {
         (0..self.kept.len()).min_by_key(|&i| self.kept[i].used)
     }
+
+    /// The same, but the one that shares most with a prompt last.
+    fn first_to_go(&self, prompt: &[u32]) -> Option<usize> {
+        let shared = |i: usize| common(&self.kept[i].tokens, prompt);
+        let best = (0..self.kept.len()).max_by_key(|&i| shared(i));
+        let best = best.filter(|&i| shared(i) >= WORTH);
+        let others = (0..self.kept.len()).filter(|&i| Some(i) != best);
+        others.min_by_key(|&i| self.kept[i].used).or(best)
+    }
 }
 
 /// Length of what two texts begin with.
@@ -101,7 +110,7 @@ impl Engine<'_> {
             let Some(waiting) = self.waiting.pop_front() else {
                 return;
             };
-            if !self.make_room(waiting.bytes) {
+            if !self.make_room(waiting.bytes, &waiting.request.prompt) {
                 self.waiting.push_front(waiting);
                 return;
             }
@@ -113,27 +122,41 @@ impl Engine<'_> {
         }
     }
 
-    /// Whether so many bytes more are within the limit, once kept sequences and closed slots have made room.
-    fn make_room(&mut self, bytes: usize) -> bool {
+    /// Whether so many bytes more are within the limit, once kept sequences and closed slots have made room; the sequence
+    /// that the prompt goes on from is the last to go.
+    fn make_room(&mut self, bytes: usize, prompt: &[u32]) -> bool {
         let Some(limit) = self.options.memory else {
             return true;
         };
-        // The cache that was closed last is opened next, and what it holds is there already.
-        let next = |memory: &super::Memory| memory.spare.last().copied().unwrap_or(0).min(bytes);
+        let live: usize = self.live.iter().map(|live| live.bytes).sum();
+        if live + bytes > limit {
+            return false; // nothing but the end of others helps
+        }
+        // The cache that was closed last is opened next. One that holds more than is needed would be counted as that.
+        if self.memory.spare.last().is_some_and(|&spare| spare > bytes) {
+            self.trim();
+        }
+        let next = |memory: &Memory| memory.spare.last().copied().unwrap_or(0);
         while self.bytes() + bytes - next(&self.memory) > limit {
-            if let Some(oldest) = self.memory.oldest() {
-                self.forget(oldest);
-            } else if !self.memory.spare.is_empty() {
-                self.parts.target.trim();
-                if let Some(draft) = &mut self.parts.draft {
-                    draft.model.trim();
-                }
-                self.memory.spare.clear();
+            if !self.memory.spare.is_empty() {
+                self.trim();
+            } else if let Some(first) = self.memory.first_to_go(prompt) {
+                self.forget(first);
+                self.trim();
             } else {
                 return false;
             }
         }
         true
+    }
+
+    /// Gives back the memory of closed slots.
+    fn trim(&mut self) {
+        self.parts.target.trim();
+        if let Some(draft) = &mut self.parts.draft {
+            draft.model.trim();
+        }
+        self.memory.spare.clear();
     }
 
     /// Closes the slot of a kept sequence.
@@ -150,6 +173,12 @@ impl Engine<'_> {
         }
     }
 
+    /// Closes a slot that was opened in part; no memory of it stays uncounted.
+    fn give_up(&mut self, slot: Slot) {
+        self.close_slot(slot);
+        self.trim();
+    }
+
     /// Opens a slot for a request, with the rows of an earlier prompt where one begins alike.
     fn open(&mut self, waiting: Waiting) -> Result<()> {
         let used = |slot: &usize| {
@@ -164,7 +193,7 @@ impl Engine<'_> {
                 if let Some(draft) = &mut self.parts.draft
                     && let Err(e) = draft.model.open(slot)
                 {
-                    self.parts.target.close(slot);
+                    self.give_up(slot);
                     return Err(e);
                 }
                 0
@@ -215,8 +244,16 @@ impl Engine<'_> {
         else {
             return Ok(0);
         };
-        if shared < WORTH || !self.parts.target.fork(from, slot, shared - 1)? {
+        if shared < WORTH {
             return Ok(0);
+        }
+        match self.parts.target.fork(from, slot, shared - 1) {
+            Ok(true) => {}
+            Ok(false) => return Ok(0),
+            Err(e) => {
+                self.give_up(slot);
+                return Err(e);
+            }
         }
         let known = &prompt[..shared];
         let forked = match &mut self.parts.draft {
@@ -237,11 +274,11 @@ impl Engine<'_> {
         match forked {
             Ok(true) => {}
             Ok(false) => {
-                self.parts.target.close(slot);
+                self.give_up(slot);
                 return Ok(0);
             }
             Err(e) => {
-                self.close_slot(slot);
+                self.give_up(slot);
                 return Err(e);
             }
         }

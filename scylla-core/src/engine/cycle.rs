@@ -53,24 +53,27 @@ impl Engine<'_> {
     /// An error of a target, draft or rule ends the requests it concerns, and the others go on: where a forward or a proposal
     /// fails for several, each is tried alone.
     pub fn step(&mut self) -> Vec<Event> {
+        let mut clock = Clock::start();
         self.admit();
         if !self.live.is_empty() {
-            self.cycle();
+            let admission = clock.lap();
+            self.cycle(clock, admission);
         }
         std::mem::take(&mut self.events)
     }
 
-    fn cycle(&mut self) {
-        let mut clock = Clock::start();
+    fn cycle(&mut self, mut clock: Clock, admission: f64) {
         let mut step = Step {
             step: self.measured.steps,
             ..Step::default()
         };
+        step.ms.commit = admission;
         self.measured.steps += 1;
         let mut works = self.prompts();
         let prompt_rows = works.iter().map(|w| w.tree.len()).sum();
         works.extend(self.propose(prompt_rows));
-        step.ms.propose = clock.lap();
+        step.proposing_ms = clock.lap();
+        step.ms.propose = step.proposing_ms;
         for work in &works {
             let live = &self.live[work.live];
             let rows = work.tree.len();
@@ -275,6 +278,9 @@ impl Engine<'_> {
 
     /// Runs all rows through the target; whether that was one forward for all.
     fn forward(&mut self, works: Vec<Work>) -> (Vec<Run>, bool) {
+        if works.is_empty() {
+            return (Vec::new(), false);
+        }
         let failed = match self.forward_all(&works) {
             Ok(found) => {
                 let run = |(work, (logits, taps))| Run { work, logits, taps };
@@ -358,7 +364,7 @@ impl Engine<'_> {
                 Some(_) => ms.prefill += forward,
                 None => {
                     ms.forward += forward;
-                    ms.propose += step.ms.propose / step.batch.max(1) as f64;
+                    ms.propose += step.proposing_ms / step.batch.max(1) as f64;
                 }
             }
         }

@@ -103,7 +103,7 @@ pub struct Options {
     /// no limit.
     pub memory: Option<usize>,
     /// Sequences whose rows are kept after their end, for prompts that begin alike; the least recently used go first, and
-    /// all of them before a request has to wait for memory.
+    /// all of them before a request that fits without them has to wait for memory.
     pub kept: usize,
 }
 
@@ -284,11 +284,20 @@ impl<'a> Engine<'a> {
     /// # Errors
     /// If an option is out of range.
     pub fn new(parts: Parts<'a>, options: Options) -> Result<Self> {
-        if !(1..=1000).contains(&options.batch) || options.prompt_rows == 0 {
+        let most = 1000 - options.batch.min(1000);
+        if !(1..=1000).contains(&options.batch) || options.kept > most || options.prompt_rows == 0 {
             return Err(Error::Invalid(format!(
-                "batch {} must be 1 to 1000, and prompt_rows {} at least 1",
-                options.batch, options.prompt_rows
+                "batch {} must be 1 to 1000, with the {} sequences kept at most 1000, and prompt_rows {} at least 1",
+                options.batch, options.kept, options.prompt_rows
             )));
+        }
+        let mut parts = parts;
+        if options.memory.is_some() {
+            // What an engine before this one left is counted nowhere.
+            parts.target.trim();
+            if let Some(draft) = &mut parts.draft {
+                draft.model.trim();
+            }
         }
         Ok(Self {
             shape: parts.target.shape(),

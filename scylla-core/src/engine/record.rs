@@ -21,8 +21,12 @@ pub struct Step {
     pub prompts: usize,
     /// Rows of theirs.
     pub prompt_rows: usize,
-    /// Time by phase. Where prompts run in the same forward, that is its whole time; `prefill` is 0.
+    /// Time by phase. Where prompts run in the same forward, that is its whole time; `prefill` is 0. What it took to let
+    /// requests in is part of `commit`.
     pub ms: Phases,
+    /// Of `ms.propose`, what proposing took; the rest was learning what was committed, of prompts too.
+    #[serde(default)]
+    pub proposing_ms: f64,
     /// What became of each tree.
     pub requests: Vec<Accepted>,
 }
@@ -73,7 +77,7 @@ pub struct Phases {
     pub forward: f64,
     /// The rule.
     pub accept: f64,
-    /// Keeping the accepted rows, text and streaming.
+    /// Keeping rows, text and streaming.
     pub commit: f64,
 }
 

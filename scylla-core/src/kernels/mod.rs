@@ -7,8 +7,6 @@
 //! This is one of the two places in the workspace where `unsafe` may stand (the other maps files).
 #![allow(unsafe_code)]
 
-#[cfg(target_arch = "x86_64")]
-mod amx;
 mod attention;
 mod dense;
 mod elementwise;

@@ -9,8 +9,6 @@ use std::ops::Range;
 
 use half::f16;
 
-#[cfg(target_arch = "x86_64")]
-use super::amx;
 use super::memory::Buffer;
 use super::pool::Pool;
 use super::simd::{InstructionSet, Line, Simd, dispatch, quantize};
@@ -268,10 +266,7 @@ impl Quant {
 /// Panel by panel; within one, block by block, the rows of a block side by side.
 #[derive(Default)]
 pub(super) struct Activations {
-    /// Rows of a panel, all of one size, where they are for AMX; else 0.
-    #[cfg(target_arch = "x86_64")]
-    panel: usize,
-    /// In groups of four; for AMX in the order of the weights' lines.
+    /// In groups of four.
     q: Vec<[[i8; 4]; 2 * PAIRS]>,
     scale: Vec<f32>,
     /// Where sums of products begin for weights that are stored 128 above their value: `-128 sum(q)`.
@@ -284,17 +279,8 @@ impl Activations {
     /// Quantises `[M, K]` values.
     pub(super) fn fill(&mut self, pool: &Pool, x: &[f32], k: usize) {
         let blocks = k / BLOCK;
-        let rows = x.len().checked_div(k).unwrap_or(0);
-        let panel = amx_panel(rows);
-        #[cfg(target_arch = "x86_64")]
-        {
-            self.panel = panel;
-        }
-        let room = match panel {
-            // The panels of one form are those of all.
-            0 => tiles::room::<Rows<'_, Eight>>(x, k),
-            panel => rows.div_ceil(panel) * panel,
-        };
+        // The panels of one form are those of all.
+        let room = tiles::room::<Rows<'_, Eight>>(x, k);
         self.q.resize(room * blocks, [[0; 4]; 2 * PAIRS]);
         self.scale.resize(room * blocks, 0.0);
         self.start.resize(room * blocks, 0);
@@ -307,8 +293,7 @@ impl Activations {
             SharedValues::new(&mut self.start),
             SharedValues::new(&mut self.total),
         );
-        let by_line = panel > 0;
-        let pack = |x: &[f32], place: Range<usize>| {
+        tiles::pack::<Rows<'_, Eight>>(pool, x, k, |x, place| {
             let (room, at) = (place.len(), place.start * blocks..place.end * blocks);
             // SAFETY: each panel has its own place, and is filled once.
             let to = unsafe {
@@ -319,28 +304,9 @@ impl Activations {
                     total: total.part(at),
                 }
             };
-            dispatch!(InstructionSet::detect(), quantize_panel(x, k, room, by_line, to): (x: &[f32], k: usize, room: usize, by_line: bool, to: Quantized<'_>) <>);
-        };
-        match panel {
-            0 => tiles::pack::<Rows<'_, Eight>>(pool, x, k, pack),
-            panel => pool.ranges(room / panel, 1, |range| {
-                for p in range {
-                    let rows = p * panel..rows.min((p + 1) * panel);
-                    pack(&x[rows.start * k..rows.end * k], p * panel..(p + 1) * panel);
-                }
-            }),
-        }
+            dispatch!(InstructionSet::detect(), quantize_panel(x, k, room, to): (x: &[f32], k: usize, room: usize, to: Quantized<'_>) <>);
+        });
     }
-}
-
-/// Rows of a panel, where so many rows are multiplied on AMX; else 0.
-fn amx_panel(rows: usize) -> usize {
-    #[cfg(target_arch = "x86_64")]
-    if rows >= amx::FEWEST && InstructionSet::detect() == InstructionSet::Amx {
-        return amx::panel(rows);
-    }
-    let _ = rows;
-    0
 }
 
 /// One panel of [`Activations`].
@@ -352,15 +318,11 @@ struct Quantized<'a> {
 }
 
 #[inline(always)]
-fn quantize_panel<S: Simd>(x: &[f32], k: usize, room: usize, by_line: bool, to: Quantized<'_>) {
+fn quantize_panel<S: Simd>(x: &[f32], k: usize, room: usize, to: Quantized<'_>) {
     for (r, row) in x.chunks_exact(k).enumerate() {
         for (b, x) in row.as_chunks().0.iter().enumerate() {
             let at = b * room + r;
             let (scale, sum) = S::quantize(x, &mut to.q[at]);
-            if by_line {
-                let q = to.q[at];
-                to.q[at] = std::array::from_fn(|line| q[line / 2 + line % 2 * PAIRS]);
-            }
             to.scale[at] = scale;
             to.start[at] = sum.wrapping_mul(-128); // no number where the scale is none
             to.total[at] = scale * sum as f32;
@@ -432,42 +394,11 @@ pub(super) fn matmul(pool: &Pool, w: &Quant, x: &Activations, out: &SharedOut<'_
         let form = PhantomData::<F>;
         tiles::multiply(pool, &Rows { w, x, form }, w.n.div_ceil(TILE), out);
     }
-    #[cfg(target_arch = "x86_64")]
-    if x.panel > 0 {
-        return on_amx(pool, w, x, out);
-    }
     match w.bits {
         Bits::Eight => of::<Eight>(pool, w, x, out),
         Bits::Four => of::<Four>(pool, w, x, out),
         Bits::FourWithOffset => of::<FourWithOffset>(pool, w, x, out),
     }
-}
-
-/// The same on AMX, for which the activations are laid out.
-#[cfg(target_arch = "x86_64")]
-fn on_amx(pool: &Pool, w: &Quant, x: &Activations, out: &SharedOut<'_>) {
-    let weights = amx::Weights {
-        blocks: w.k / BLOCK,
-        lines: &w.lines,
-        scales: &w.scales,
-        offsets: &w.offsets,
-    };
-    let rows = amx::Rows {
-        panel: x.panel,
-        q: &x.q,
-        scale: &x.scale,
-        start: &x.start,
-        total: &x.total,
-    };
-    let bias = match w.bits {
-        Bits::Eight => amx::Bias::Shift(0),
-        Bits::Four => amx::Bias::Shift(4),
-        Bits::FourWithOffset => amx::Bias::Offsets,
-    };
-    let halves = w.bits != Bits::Eight;
-    pool.shares(w.n.div_ceil(TILE), 1, |tiles| {
-        amx::product(weights, rows, bias, halves, tiles, out);
-    });
 }
 
 impl<F: Form> Product for Rows<'_, F> {

@@ -542,12 +542,10 @@ pub enum InstructionSet {
     Avx512Vnni,
     /// The same with products of bf16 too.
     Avx512Bf16,
-    /// The same with tiles of bytes.
-    Amx,
 }
 
 impl InstructionSet {
-    /// What the processor offers; `SCYLLA_SIMD=portable|avx2|avx512|vnni|bf16` caps it (for tests and comparisons).
+    /// What the processor offers; `SCYLLA_SIMD=portable|avx2|avx512|vnni` caps it (for tests and comparisons).
     pub fn detect() -> Self {
         static LEVEL: std::sync::OnceLock<InstructionSet> = std::sync::OnceLock::new();
         *LEVEL.get_or_init(|| {
@@ -556,15 +554,9 @@ impl InstructionSet {
                 Ok("avx2") => InstructionSet::Avx2,
                 Ok("avx512") => InstructionSet::Avx512,
                 Ok("vnni") => InstructionSet::Avx512Vnni,
-                Ok("bf16") => InstructionSet::Avx512Bf16,
-                _ => InstructionSet::Amx,
+                _ => InstructionSet::Avx512Bf16,
             };
-            let found = Self::of_processor().min(cap);
-            #[cfg(target_arch = "x86_64")]
-            if (found, cap) == (Self::Avx512Bf16, Self::Amx) && super::amx::is_granted() {
-                return Self::Amx;
-            }
-            found
+            Self::of_processor().min(cap)
         })
     }
 
@@ -575,9 +567,7 @@ impl InstructionSet {
         }
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 | Self::Avx512Vnni | Self::Avx512Bf16 | Self::Amx => {
-                of::<Avx512<true, true>>()
-            }
+            Self::Avx512 | Self::Avx512Vnni | Self::Avx512Bf16 => of::<Avx512<true, true>>(),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => of::<Avx2>(),
             _ => of::<Portable>(),
@@ -637,7 +627,7 @@ macro_rules! dispatch {
             }
             match $level {
                 // SAFETY: the level was detected on this processor.
-                $crate::kernels::simd::InstructionSet::Avx512Bf16 | $crate::kernels::simd::InstructionSet::Amx => unsafe { avx512_bf16$($(::<$given>)?)?($($arg),*) },
+                $crate::kernels::simd::InstructionSet::Avx512Bf16 => unsafe { avx512_bf16$($(::<$given>)?)?($($arg),*) },
                 // SAFETY: as above.
                 $crate::kernels::simd::InstructionSet::Avx512Vnni => unsafe { avx512_vnni$($(::<$given>)?)?($($arg),*) },
                 // SAFETY: as above.

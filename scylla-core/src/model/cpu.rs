@@ -464,9 +464,17 @@ impl Stack for CpuStack {
         })
     }
 
-    /// Pages are there once they are written, by head and layer; tiles are whole.
+    /// Pages are there once they are written, by head and layer.
     fn slot_bytes(&self, positions: usize) -> usize {
-        positions.next_multiple_of(16) * self.cache_bytes()
+        const PAGE: usize = 4096;
+        let (rows, value) = (positions.next_multiple_of(16), self.cache_form.bytes());
+        let of_layer = |l: &LayerWeights| {
+            // Of keys whole tiles, of values whole registers.
+            let widths = [l.spec.head_dim, l.spec.head_dim.next_multiple_of(16)];
+            let pages = widths.map(|width| (rows * width * value).next_multiple_of(PAGE));
+            l.spec.kv_heads * pages.iter().sum::<usize>()
+        };
+        self.layers.iter().map(of_layer).sum()
     }
 
     fn trim(&mut self) {

@@ -109,11 +109,12 @@ impl<C> Slots<C> {
             (Some(opened), Some(from)) => copy(&mut opened.cache, from),
             _ => Ok(()),
         };
+        copied?;
         if let Some(opened) = &mut opened {
             opened.len = count;
         }
         self.slots[to] = opened;
-        copied
+        Ok(())
     }
 
     pub(super) fn close(&mut self, slot: usize) -> Option<C> {

@@ -135,9 +135,9 @@ fn median(times: &VecDeque<f64>) -> f64 {
 pub struct Costs {
     /// The target's forward by rows, those of prompts included.
     pub forward: Curve,
-    /// The draft by the levels it was allowed, for all requests of a step together; level 0 is learning alone.
+    /// Proposing by the levels that were allowed, for all requests of a step together.
     pub propose: Curve,
-    /// The rule, keeping rows and text, by requests.
+    /// The rule, keeping rows and text, and what the draft learns, by requests.
     pub others: Curve,
 }
 
@@ -148,9 +148,12 @@ impl Costs {
         if rows > 0 {
             self.forward.add(rows, step.ms.forward, step.step);
         }
-        if step.batch > 0 && step.prompt_rows == 0 {
-            self.propose.add(step.levels, step.ms.propose, step.step);
-            let others = step.ms.accept + step.ms.commit;
+        if step.batch > 0 {
+            self.propose.add(step.levels, step.proposing_ms, step.step);
+        }
+        if step.batch > 0 && step.prompts == 0 {
+            let learning = step.ms.propose - step.proposing_ms;
+            let others = learning + step.ms.accept + step.ms.commit;
             self.others.add(step.batch, others, step.step);
         }
     }
