@@ -232,7 +232,8 @@ impl Run {
 pub(crate) fn run(args: &[String]) -> Result<()> {
     let begun = Instant::now();
     let options = Options::parse(args)?;
-    let setup = Setup::new()?;
+    let slow = |name: &String| *name == PROMPTS || shapes::has_slow_peers(name);
+    let setup = Setup::new(options.models.iter().any(slow))?;
     let mut run = Run {
         environment: setup.environment(),
         setup,

@@ -14,15 +14,14 @@ use super::{AS_SHIPPED, Claims, Run};
 /// Sequences side by side.
 const SIDE_BY_SIDE: [usize; 6] = [1, 2, 4, 8, 16, 32];
 const MOST: usize = SIDE_BY_SIDE[SIDE_BY_SIDE.len() - 1];
-/// Tokens of a prompt.
-const LENGTH: usize = 128;
 /// Tokens that llama.cpp has room for in each sequence.
 const ROOM: usize = 256;
 
 /// A model file and what decoding with it is claimed to reach.
 pub(super) struct Model {
     name: &'static str,
-    /// New tokens of each sequence.
+    /// Tokens of a prompt, and new ones of each sequence.
+    length: usize,
     new: usize,
     /// Tokens a second over llama.cpp's, of one sequence and of four or more; `None` where nothing is claimed.
     over: Option<[f64; 2]>,
@@ -33,18 +32,21 @@ pub(super) struct Model {
 pub(super) const MODELS: [Model; 3] = [
     Model {
         name: AS_SHIPPED,
+        length: 128,
         new: 64,
         over: Some([1.5, 2.0]),
         sixteen: false,
     },
     Model {
         name: "smollm2-q8_0",
+        length: 128,
         new: 64,
         over: None,
         sixteen: true,
     },
     Model {
         name: "llama-1.1b-q8_0",
+        length: 32,
         new: 32,
         over: Some([1.5, 2.0]),
         sixteen: false,
@@ -52,10 +54,10 @@ pub(super) const MODELS: [Model; 3] = [
 ];
 
 /// Prompts whose texts do not matter for speed, each another.
-fn prompts(sequences: usize) -> Vec<Vec<u32>> {
+fn prompts(sequences: usize, length: usize) -> Vec<Vec<u32>> {
     let prompt = |sequence: u32| {
         let token = |i: u32| 1000 + (37 * i + 611 * sequence) % 20_000;
-        (0..LENGTH as u32).map(token).collect()
+        (0..length as u32).map(token).collect()
     };
     (0..sequences as u32).map(prompt).collect()
 }
@@ -85,18 +87,23 @@ impl Tried {
     }
 }
 
-fn try_speed(worker: &mut Worker, sequences: usize) -> Result<f64> {
+fn try_speed(worker: &mut Worker, sequences: usize, length: usize) -> Result<f64> {
     let new = 24;
-    let found = worker.parallel(&prompts(sequences), new)?;
+    let found = worker.parallel(&prompts(sequences, length), new)?;
     Ok(speed(&found, new))
 }
 
-fn attempt(setup: &Setup, model: &Path, build: &Build, options: Value) -> Result<Tried> {
+fn attempt(
+    setup: &Setup,
+    (model, length): (&Path, usize),
+    build: &Build,
+    options: Value,
+) -> Result<Tried> {
     let mut worker = setup.engine(build, model, &options)?;
-    let one = try_speed(&mut worker, 1)?;
+    let one = try_speed(&mut worker, 1, length)?;
     let tried = Tried {
-        one: one.max(try_speed(&mut worker, 1)?),
-        eight: try_speed(&mut worker, 8)?,
+        one: one.max(try_speed(&mut worker, 1, length)?),
+        eight: try_speed(&mut worker, 8, length)?,
         most: None,
         build: build.clone(),
         options,
@@ -113,13 +120,13 @@ fn attempt(setup: &Setup, model: &Path, build: &Build, options: Value) -> Result
 /// llama.cpp's builds and options, tried on a model with one sequence and with eight: attention fused or not, and from the best of
 /// those, all sequences in one cache, threads that keep spinning between graphs, and one thread. The three best of eight are tried
 /// with the most.
-fn tune(setup: &Setup, model: &Path, threads: usize) -> Result<Vec<Tried>> {
+fn tune(setup: &Setup, on: (&Path, usize), threads: usize) -> Result<Vec<Tried>> {
     let mut tried = Vec::new();
     for build in &setup.builds {
         for flash in [true, false] {
             // Room for sequences that do not run costs those that do nothing.
             let options = json!({ "threads": threads, "flash": flash, "sequences": MOST, "context": MOST * ROOM });
-            tried.push(attempt(setup, model, build, options)?);
+            tried.push(attempt(setup, on, build, options)?);
         }
     }
     let fastest = |of: fn(&Tried) -> f64| {
@@ -139,13 +146,13 @@ fn tune(setup: &Setup, model: &Path, threads: usize) -> Result<Vec<Tried>> {
     for (build, options) in bases {
         for (key, value) in &more {
             let options = with(&options, key, value.clone());
-            tried.push(attempt(setup, model, &build, options)?);
+            tried.push(attempt(setup, on, &build, options)?);
         }
     }
     tried.sort_by(|a, b| b.eight.total_cmp(&a.eight));
     for tried in tried.iter_mut().take(3) {
-        let mut worker = setup.engine(&tried.build, model, &tried.options)?;
-        let found = try_speed(&mut worker, MOST)?;
+        let mut worker = setup.engine(&tried.build, on.0, &tried.options)?;
+        let found = try_speed(&mut worker, MOST, on.1)?;
         eprintln!(
             "  tried {}: of {MOST} sequences {found:.1} tokens/s",
             tried.name()
@@ -167,9 +174,9 @@ struct Measured {
 }
 
 impl Measured {
-    fn add(&mut self, i: usize, new: usize, found: Parallel) {
-        let tokens = (SIDE_BY_SIDE[i] * LENGTH) as f64;
-        self.decode[i].push(speed(&found, new));
+    fn add(&mut self, i: usize, model: &Model, found: Parallel) {
+        let tokens = (SIDE_BY_SIDE[i] * model.length) as f64;
+        self.decode[i].push(speed(&found, model.new));
         self.prefill[i].push(tokens / found.prefill_ms * 1e3);
         if let Some(outside) = found.outside {
             self.outside[i].push(outside / found.ms);
@@ -201,7 +208,7 @@ pub(super) fn measure(run: &mut Run, model: &Model, threads: usize) -> Result<Va
     eprintln!("{} side by side, {threads} threads", model.name);
     let (setup, options) = (&run.setup, &run.options);
     let path = setup.model(model.name)?;
-    let tried = tune(setup, &path, threads)?;
+    let tried = tune(setup, (&path, model.length), threads)?;
     // The best for one sequence, for some and for many; often the same process.
     let kept = [
         best(&tried, |t| t.one),
@@ -222,7 +229,7 @@ pub(super) fn measure(run: &mut Run, model: &Model, threads: usize) -> Result<Va
         let rate = ours.ask(&json!({ "op": "read" }))?["gb_per_s"].as_f64();
         read.push(rate.unwrap_or(f64::NAN));
         for (i, &sequences) in SIDE_BY_SIDE.iter().enumerate() {
-            let prompts = prompts(sequences);
+            let prompts = prompts(sequences, model.length);
             let which = match sequences {
                 1 => kept[0],
                 2..=8 => kept[1],
@@ -231,9 +238,9 @@ pub(super) fn measure(run: &mut Run, model: &Model, threads: usize) -> Result<Va
             for turn in 0..2 {
                 // Each side goes first in turn.
                 if (turn + round + i) % 2 == 0 {
-                    us.add(i, model.new, ours.parallel(&prompts, model.new)?);
+                    us.add(i, model, ours.parallel(&prompts, model.new)?);
                 } else if let Some((_, worker)) = llama.iter_mut().find(|(w, _)| *w == which) {
-                    them.add(i, model.new, worker.parallel(&prompts, model.new)?);
+                    them.add(i, model, worker.parallel(&prompts, model.new)?);
                 }
             }
         }
@@ -312,9 +319,10 @@ impl Found<'_> {
         let s = if self.threads == 1 { "" } else { "s" };
         let most = self.them.outside.iter().map(Sample::median);
         *text += &format!(
-            "\n### {} side by side, {} thread{s}\n\nGreedy, prompts of {LENGTH} tokens, {} new tokens of each sequence; tokens/s of all sequences together. Memory read at {} GB/s between the rounds. llama.cpp: {} for one sequence; {} for 2 to 8; {} for more; at most {:.1} % of its time outside its library.\n\n",
+            "\n### {} side by side, {} thread{s}\n\nGreedy, prompts of {} tokens, {} new tokens of each sequence; tokens/s of all sequences together. Memory read at {} GB/s between the rounds. llama.cpp: {} for one sequence; {} for 2 to 8; {} for more; at most {:.1} % of its time outside its library.\n\n",
             self.model.name,
             self.threads,
+            self.model.length,
             self.model.new,
             self.read,
             self.kept[0],
@@ -342,7 +350,7 @@ impl Found<'_> {
             told.map(|(i, b)| (b.to_string(), of(i))).collect()
         };
         json!({
-            "model": self.model.name, "threads": self.threads, "prompt_tokens": LENGTH, "new_tokens": self.model.new,
+            "model": self.model.name, "threads": self.threads, "prompt_tokens": self.model.length, "new_tokens": self.model.new,
             "read_gb_per_s": self.read.json(), "ours": self.us.json(), "llama_cpp": self.them.json(),
             "ratio": by(&|i| self.over(i).json()), "equal_texts": by(&|i| json!(self.equal(i))),
             "kept": { "1": self.kept[0], "2-8": self.kept[1], "16-32": self.kept[2] },

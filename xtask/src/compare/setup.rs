@@ -41,7 +41,8 @@ fn output(command: &mut Command) -> Result<String> {
 }
 
 impl Setup {
-    pub(super) fn new() -> Result<Self> {
+    /// Builds and finds what takes part; `slow_peers` says whether those that decode slowly do.
+    pub(super) fn new(slow_peers: bool) -> Result<Self> {
         let scylla = crate::scylla()?;
         crate::run(Command::new(&scylla).args(["assets", "fetch"]))?;
         let default_model = output(Command::new(&scylla).args(["assets", "path"]))?.into();
@@ -53,7 +54,10 @@ impl Setup {
         let python = python(&folder)?;
         Ok(Self {
             scylla: release.join("examples/worker"),
-            candle: or_note("candle-transformers", candle()),
+            candle: match slow_peers {
+                true => or_note("candle-transformers", candle()),
+                false => None,
+            },
             builds: builds(&folder),
             torch: torch(),
             python,

@@ -79,6 +79,11 @@ pub(super) const MODELS: [Model; 5] = [
     },
 ];
 
+/// Whether the slow peers take part on a model.
+pub(super) fn has_slow_peers(model: &str) -> bool {
+    MODELS.iter().any(|m| m.name == model && m.every_peer)
+}
+
 /// A prompt whose text does not matter for speed.
 fn prompt() -> Vec<u32> {
     (0..CONTEXT as u32)
