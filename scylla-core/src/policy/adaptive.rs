@@ -7,8 +7,8 @@ use crate::tree::Budget;
 /// Goodput: levels are added to requests, the most promising first, as long as expected tokens over expected time grow.
 ///
 /// A level promises the probability that one of its nodes is accepted, for the nodes it is expected to have, as recent
-/// trees of the request had it, those of all requests where it has few of its own. Time is the measured time of a forward
-/// of so many rows, of the draft at so many levels, and of the rest. What was never tried, or long ago, is taken to do
+/// trees of the request had it, those of all requests where it has few of its own. Time is that of forwards as a line over
+/// rows, of the draft at so many levels, and of the rest, as measured. What was never tried, or long ago, is taken to do
 /// well, so that it is tried (again) now and then; where it does not pay, nothing is drafted.
 #[derive(Debug, Clone, Copy)]
 pub struct AdaptiveBudget {
@@ -24,7 +24,7 @@ impl Default for AdaptiveBudget {
 
 /// Cycles of all requests that weigh as much as a request's own, and what is believed before the first: one node a level,
 /// and the share of it that is accepted given the level above.
-const OTHERS: f64 = 6.0;
+const OTHERS: f64 = 10.0;
 const UNSEEN: f64 = 4.0;
 const HOPE: f64 = 0.7;
 
@@ -34,16 +34,29 @@ fn promise(own: &Acceptance, all: &Acceptance, depth: usize) -> (f64, f64) {
     own.at(depth, all.at(depth, hope, UNSEEN), OTHERS)
 }
 
-/// Expected milliseconds of a step of so many rows, levels and requests; `None` before the first.
-fn time(costs: &Costs, rows: f64, levels: usize, requests: usize) -> Option<f64> {
-    let (low, share) = (rows.floor(), rows.fract());
-    let (low, high) = (
-        costs.forward.at(low as usize)?,
-        costs.forward.at(low as usize + 1)?,
-    );
-    let forward = low + (high - low) * share;
-    let propose = costs.propose.at(levels).unwrap_or(0.0);
-    Some(forward + propose + costs.others.at(requests).unwrap_or(0.0))
+/// Expected milliseconds of steps of some sizes.
+struct Times<'a> {
+    costs: &'a Costs,
+    /// Of a forward of no rows, and of each row.
+    forward: (f64, f64),
+    others: f64,
+}
+
+impl<'a> Times<'a> {
+    /// For steps of so many requests and `low` to `high` rows; `None` before the first.
+    fn new(costs: &'a Costs, requests: usize, low: f64, high: f64) -> Option<Self> {
+        Some(Self {
+            costs,
+            forward: costs.forward.fit(low, high)?,
+            others: costs.others.at(requests).unwrap_or(0.0),
+        })
+    }
+
+    /// Of a step of so many rows whose deepest budget has so many levels.
+    fn of(&self, rows: f64, levels: usize) -> f64 {
+        let propose = self.costs.propose.at(levels).unwrap_or(0.0);
+        (self.forward.0 + self.forward.1 * rows + propose + self.others).max(1e-9)
+    }
 }
 
 /// What a request allows, cut to so many levels; of a tree's nodes a share.
@@ -66,11 +79,14 @@ impl AdaptiveBudget {
         let most: Vec<usize> = requests.iter().map(|r| r.most.levels()).collect();
         let mut levels = vec![0; requests.len()];
         let (mut rows, mut tokens) = (base, requests.len() as f64);
-        let at = |rows, deepest| time(outlook.costs, rows, deepest, requests.len());
-        let Some(plain) = at(rows, 0) else {
+        let high = base + most.iter().sum::<usize>() as f64;
+        let Some(times) = Times::new(outlook.costs, requests.len(), base, high) else {
             return most; // nothing is known: all that is allowed is tried
         };
-        let mut best = (tokens / plain * (1.0 + self.margin), levels.clone());
+        let mut best = (
+            tokens / times.of(rows, 0) * (1.0 + self.margin),
+            levels.clone(),
+        );
         // The next level of each request, by what it promises for a row; no more than the level above it.
         let worth = |r: &Drafting<'_>, depth: usize| {
             let (nodes, accepted) = promise(r.acceptance, outlook.acceptance, depth);
@@ -89,9 +105,9 @@ impl AdaptiveBudget {
             let below = worth(&requests[i], levels[i]);
             next[i] = (below.0.min(ratio), below.1, below.2.min(accepted));
             let deepest = levels.iter().max().copied().unwrap_or(0);
-            let Some(time) = at(rows, deepest) else { break };
-            if tokens / time > best.0 {
-                best = (tokens / time, levels.clone());
+            let speed = tokens / times.of(rows, deepest);
+            if speed > best.0 {
+                best = (speed, levels.clone());
             }
         }
         best.1
@@ -150,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn drafts_as_deep_as_is_accepted_while_rows_are_cheap_and_not_where_they_cost_as_much_as_a_token()
+    fn drafts_as_deep_as_is_accepted_while_rows_are_cheap_and_not_where_they_cost_more_than_a_token()
      {
         let all = seen(2);
         assert_eq!(chosen(&costs(0.2), &all, &[seen(2)]), [2]);
@@ -158,7 +174,7 @@ mod tests {
             chosen(&costs(0.2), &all, &[seen(2), seen(0), seen(4)]),
             [2, 0, 4]
         );
-        assert_eq!(chosen(&costs(1.0), &all, &[seen(2)]), [0]);
+        assert_eq!(chosen(&costs(1.5), &all, &[seen(2)]), [0]);
         assert_eq!(
             chosen(&Costs::default(), &all, &[seen(0)]),
             [4],

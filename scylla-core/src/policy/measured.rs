@@ -130,11 +130,82 @@ fn median(times: &VecDeque<f64>) -> f64 {
     sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
 }
 
+/// Forwards that are remembered, and after how many more one counts half.
+const REMEMBERED: usize = 512;
+const HALF: f64 = 150.0;
+
+/// Time of forwards by rows, as a line through those of lately. Times on a shared machine differ by a third from one step to
+/// the next: what one more row costs shows only over many of them.
+#[derive(Debug, Clone, Default)]
+pub struct Line {
+    /// Rows, milliseconds and step.
+    seen: VecDeque<(f64, f64, u64)>,
+}
+
+impl Line {
+    /// Adds a measurement.
+    pub fn add(&mut self, rows: usize, ms: f64, step: u64) {
+        self.seen.push_back((rows as f64, ms, step));
+        if self.seen.len() > REMEMBERED {
+            self.seen.pop_front();
+        }
+    }
+
+    /// Milliseconds of no rows and of each more, for forwards of `low` to `high` rows: the best line through those of about
+    /// that size, the older the less, without what lies far off. Rows are taken to cost nothing until some were seen to.
+    /// `None` before the first.
+    pub fn fit(&self, low: f64, high: f64) -> Option<(f64, f64)> {
+        let last = self.seen.back()?.2;
+        let about = |rows: f64| (low / 2.0..=high * 2.0).contains(&rows);
+        let mut near: Vec<(f64, f64, f64)> = self
+            .seen
+            .iter()
+            .filter(|(rows, ..)| about(*rows))
+            .map(|&(rows, ms, step)| (rows, ms, 0.5f64.powf((last - step.min(last)) as f64 / HALF)))
+            .collect();
+        let spread = ((high - low) / 2.0).powi(2);
+        let mut line = through(&near, spread)?;
+        let mut off: Vec<f64> = near
+            .iter()
+            .map(|(x, y, _)| (y - line.0 - line.1 * x).abs())
+            .collect();
+        off.sort_by(f64::total_cmp);
+        let most = 3.0 * off[off.len() / 2];
+        near.retain(|(x, y, _)| (y - line.0 - line.1 * x).abs() <= most);
+        if let Some(again) = through(&near, spread) {
+            line = again;
+        }
+        Some(line)
+    }
+}
+
+/// The line of least squares through weighted points; a slope is believed as far as it was seen.
+fn through(points: &[(f64, f64, f64)], spread: f64) -> Option<(f64, f64)> {
+    let total: f64 = points.iter().map(|p| p.2).sum();
+    if total <= 0.0 {
+        return None;
+    }
+    let mean =
+        |of: fn(&(f64, f64, f64)) -> f64| points.iter().map(|p| p.2 * of(p)).sum::<f64>() / total;
+    let (x, y) = (mean(|p| p.0), mean(|p| p.1));
+    let sums = points.iter().fold((0.0, 0.0), |(xx, xy), p| {
+        (
+            xx + p.2 * (p.0 - x).powi(2),
+            xy + p.2 * (p.0 - x) * (p.1 - y),
+        )
+    });
+    let slope = match sums.0 + 0.5 * spread {
+        0.0 => 0.0,
+        whole => (sums.1 / whole).max(0.0),
+    };
+    Some((y - slope * x, slope))
+}
+
 /// What steps cost, by phase.
 #[derive(Debug, Clone, Default)]
 pub struct Costs {
     /// The target's forward by rows, those of prompts included.
-    pub forward: Curve,
+    pub forward: Line,
     /// Proposing by the levels that were allowed, for all requests of a step together.
     pub propose: Curve,
     /// The rule, keeping rows and text, and what the draft learns, by requests.
@@ -178,6 +249,34 @@ mod tests {
             seen.at(2, (0.5, 0.25), 1.0),
             (0.5, 0.25),
             "nothing seen: the prior"
+        );
+    }
+
+    #[test]
+    fn a_line_is_found_in_noise_and_forgets_what_is_long_ago() {
+        let mut line = Line::default();
+        assert_eq!(line.fit(1.0, 4.0), None);
+        for step in 0..400u64 {
+            // Of one row before, and twice as slow since; every tenth was held up.
+            let rows = 1 + (step * 7 % 5) as usize;
+            let slow = if step < 200 { 0.5 } else { 1.0 };
+            let noise = 1.0 + 0.2 * ((step * 13 % 11) as f64 / 5.0 - 1.0);
+            let held = if step % 10 == 3 { 5.0 } else { 1.0 };
+            line.add(rows, (2.0 + 0.5 * rows as f64) * slow * noise * held, step);
+        }
+        line.add(500, 400.0, 400); // of another size
+        let (none, each) = line.fit(1.0, 5.0).expect("a line");
+        let five = none + 5.0 * each;
+        assert!(
+            (3.2..4.8).contains(&five) && (0.25..0.65).contains(&each),
+            "{none} {each}"
+        );
+        let mut one = Line::default();
+        one.add(1, 3.0, 0);
+        assert_eq!(
+            one.fit(1.0, 8.0),
+            Some((3.0, 0.0)),
+            "nothing is known of more rows"
         );
     }
 

@@ -5,7 +5,7 @@ mod adaptive;
 mod measured;
 
 pub use adaptive::AdaptiveBudget;
-pub use measured::{Acceptance, Costs, Curve};
+pub use measured::{Acceptance, Costs, Curve, Line};
 
 use crate::plugin::{BudgetPolicy, Outlook};
 use crate::tree::Budget;
