@@ -110,7 +110,7 @@ impl Worker {
         }
     }
 
-    /// In chunks, as the decode loop does it.
+    /// In chunks, as an engine does it.
     fn prefill(&mut self, tokens: &[u32]) -> Result<Value> {
         let model = self.session.target.model.as_mut();
         model.close(0);
