@@ -16,11 +16,13 @@ use crate::{Chain, Greedy, Traversal};
 /// use scylla_core::tree::Drawing;
 /// use scylla_verify::Auto;
 ///
-/// let sampled = Sampling { temperature: 0.7, ..Sampling::default() };
-/// let name = |width, sampling| Auto.choose(Drawing::Independent, width, sampling).name().to_string();
-/// assert_eq!(name(4, &Sampling::default()), "greedy");
-/// assert_eq!(name(1, &sampled), "chain");
-/// assert_eq!(name(4, &sampled), "traversal");
+/// let name = |width, temperature| {
+///     let sampling = Sampling { temperature, ..Sampling::default() };
+///     Auto.choose(Drawing::Independent, width, &sampling).name().to_string()
+/// };
+/// assert_eq!(name(4, 0.0), "greedy");
+/// assert_eq!(name(1, 0.7), "chain");
+/// assert_eq!(name(4, 0.7), "traversal");
 /// ```
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Auto;

@@ -107,6 +107,7 @@ pub struct Forward {
 /// }
 ///
 /// use scylla_core::engine::{Engine, Options, Parts, Request, decode};
+/// # #[derive(Clone)]
 /// # struct Best;
 /// # impl scylla_core::plugin::Verifier for Best {
 /// #     fn name(&self) -> &str { "best" }
