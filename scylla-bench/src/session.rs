@@ -194,7 +194,7 @@ impl Session {
     pub fn request(
         &self,
         experiment: &Experiment,
-        rule: &Composed,
+        composed: &Composed,
         prompt: Vec<u32>,
         sequence: u64,
     ) -> Request {
@@ -202,7 +202,7 @@ impl Session {
             experiment,
             &self.eos,
             self.tokenizer.as_deref(),
-            rule,
+            composed,
             prompt,
             sequence,
         )

@@ -94,14 +94,16 @@ impl Engine<'_> {
 
     /// Bytes of caches that a request comes to need at most.
     pub(super) fn bytes_of(&self, request: &Request) -> usize {
-        let drafted = match self.parts.draft {
-            Some(_) => request.budget.total,
-            None => 1,
-        };
+        let (context, budget) = (self.shape.context, request.budget);
         let tokens = request.prompt.len().saturating_add(request.max_new_tokens);
-        let positions = tokens.saturating_add(drafted).min(self.shape.context);
-        let draft = self.parts.draft.as_ref();
-        self.parts.target.slot_bytes(positions) + draft.map_or(0, |d| d.model.slot_bytes(positions))
+        let tokens = tokens.min(context);
+        let Some(draft) = &self.parts.draft else {
+            return self.parts.target.slot_bytes((tokens + 1).min(context));
+        };
+        // The target verifies what is proposed; while a tree grows a draft may forward more.
+        let verified = (tokens + budget.total).min(context);
+        let forwarded = tokens + budget.total.max(budget.width * budget.levels());
+        self.parts.target.slot_bytes(verified) + draft.model.slot_bytes(forwarded)
     }
 
     /// Gives waiting requests slots, in their order, as far as there are slots and memory.
@@ -271,16 +273,9 @@ impl Engine<'_> {
                 forked => forked,
             },
         };
-        match forked {
-            Ok(true) => {}
-            Ok(false) => {
-                self.give_up(slot);
-                return Ok(0);
-            }
-            Err(e) => {
-                self.give_up(slot);
-                return Err(e);
-            }
+        if !matches!(forked, Ok(true)) {
+            self.give_up(slot);
+            return forked.map(|_| 0);
         }
         self.memory.clock += 1;
         if let Some(index) = index {

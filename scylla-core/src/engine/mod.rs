@@ -102,7 +102,8 @@ pub struct Options {
     /// Bytes for caches of target and draft; a request that does not fit waits, one that never will is refused. `None` sets
     /// no limit.
     pub memory: Option<usize>,
-    /// Sequences whose rows are kept after their end, for prompts that begin alike; the least recently used go first, and
+    /// Sequences whose rows are kept after their end, for prompts that begin alike, which then also take those of sequences
+    /// in slots; 0: every prompt is run whole. Of those kept the least recently used go first, and
     /// all of them before a request that fits without them has to wait for memory.
     pub kept: usize,
 }
@@ -447,18 +448,17 @@ pub fn decode(
     requests: Vec<Request>,
     on_event: &mut dyn FnMut(&Event) -> ControlFlow<()>,
 ) -> Vec<Output> {
+    // Ids count up, those of refused requests too.
+    let first = engine.next;
     let mut outputs: Vec<Option<Output>> = Vec::with_capacity(requests.len());
-    let mut ids = Vec::with_capacity(requests.len());
     for request in requests {
         let prompt = request.prompt.len();
         let submitted = engine.submit(request);
-        outputs.push(match &submitted {
-            Ok(_) => None,
-            Err(e) => Some(Output::refused(prompt, e.to_string())),
-        });
-        ids.push(submitted.ok());
+        let refused = submitted
+            .err()
+            .map(|e| Output::refused(prompt, e.to_string()));
+        outputs.push(refused);
     }
-    let place = |id: RequestId| ids.iter().position(|known| *known == Some(id));
     let mut broken = false;
     while !broken && !engine.is_idle() {
         for event in engine.step() {
@@ -466,17 +466,18 @@ pub fn decode(
             if !broken || ended {
                 broken |= on_event(&event).is_break();
             }
-            if let Event::Finished { request, output } = event
-                && let Some(place) = place(request)
-            {
-                outputs[place] = Some(output);
+            if let Event::Finished { request, output } = event {
+                let place = request.0.checked_sub(first).map(|place| place as usize);
+                if let Some(place) = place.and_then(|place| outputs.get_mut(place)) {
+                    *place = Some(output);
+                }
             }
         }
     }
-    let rest = outputs.into_iter().zip(&ids).map(|(output, id)| {
-        let taken_back = || id.and_then(|id| engine.cancel(id));
-        output.or_else(taken_back)
-    });
-    rest.map(|output| output.unwrap_or_else(|| Output::unstarted(0)))
+    let ids = (first..).map(RequestId);
+    let rest = outputs.into_iter().zip(ids);
+    let whole = rest.map(|(output, id)| output.or_else(|| engine.cancel(id)));
+    whole
+        .map(|output| output.unwrap_or_else(|| Output::unstarted(0)))
         .collect()
 }

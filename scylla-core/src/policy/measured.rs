@@ -61,11 +61,6 @@ impl Acceptance {
         }
     }
 
-    /// Cycles, as far as they are remembered, whose budget reached the level `depth` (0: the root's children).
-    pub fn allowed(&self, depth: usize) -> f64 {
-        self.levels.get(depth).map_or(0.0, |l| l.allowed)
-    }
-
     /// Expected nodes at a depth and probability that one of them is accepted, of a cycle whose budget reaches so deep:
     /// what was seen, and `prior` as if it had been seen in `weight` cycles.
     pub fn at(&self, depth: usize, prior: (f64, f64), weight: f64) -> (f64, f64) {
@@ -116,11 +111,6 @@ impl Curve {
                 Some(low + (high - low).max(0.0) * share)
             }
         }
-    }
-
-    /// Whether this size was measured lately.
-    pub fn knows(&self, size: usize) -> bool {
-        self.points.contains_key(&size)
     }
 }
 
@@ -291,6 +281,6 @@ mod tests {
         let found: Vec<f64> = [1, 3, 5, 9].iter().filter_map(|&n| curve.at(n)).collect();
         assert_eq!(found, [1.0, 2.0, 3.0, 3.0]);
         curve.add(1, 1.0, 600);
-        assert!(!curve.knows(5), "forgotten");
+        assert_eq!(curve.at(5), Some(1.0), "what five took is forgotten");
     }
 }

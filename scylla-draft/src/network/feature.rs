@@ -252,7 +252,8 @@ impl<B: Body> Network for Feature<B> {
     }
 
     fn slot_bytes(&self, positions: usize) -> usize {
-        self.body.stack_bytes(positions)
+        self.body
+            .stack_bytes(positions.min(capacity(self.positions)))
     }
 
     fn trim(&mut self) {
