@@ -5,6 +5,7 @@
 
 pub mod checkpoint;
 pub mod network;
+pub mod recipe;
 pub mod tree;
 
 mod ngram;

@@ -11,6 +11,7 @@ mod record;
 mod request;
 mod rows;
 mod stream;
+mod walk;
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
@@ -21,6 +22,7 @@ pub use admit::Prefixes;
 pub use record::{Accepted, Cycle, Finish, Output, Phases, Step, Waited, tau};
 pub use request::{Request, RequestId};
 pub use rows::LogitRows;
+pub use walk::{Walk, walk};
 
 use admit::Memory;
 use request::Settled;

@@ -23,6 +23,8 @@ pub(super) trait Element: Copy + Send + Sync + Default {
     /// Activations as `to` holds them, `PER` values to an element, zero where there are fewer.
     fn activations(x: &[f32], to: &mut [Self::X]);
     fn widen(self) -> f32;
+    /// Activations out of four bytes: one, or a pair.
+    fn of_bits(bits: u32) -> Self::X;
 }
 
 impl Element for f32 {
@@ -44,6 +46,10 @@ impl Element for f32 {
     #[inline(always)]
     fn widen(self) -> f32 {
         self
+    }
+    #[inline(always)]
+    fn of_bits(bits: u32) -> f32 {
+        f32::from_bits(bits)
     }
 }
 
@@ -75,11 +81,15 @@ impl Element for u16 {
     fn widen(self) -> f32 {
         f32::from_bits(u32::from(self) << 16)
     }
+    #[inline(always)]
+    fn of_bits(bits: u32) -> [u16; 2] {
+        [bits as u16, (bits >> 16) as u16]
+    }
 }
 
 /// The nearest bf16, ties to even; NaN stays NaN. As `half` does it, in a form that compilers vectorise.
 #[inline(always)]
-fn to_bf16(x: f32) -> u16 {
+pub(super) fn to_bf16(x: f32) -> u16 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
     let quiet = bits | 0x40_0000;

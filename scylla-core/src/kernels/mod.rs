@@ -8,14 +8,17 @@
 #![allow(unsafe_code)]
 
 mod attention;
+pub mod causal;
 mod dense;
 mod elementwise;
 mod exponential;
+pub mod gradients;
 mod linear;
 mod memory;
 mod peak;
 mod pool;
 pub mod probability;
+mod product;
 mod quant;
 mod simd;
 pub mod softmax;
@@ -28,6 +31,7 @@ pub use linear::{Linear, Scratch, Weight};
 pub use memory::zeros;
 pub use peak::{Operand, multiply_adds};
 pub use pool::Pool;
+pub use product::{ProductForm, Products, Right, View};
 pub use simd::InstructionSet;
 
 use std::marker::PhantomData;

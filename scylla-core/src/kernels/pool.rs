@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, TryLockError};
 use std::thread::{JoinHandle, Thread};
 
+use super::SharedValues;
+
 const SPINS: u32 = 4_000;
 const YIELDS: u32 = 64;
 
@@ -161,6 +163,34 @@ impl Pool {
             items.min(start + share)
         };
         self.hand_out(items, step, end_of, body);
+    }
+
+    /// Hands out rows of several outputs together, each row's of all of them to one call of `body`: output `i` has rows of
+    /// `widths[i]` values, and all have the same number of rows. Shares begin at multiples of `grain`, whatever the number of
+    /// threads.
+    ///
+    /// # Panics
+    /// If the outputs have different numbers of rows.
+    pub fn rows<const N: usize>(
+        &self,
+        outputs: [&mut [f32]; N],
+        widths: [usize; N],
+        grain: usize,
+        body: impl Fn(Range<usize>, [&mut [f32]; N]) + Sync,
+    ) {
+        let count = outputs[0].len().checked_div(widths[0]).unwrap_or(0);
+        for (output, width) in outputs.iter().zip(widths) {
+            assert_eq!(output.len(), count * width, "{count} rows of {width}");
+        }
+        let outputs = outputs.map(SharedValues::new);
+        self.ranges(count, grain, |range| {
+            let part = |i: usize| {
+                let (width, output): (usize, &SharedValues<'_, f32>) = (widths[i], &outputs[i]);
+                // SAFETY: ranges are disjoint, and so are their rows.
+                unsafe { output.part(range.start * width..range.end * width) }
+            };
+            body(range.clone(), std::array::from_fn(part));
+        });
     }
 
     /// Calls `body` with ranges that each end where `end_of` says of their start; alone where there are no more than

@@ -63,6 +63,13 @@ impl Rope {
 
     /// Tables of cosines and sines `[positions, E / 2]`, built in f64 and rounded once.
     pub fn tables(&self, head_dim: usize, positions: usize) -> (Vec<f32>, Vec<f32>) {
+        let (cos, sin) = self.wide_tables(head_dim, positions);
+        let rounded = |table: Vec<f64>| table.into_iter().map(|v| v as f32).collect();
+        (rounded(cos), rounded(sin))
+    }
+
+    /// The same, not rounded.
+    pub fn wide_tables(&self, head_dim: usize, positions: usize) -> (Vec<f64>, Vec<f64>) {
         let half = head_dim / 2;
         let plain = |i: usize| self.theta.powf(-((2 * i) as f64) / head_dim as f64);
         let frequencies: Vec<f64> = (0..half)
@@ -75,9 +82,7 @@ impl Rope {
             _ => 1.0,
         };
         let angles = (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
-        angles
-            .map(|a| ((a.cos() * scale) as f32, (a.sin() * scale) as f32))
-            .unzip()
+        angles.map(|a| (a.cos() * scale, a.sin() * scale)).unzip()
     }
 
     fn stretched(&self, frequency: f64, index: usize, head_dim: usize) -> f64 {

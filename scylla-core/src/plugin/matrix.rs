@@ -498,6 +498,32 @@ impl Matrix {
         Ok(top)
     }
 
+    /// The values of a matrix on the host: its memory where no other matrix shares it, else a copy.
+    ///
+    /// # Errors
+    /// If it is on a device.
+    pub fn into_values(self) -> Result<Vec<f32>> {
+        let columns = self.columns;
+        match self.data {
+            Data::Host {
+                values,
+                first,
+                rows,
+            } => {
+                let range = first..first + rows * columns;
+                match Arc::try_unwrap(values) {
+                    Ok(mut values) if first == 0 => {
+                        values.truncate(range.end);
+                        Ok(values)
+                    }
+                    Ok(values) => Ok(values[range].to_vec()),
+                    Err(shared) => Ok(shared[range].to_vec()),
+                }
+            }
+            Data::Device(_) => Err(Error::Invalid("values of a device are asked for".into())),
+        }
+    }
+
     /// The memory behind the matrix, where it is on the host and no other matrix shares it any more: what it holds may
     /// be more than these rows, and is done with.
     pub fn into_memory(self) -> Option<Vec<f32>> {

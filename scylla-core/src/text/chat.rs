@@ -144,6 +144,14 @@ impl ChatTemplate {
         self.render_as(messages, true)
     }
 
+    /// The same, closed: nothing is begun behind the last message.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`].
+    pub fn render_closed(&self, messages: &[Message]) -> Result<String> {
+        self.render_as(messages, false)
+    }
+
     /// The same; `open` says whether the assistant's turn is begun.
     pub(super) fn render_as(&self, messages: &[Message], open: bool) -> Result<String> {
         let turn = |m: &Message| context! { role => m.role, content => m.content.clone() };

@@ -1,5 +1,12 @@
-//! What trainers share. So far: losses that align a student with a teacher.
+//! What trainers share: the graph, optimizers, schedules, checkpoints, the order of data, and losses that align a student
+//! with a teacher.
 
 mod align;
+pub mod checkpoint;
+pub mod graph;
+mod optimizer;
+mod schedule;
 
 pub use align::{AlignContext, AlignLoss, AlignNeeds, Aligner, AnswerLogits, Part};
+pub use optimizer::{AdamW, AdamWSettings, Named, accumulate, norm};
+pub use schedule::{Schedule, Shape};

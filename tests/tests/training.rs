@@ -1,0 +1,358 @@
+//! What trains drafts: losses and gradients against golden values, and the graph against the kernels that serve.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+use scylla_core::kernels::{Pool, ProductForm, Products};
+use scylla_core::model::{LoadOptions, Loaded, ModelFiles, WeightForm, load};
+use scylla_core::plugin::Matrix;
+use scylla_core::train::Named;
+use scylla_core::train::graph::{Compute, PackedRows, Parameters, Tape};
+use scylla_draft::checkpoint::{Checkpoint, Layout};
+use scylla_draft::recipe::{
+    Batch, BatchLoss, Eagle3Loss, Eagle3Recipe, EagleLoss, EagleRecipe, Normalise, Recipe,
+    TrainHost, parameters,
+};
+use scylla_tests::{Tensors, golden, ids};
+use serde_json::Value;
+
+fn computes() -> Vec<(&'static str, Compute)> {
+    let kernels = |threads, form| {
+        Compute::Kernels(Products {
+            pool: Arc::new(Pool::new(threads)),
+            form,
+        })
+    };
+    vec![
+        ("f64", Compute::tensors(Device::Cpu, DType::F64)),
+        ("f32, candle", Compute::tensors(Device::Cpu, DType::F32)),
+        ("f32, kernels on one thread", kernels(1, ProductForm::F32)),
+        ("f32, kernels on two threads", kernels(2, ProductForm::F32)),
+    ]
+}
+
+fn target(dir: &Path) -> Loaded {
+    let files = ModelFiles::open(dir).expect("target");
+    load(&files, &LoadOptions::default()).expect("loads")
+}
+
+fn numbers(m: &Matrix) -> Vec<f64> {
+    match m.tensor() {
+        Ok(t) => t
+            .to_dtype(DType::F64)
+            .and_then(|t| t.flatten_all()?.to_vec1())
+            .expect("values"),
+        Err(_) => m
+            .values()
+            .expect("values")
+            .iter()
+            .map(|&v| f64::from(v))
+            .collect(),
+    }
+}
+
+/// The largest difference, as a share of the largest expected value.
+fn off(found: &[f64], expected: &[f64]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let largest = expected
+        .iter()
+        .fold(0.0f64, |m, v| m.max(v.abs()))
+        .max(1e-300);
+    found
+        .iter()
+        .zip(expected)
+        .fold(0.0f64, |m, (a, b)| m.max((a - b).abs()))
+        / largest
+}
+
+fn json(path: &Path) -> Value {
+    let text = std::fs::read_to_string(path).expect("golden.json");
+    serde_json::from_str(&text).expect("JSON")
+}
+
+fn run(
+    recipe: &dyn Recipe,
+    named: &Named,
+    host: &TrainHost,
+    batch: &Batch<'_>,
+) -> (BatchLoss, Named) {
+    let mut tape = Tape::new(&host.on);
+    let mut used = Parameters::new(named);
+    let loss = recipe
+        .loss(&mut tape, &mut used, host, batch)
+        .expect("loss");
+    let mut gradients = tape.backward().expect("backward");
+    (
+        loss,
+        used.gradients(&host.on, &mut gradients).expect("gradients"),
+    )
+}
+
+/// Rows of a golden batch.
+struct Given {
+    tokens: Vec<u32>,
+    mask: Vec<bool>,
+    rows: PackedRows,
+}
+
+impl Given {
+    fn read(file: &Tensors, batch: usize) -> Self {
+        let tokens = ids(&file.i64("input_ids"));
+        let length = tokens.len() / batch;
+        Self {
+            mask: file.i64("loss_mask").iter().map(|&m| m != 0).collect(),
+            rows: PackedRows::lines(batch, length).expect("rows"),
+            tokens,
+        }
+    }
+
+    fn batch<'a>(&'a self, taps: &'a [Matrix], logits: Option<&'a Matrix>) -> Batch<'a> {
+        Batch {
+            rows: &self.rows,
+            tokens: &self.tokens,
+            mask: &self.mask,
+            taps,
+            logits,
+            seed: 0,
+            beyond: true,
+        }
+    }
+}
+
+/// `[M, parts H]` as one matrix for each part.
+fn split(values: &[f32], count: usize, rows: usize) -> Vec<Matrix> {
+    let width = values.len() / rows / count;
+    let part = |i: usize| {
+        let row = |r: usize| values[(r * count + i) * width..(r * count + i + 1) * width].to_vec();
+        Matrix::host((0..rows).flat_map(row).collect(), width)
+    };
+    (0..count).map(part).collect()
+}
+
+#[test]
+fn eagle3s_training_time_test_is_that_of_the_reference() {
+    let Some(golden) = golden("eagle3's training-time test") else {
+        return;
+    };
+    let dir = golden.join("eagle3_loss");
+    let (file, about) = (
+        Tensors::read(&dir.join("golden.safetensors")),
+        json(&dir.join("golden.json")),
+    );
+    let target = target(&golden.join("models/llama3-tiny"));
+    let shape = target.model.shape();
+    let from = golden.join("eagle/eagle3-llama3-tiny");
+    let checkpoint =
+        Checkpoint::open(&from, &[Layout::Eagle3], &shape, WeightForm::AsIs).expect("draft");
+    let given = Given::read(&file, 2);
+    let m = given.tokens.len();
+    let (features, _) = file.f32("features");
+    let taps = split(&features, 3, m);
+    let (logits, _) = file.f32("target_logits");
+    let logits = Matrix::host(logits, shape.vocab);
+    let number = |key: &str| about[key].as_f64().expect("a number");
+    for (name, on) in computes() {
+        let (loss_off, grad_off, logits_off) = match name {
+            "f64" => (1e-10, 1e-9, 1e-6),
+            _ => (1e-4, 1e-3, 5e-3),
+        };
+        let host = TrainHost::new(&on, &target.tokens).expect("host");
+        let named = parameters(&checkpoint, &on).expect("parameters");
+        for (unroll, total) in [(3, "total_3_mean_over_BS"), (7, "total_7_mean_over_BS")] {
+            let recipe = |normalise| {
+                let settings = Eagle3Loss {
+                    unroll,
+                    normalise,
+                    ..Default::default()
+                };
+                let ids = checkpoint.draft_ids(shape.vocab).expect("ids");
+                Eagle3Recipe::new(&checkpoint.config, None, ids, &shape, &settings).expect("recipe")
+            };
+            let (loss, grads) = run(
+                &recipe(Normalise::Rows),
+                &named,
+                &host,
+                &given.batch(&taps, Some(&logits)),
+            );
+            let close = |what: &str, found: f64, expected: f64| {
+                assert!(
+                    (found / expected - 1.0).abs() < loss_off,
+                    "{name}: {what} {found} for {expected}"
+                );
+            };
+            close(total, loss.total, number(total));
+            let by_mask = format!("total_{unroll}_each_step_over_position_mask_count");
+            close(&by_mask, loss.total_by_mask, number(&by_mask));
+            for (i, step) in loss.steps.iter().enumerate() {
+                close(
+                    "step",
+                    step.loss,
+                    about["step_loss_mean_over_BS"][i].as_f64().expect("loss"),
+                );
+                assert_eq!(
+                    step.count as u64,
+                    about["step_position_mask_count"][i]
+                        .as_u64()
+                        .expect("count")
+                );
+                let accuracy = about["step_accuracy_over_loss_mask"][i]
+                    .as_f64()
+                    .expect("accuracy");
+                assert!(
+                    (step.accuracy - accuracy).abs() < 1e-7,
+                    "{name}: accuracy {}",
+                    step.accuracy
+                );
+            }
+            for (parameter, grad) in &grads {
+                let found = off(
+                    &numbers(grad),
+                    &file.f64(&format!("total{unroll}.grad.{parameter}")),
+                );
+                assert!(
+                    found < grad_off,
+                    "{name}: {unroll} steps: {parameter} off by {found}"
+                );
+            }
+            if unroll == 7 {
+                let (loss, grads) = run(
+                    &recipe(Normalise::Mask),
+                    &named,
+                    &host,
+                    &given.batch(&taps, Some(&logits)),
+                );
+                close(&by_mask, loss.total, number(&by_mask));
+                for (parameter, grad) in &grads {
+                    let found = off(
+                        &numbers(grad),
+                        &file.f64(&format!("total7_maskcount.grad.{parameter}")),
+                    );
+                    assert!(
+                        found < grad_off,
+                        "{name}: by mask: {parameter} off by {found}"
+                    );
+                }
+            }
+            // The last row's goal lies behind its document.
+            let mut edge = Given::read(&file, 2);
+            let length = edge.rows.length;
+            (0..2).for_each(|line| edge.mask[(line + 1) * length - 1] = true);
+            let (loss, _) = run(
+                &recipe(Normalise::Rows),
+                &named,
+                &host,
+                &edge.batch(&taps, Some(&logits)),
+            );
+            let of_edge = &about["edge_case_last_position_unmasked"]["step_loss_mean_over_BS"];
+            for (i, step) in loss.steps.iter().enumerate() {
+                close("edge step", step.loss, of_edge[i].as_f64().expect("loss"));
+            }
+        }
+        let settings = Eagle3Loss::default();
+        let ids = checkpoint.draft_ids(shape.vocab).expect("ids");
+        let recipe =
+            Eagle3Recipe::new(&checkpoint.config, None, ids, &shape, &settings).expect("recipe");
+        let mut used = Parameters::new(&named);
+        let (_, found) = recipe
+            .forward(&mut used, &host, &given.batch(&taps, Some(&logits)))
+            .expect("forward");
+        let (expected, _) = file.f32("step0.draft_logits");
+        let expected: Vec<f64> = expected.iter().map(|&v| f64::from(v)).collect();
+        let largest = numbers(&found)
+            .iter()
+            .zip(&expected)
+            .fold(0.0f64, |m, (a, b)| m.max((a - b).abs()));
+        assert!(largest < logits_off, "{name}: logits off by {largest}");
+    }
+}
+
+#[test]
+fn eagles_loss_is_that_of_the_reference() {
+    let Some(golden) = golden("EAGLE's loss") else {
+        return;
+    };
+    for case in [
+        "eagle1-llama2-tiny",
+        "scylla2-llama3-tiny",
+        "scylla3-qwen2-tiny",
+    ] {
+        let dir = golden.join("eagle_loss").join(case);
+        let (file, about) = (
+            Tensors::read(&dir.join("golden.safetensors")),
+            json(&dir.join("golden.json")),
+        );
+        let target = target(
+            &dir.join("..")
+                .join(about["target"].as_str().expect("target")),
+        );
+        let shape = target.model.shape();
+        let (from, layout) = match case.starts_with("eagle") {
+            true => (golden.join("eagle/eagle1-llama2-tiny"), Layout::Eagle),
+            false => (dir.join("draft"), Layout::Scylla),
+        };
+        let checkpoint =
+            Checkpoint::open(&from, &[layout], &shape, WeightForm::AsIs).expect("draft");
+        let given = Given::read(&file, 2);
+        let (features, _) = file.f32("features");
+        let taps = [Matrix::host(features, shape.hidden)];
+        let settings = EagleLoss {
+            noise: 0.0,
+            ..Default::default()
+        };
+        let recipe = EagleRecipe::new(&checkpoint.config, &settings).expect("recipe");
+        for (name, on) in computes() {
+            let (loss_off, grad_off, hidden_off, logits_off) = match name {
+                "f64" => (1e-10, 1e-9, 1e-6, 1e-6),
+                _ => (1e-4, 1e-3, 2e-3, 5e-3),
+            };
+            let host = TrainHost::new(&on, &target.tokens).expect("host");
+            let named = parameters(&checkpoint, &on).expect("parameters");
+            let (loss, grads) = run(&recipe, &named, &host, &given.batch(&taps, None));
+            for (what, found) in [
+                ("total", loss.total),
+                ("smooth_l1", loss.parts[0].1),
+                ("ce", loss.parts[1].1),
+            ] {
+                let expected = about[what].as_f64().expect("a number");
+                assert!(
+                    (found / expected - 1.0).abs() < loss_off,
+                    "{case}, {name}: {what} {found} for {expected}"
+                );
+            }
+            assert_eq!(
+                loss.steps[0].count as f64,
+                about["count"].as_f64().expect("count")
+            );
+            let accuracy = about["accuracy"].as_f64().expect("accuracy");
+            assert!(
+                (loss.steps[0].accuracy - accuracy).abs() < 1e-7,
+                "{case}, {name}: {}",
+                loss.steps[0].accuracy
+            );
+            for (parameter, grad) in &grads {
+                let found = off(
+                    &numbers(grad),
+                    &file.f64(&format!("total.grad.{parameter}")),
+                );
+                assert!(
+                    found < grad_off,
+                    "{case}, {name}: {parameter} off by {found}"
+                );
+            }
+            let mut used = Parameters::new(&named);
+            let (hidden, logits) = recipe
+                .forward(&mut used, &host, &given.batch(&taps, None))
+                .expect("forward");
+            for (what, found, bound) in [
+                ("hidden", hidden, hidden_off),
+                ("logits", logits, logits_off),
+            ] {
+                let (expected, _) = file.f32(what);
+                let pairs = numbers(&found).into_iter().zip(expected);
+                let largest = pairs.fold(0.0f64, |m, (a, b)| m.max((a - f64::from(b)).abs()));
+                assert!(largest < bound, "{case}, {name}: {what} off by {largest}");
+            }
+        }
+    }
+}
