@@ -487,6 +487,23 @@ impl Override {
         texts.iter().map(|text| Self::parse(text)).collect()
     }
 
+    /// Lays the value on a table; where its first key names a list of tables, on each of them.
+    pub(crate) fn apply_to_lists(self, table: &mut Table) {
+        let Some((first, rest)) = self.keys.split_first() else {
+            return;
+        };
+        match table.get_mut(first) {
+            Some(Value::Array(all)) if !rest.is_empty() => {
+                for one in all.iter_mut().filter_map(Value::as_table_mut) {
+                    let keys = rest.to_vec();
+                    let value = self.value.clone();
+                    Self { keys, value }.apply(one);
+                }
+            }
+            _ => self.apply(table),
+        }
+    }
+
     /// Lays the value on a table.
     pub(crate) fn apply(self, table: &mut Table) {
         let mut value = self.value;

@@ -18,6 +18,8 @@ use crate::{Error, Result};
 pub(super) enum Inspect {
     /// Run tokens through a model and write the logits
     Forward(Forward),
+    /// The training loss of one batch and its gradients
+    Loss(super::loss::Loss),
     /// Say what a model is
     Model(Model),
     /// The best static tree for the acceptance that a benchmark recorded
@@ -85,6 +87,7 @@ impl Inspect {
     pub(super) fn run(self) -> Result<()> {
         match self {
             Self::Forward(c) => c.run(),
+            Self::Loss(c) => c.run(),
             Self::Model(c) => c.run(),
             Self::Tree(c) => c.run(),
             Self::Quality(c) => c.run(),

@@ -3,12 +3,15 @@
 mod align;
 mod assets;
 mod bench;
+mod data;
 mod export;
 mod frequencies;
 mod generate;
 mod inspect;
+mod loss;
 mod prove;
 mod quality;
+mod train;
 mod tree;
 
 use std::ffi::OsString;
@@ -42,6 +45,11 @@ enum Command {
     Prove(prove::Prove),
     /// Compute an alignment loss between a teacher's and a student's answers, and its gradient
     Align(align::Align),
+    /// Train a draft for a target, and watch what it is worth when served.
+    Train(train::Train),
+    /// Look at what drafts are trained on.
+    #[command(subcommand)]
+    Data(data::Data),
     /// Write a draft in a layout that vLLM, SGLang or speculators load.
     Export(export::Export),
     /// Look inside a model.
@@ -114,6 +122,8 @@ pub fn run(registry: &Registry, args: impl IntoIterator<Item = OsString>) -> i32
         Command::Bench(c) => c.run(registry, &stop),
         Command::Prove(c) => c.run(registry, &stop),
         Command::Align(c) => c.run(registry),
+        Command::Train(c) => c.run(&stop),
+        Command::Data(c) => c.run(registry, &stop),
         Command::Export(c) => c.run(),
         Command::Inspect(c) => c.run(),
         Command::Assets(c) => c.run(),

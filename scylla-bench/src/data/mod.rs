@@ -1,3 +1,6 @@
 //! What is read from files of data.
 
 pub mod conversations;
+pub mod documents;
+pub mod packing;
+pub mod regenerate;

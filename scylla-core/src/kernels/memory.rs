@@ -150,6 +150,18 @@ pub fn zeros<T: super::softmax::Real>(n: usize) -> Vec<T> {
     values
 }
 
+/// Lets the process keep memory that is freed, for a program that takes and frees the same hundred megabytes again and again:
+/// to fault pages in takes as long as to compute what stands there. Where the allocator is another, nothing changes.
+pub fn keep_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu", not(miri)))]
+    // SAFETY: settings of the allocator, within their ranges: values up to 32 MiB come from the heap, whose end stays.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 30);
+        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

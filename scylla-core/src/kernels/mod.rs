@@ -28,7 +28,7 @@ pub use attention::{AttentionRow, CacheForm, KvLayer, attention};
 pub use elementwise::{add, add_rms_norm, rms_norm, rope, swiglu};
 pub(crate) use linear::is_finite;
 pub use linear::{Linear, Scratch, Weight};
-pub use memory::zeros;
+pub use memory::{keep_freed_memory, zeros};
 pub use peak::{Operand, multiply_adds};
 pub use pool::Pool;
 pub use product::{ProductForm, Products, Right, View};

@@ -8,5 +8,5 @@ mod optimizer;
 mod schedule;
 
 pub use align::{AlignContext, AlignLoss, AlignNeeds, Aligner, AnswerLogits, Part};
-pub use optimizer::{AdamW, AdamWSettings, Named, accumulate, norm};
+pub use optimizer::{AdamW, AdamWSettings, Named, accumulate, norm, scale};
 pub use schedule::{Schedule, Shape};

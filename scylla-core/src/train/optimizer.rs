@@ -240,6 +240,23 @@ pub fn accumulate(on: &Compute, sum: &mut Named, more: Named) -> Result<()> {
     Ok(())
 }
 
+/// Multiplies gradients.
+///
+/// # Errors
+/// If they cannot be written.
+pub fn scale(on: &Compute, grads: &mut Named, factor: f64) -> Result<()> {
+    for grad in grads.values_mut() {
+        match on {
+            Compute::Kernels(_) => grad
+                .values_mut()?
+                .iter_mut()
+                .for_each(|v| *v *= factor as f32),
+            Compute::Tensors { .. } => *grad = Matrix::device((grad.tensor()? * factor)?)?,
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;

@@ -15,7 +15,7 @@ use scylla_core::model::WeightMatrix;
 use scylla_core::plugin::{Matrix, Tap};
 use scylla_core::train::graph::{Compute, Head, PackedRows, Parameters, Tape, Value};
 use scylla_core::{Error, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use eagle::{EagleLoss, EagleRecipe};
 pub use eagle3::{Eagle3Loss, Eagle3Recipe, Normalise};
@@ -103,7 +103,7 @@ impl TrainHost {
 }
 
 /// The loss of one step of a training-time test; of other recipes there is one.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct StepLoss {
     /// As the recipe normalises it, unweighted.
     pub loss: f64,

@@ -1,0 +1,452 @@
+//! Documents to train on: texts, rows with a text, and conversations, as tokens with the rows that are trained on.
+//!
+//! Which part a document belongs to follows from the hash of its text, so that a file may grow or be cut without one moving
+//! from train to test. Documents that hold an evaluation prompt, whole or by thirteen tokens in a row, are left out.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use scylla_core::files::read_text;
+use scylla_core::text::{Message, Tokenizer};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::conversations;
+use crate::prompts;
+use crate::{Error, Result};
+
+/// Where data comes from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DataSpec {
+    /// Files, or folders whose files are read in the order of their names. `.txt` and `.md` hold texts, `.jsonl` and
+    /// `.json` rows: of a `text` each, or conversations.
+    pub files: Vec<PathBuf>,
+    /// The line that parts the documents of a text file.
+    pub separator: String,
+    /// `train`, `dev`, `test` or `all`.
+    pub part: String,
+    /// Tokens to read at most; 0: all there are.
+    pub tokens: u64,
+    /// Conversations train on the assistant's answers; with this on all tokens, as texts do.
+    pub whole: bool,
+    /// Prompt sets whose prompts must not be in the data.
+    pub keep_out: Vec<String>,
+}
+
+impl Default for DataSpec {
+    fn default() -> Self {
+        Self {
+            files: Vec::new(),
+            separator: "<|endoftext|>".into(),
+            part: "train".into(),
+            tokens: 0,
+            whole: false,
+            keep_out: vec![prompts::CORE.into()],
+        }
+    }
+}
+
+impl DataSpec {
+    /// Checks what can be known without a file.
+    ///
+    /// # Errors
+    /// Names what is wrong.
+    pub fn check(&self) -> Result<()> {
+        if self.files.is_empty() {
+            return Err(Error::Experiment(
+                "data.files names no file to train on".into(),
+            ));
+        }
+        if !["train", "dev", "test", "all"].contains(&self.part.as_str()) {
+            let known = ["train", "dev", "test", "all"];
+            return Err(scylla_core::Error::unknown("part of the data", &self.part, known).into());
+        }
+        Ok(())
+    }
+}
+
+/// A document as a file holds it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Content {
+    /// Text.
+    Text(String),
+    /// A conversation.
+    Talk(Vec<Message>),
+}
+
+impl Content {
+    /// Its hash.
+    pub fn hash(&self) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        match self {
+            Self::Text(text) => hash.update(text.as_bytes()),
+            Self::Talk(messages) => {
+                for m in messages {
+                    hash.update(m.role.as_bytes());
+                    hash.update([0]);
+                    hash.update(m.content.as_bytes());
+                    hash.update([0]);
+                }
+            }
+        }
+        hash.finalize().into()
+    }
+}
+
+/// Of 256 documents two are dev and two are test.
+pub fn part_of(hash: &[u8; 32]) -> &'static str {
+    match hash[0] {
+        0..=1 => "dev",
+        2..=3 => "test",
+        _ => "train",
+    }
+}
+
+/// A document as it is trained on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Document {
+    /// Its file and place there.
+    pub name: String,
+    /// Its tokens.
+    pub tokens: Vec<u32>,
+    /// Tokens that the target says, and are trained on; in a text all.
+    pub mask: Vec<bool>,
+}
+
+/// What became of what was read.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Documents read, of all parts.
+    pub read: usize,
+    /// Documents taken.
+    pub written: usize,
+    /// Documents left out: of another part, or behind the limit of tokens.
+    pub skipped: usize,
+    /// Documents that could not be used.
+    pub failed: usize,
+    /// Of those left out: for an evaluation prompt in them.
+    pub overlapping: usize,
+    /// Tokens taken, and those of them that are trained on.
+    pub tokens: u64,
+    /// See above.
+    pub masked: u64,
+}
+
+/// All documents of a specification.
+#[derive(Debug, Clone, Default)]
+pub struct Documents {
+    /// In the order of the files.
+    pub all: Vec<Document>,
+    /// What became of what was read.
+    pub counts: Counts,
+    /// The first few that could not be used, with the reason.
+    pub failures: Vec<String>,
+    /// Sha256 over what was taken: data that changed is another.
+    pub hash: String,
+}
+
+/// The files meant: folders are their files, by name.
+fn files_of(spec: &DataSpec) -> Result<Vec<PathBuf>> {
+    let mut all = Vec::new();
+    for path in &spec.files {
+        if !path.is_dir() {
+            all.push(path.clone());
+            continue;
+        }
+        let entries = std::fs::read_dir(path).map_err(Error::io(path))?;
+        let mut found = entries
+            .map(|e| Ok(e.map_err(Error::io(path))?.path()))
+            .collect::<Result<Vec<_>>>()?;
+        found.retain(|p| kind_of(p).is_some());
+        if found.is_empty() {
+            return Err(Error::file(
+                path,
+                "holds no .txt, .md, .jsonl or .json file",
+            ));
+        }
+        found.sort();
+        all.extend(found);
+    }
+    Ok(all)
+}
+
+/// Whether a file holds rows; `None`: neither rows nor a text.
+fn kind_of(path: &Path) -> Option<bool> {
+    match path.extension()?.to_str()? {
+        "jsonl" | "json" => Some(true),
+        "txt" | "md" => Some(false),
+        _ => None,
+    }
+}
+
+/// The documents of a file, each with its place.
+///
+/// # Errors
+/// If the file cannot be read, or is in no known form.
+pub fn contents(path: &Path, separator: &str) -> Result<Vec<(String, Content)>> {
+    let name = path.display();
+    let Some(rows) = kind_of(path) else {
+        return Err(Error::file(
+            path,
+            "expected a file .txt, .md, .jsonl or .json",
+        ));
+    };
+    let text = read_text(path)?;
+    if rows {
+        return rows_of(&text, path);
+    }
+    let mut found = Vec::new();
+    let mut document = String::new();
+    let mut close = |document: &mut String| {
+        let text = std::mem::take(document);
+        if !text.trim().is_empty() {
+            found.push((
+                format!("{name}, document {}", found.len() + 1),
+                Content::Text(text.trim().to_string()),
+            ));
+        }
+    };
+    for line in text.split_inclusive('\n') {
+        match !separator.is_empty() && line.trim_end() == separator {
+            true => close(&mut document),
+            false => document.push_str(line),
+        }
+    }
+    close(&mut document);
+    Ok(found)
+}
+
+/// Rows of a `text` each, or conversations.
+fn rows_of(text: &str, path: &Path) -> Result<Vec<(String, Content)>> {
+    let first = text
+        .lines()
+        .find(|l| !l.trim().is_empty())
+        .unwrap_or_default();
+    let row: serde_json::Value = serde_json::from_str(first).unwrap_or_default();
+    if row.get("text").is_none_or(|t| !t.is_string()) {
+        let place = |c: conversations::Conversation| {
+            (
+                format!("{}, id {}", path.display(), c.id),
+                Content::Talk(c.messages),
+            )
+        };
+        return Ok(conversations::parse(text, path)?
+            .into_iter()
+            .map(place)
+            .collect());
+    }
+    let mut found = Vec::new();
+    for (i, line) in text
+        .lines()
+        .enumerate()
+        .filter(|(_, l)| !l.trim().is_empty())
+    {
+        let row: serde_json::Value = serde_json::from_str(line)
+            .map_err(|e| Error::file(path, format!("line {}: {e}", i + 1)))?;
+        let Some(text) = row.get("text").and_then(|t| t.as_str()) else {
+            return Err(Error::file(
+                path,
+                format!("line {}: no `text`, as the rows before it have", i + 1),
+            ));
+        };
+        found.push((
+            format!("{}, line {}", path.display(), i + 1),
+            Content::Text(text.to_string()),
+        ));
+    }
+    Ok(found)
+}
+
+/// Tokens of a conversation through the chat template, with those that the assistant says: its words and the token that ends
+/// them. What stands around them is tokenised apart from them, as when they are generated.
+///
+/// # Errors
+/// If there is no template, or it writes what was said before otherwise once more is said.
+pub fn tokens_of_talk(
+    messages: &[Message],
+    tokenizer: &Tokenizer,
+) -> Result<(Vec<u32>, Vec<bool>)> {
+    let Some(template) = tokenizer.template() else {
+        return Err(Error::Experiment(
+            "this model has no chat template, and so no conversations can be trained on; texts can"
+                .into(),
+        ));
+    };
+    let (mut tokens, mut mask) = (Vec::new(), Vec::new());
+    let mut before = String::new();
+    for (i, _) in messages
+        .iter()
+        .enumerate()
+        .filter(|(_, m)| m.role == "assistant")
+    {
+        let (open, closed) = (
+            template.render(&messages[..i])?,
+            template.render_closed(&messages[..=i])?,
+        );
+        let (Some(asked), Some(said)) = (open.strip_prefix(&before), closed.strip_prefix(&open))
+        else {
+            return Err(Error::Experiment(format!(
+                "the chat template writes what stands before message {} otherwise when more is said",
+                i + 1
+            )));
+        };
+        let asked = tokenizer.encode_plain(asked)?;
+        mask.resize(mask.len() + asked.len(), false);
+        tokens.extend(asked);
+        let said = tokenizer.encode_plain(said)?;
+        let end = said.iter().position(|id| tokenizer.eos().contains(id));
+        let counts = end.map_or(said.len(), |end| end + 1);
+        mask.extend((0..said.len()).map(|i| i < counts));
+        tokens.extend(said);
+        before = closed;
+    }
+    match mask.contains(&true) {
+        true => Ok((tokens, mask)),
+        false => Err(Error::Experiment("the assistant says nothing in it".into())),
+    }
+}
+
+/// Tokens in a row by which a document is known to hold an evaluation prompt.
+const GRAM: usize = 13;
+
+/// What evaluation prompts are known by.
+struct KeptOut {
+    grams: HashSet<[u8; 16]>,
+    /// Prompts that are shorter, whole.
+    short: Vec<Vec<u32>>,
+}
+
+impl KeptOut {
+    fn new(sets: &[String], tokenizer: &Tokenizer) -> Result<Self> {
+        let mut known = Self {
+            grams: HashSet::new(),
+            short: Vec::new(),
+        };
+        for set in sets {
+            for prompt in prompts::load(set)? {
+                for turn in &prompt.turns {
+                    let ids = tokenizer.encode_plain(turn)?;
+                    if ids.len() < GRAM {
+                        known.short.push(ids);
+                        continue;
+                    }
+                    known.grams.extend(ids.windows(GRAM).map(digest));
+                }
+            }
+        }
+        Ok(known)
+    }
+
+    /// Whether a document holds one: thirteen of its tokens, or, of a shorter prompt, is it.
+    fn meets(&self, tokens: &[u32], content: &Content, tokenizer: &Tokenizer) -> bool {
+        if tokens
+            .windows(GRAM)
+            .any(|gram| self.grams.contains(&digest(gram)))
+        {
+            return true;
+        }
+        let is = |text: &str| {
+            let ids = tokenizer.encode_plain(text).unwrap_or_default();
+            !ids.is_empty() && self.short.contains(&ids)
+        };
+        match content {
+            Content::Text(text) => text.len() < 200 && is(text),
+            Content::Talk(messages) => messages
+                .iter()
+                .any(|m| m.role == "user" && m.content.len() < 200 && is(&m.content)),
+        }
+    }
+}
+
+fn digest(ids: &[u32]) -> [u8; 16] {
+    let mut hash = Sha256::new();
+    ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
+    let whole: [u8; 32] = hash.finalize().into();
+    std::array::from_fn(|i| whole[i])
+}
+
+/// Reads what a specification names. `on_read(documents, tokens)` is told now and then.
+///
+/// # Errors
+/// If a file cannot be read or is in no known form, or nothing is left to train on.
+pub fn load(
+    spec: &DataSpec,
+    tokenizer: &Tokenizer,
+    on_read: &mut dyn FnMut(usize, u64),
+) -> Result<Documents> {
+    spec.check()?;
+    let kept_out = KeptOut::new(&spec.keep_out, tokenizer)?;
+    let mut found = Documents::default();
+    let mut seen = HashSet::new();
+    let mut whole = Sha256::new();
+    for path in files_of(spec)? {
+        for (name, content) in contents(&path, &spec.separator)? {
+            let counts = &mut found.counts;
+            counts.read += 1;
+            let hash = content.hash();
+            let other = spec.part != "all" && part_of(&hash) != spec.part;
+            let enough = spec.tokens > 0 && counts.tokens >= spec.tokens;
+            // The same document twice teaches it by heart.
+            if other || enough || !seen.insert(hash) {
+                counts.skipped += 1;
+                continue;
+            }
+            let tokenised = match &content {
+                Content::Text(text) => tokenizer.encode(text).map_err(Error::from).map(|ids| {
+                    let mask = vec![true; ids.len()];
+                    (ids, mask)
+                }),
+                Content::Talk(messages) => tokens_of_talk(messages, tokenizer),
+            };
+            let (tokens, mut mask) = match tokenised {
+                Ok((tokens, _)) if tokens.len() < 2 => {
+                    counts.failed += 1;
+                    continue;
+                }
+                Ok(tokenised) => tokenised,
+                Err(e) => {
+                    counts.failed += 1;
+                    if found.failures.len() < 5 {
+                        found.failures.push(format!("{name}: {e}"));
+                    }
+                    continue;
+                }
+            };
+            if kept_out.meets(&tokens, &content, tokenizer) {
+                counts.skipped += 1;
+                counts.overlapping += 1;
+                continue;
+            }
+            if spec.whole {
+                mask.fill(true);
+            }
+            counts.written += 1;
+            counts.tokens += tokens.len() as u64;
+            counts.masked += mask.iter().filter(|&&m| m).count() as u64;
+            whole.update(hash);
+            if counts.written.is_multiple_of(64) {
+                on_read(counts.written, counts.tokens);
+            }
+            found.all.push(Document { name, tokens, mask });
+        }
+    }
+    whole.update(found.counts.tokens.to_le_bytes());
+    found.hash = whole
+        .finalize()
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect();
+    if found.all.is_empty() {
+        let c = &found.counts;
+        let first = found
+            .failures
+            .first()
+            .map_or(String::new(), |f| format!("; the first failure: {f}"));
+        return Err(Error::Experiment(format!(
+            "nothing to train on in part `{}`: {} documents read, {} left out ({} for an evaluation prompt), {} failed{first}",
+            spec.part, c.read, c.skipped, c.overlapping, c.failed
+        )));
+    }
+    Ok(found)
+}

@@ -1,0 +1,331 @@
+//! One draft that is being trained: parameters, recipe and optimizer, and what it is exported as.
+
+use std::path::Path;
+
+use scylla_core::model::{ModelConfig, WeightForm, Weights};
+use scylla_core::plugin::{DraftModel, Matrix, Tap};
+use scylla_core::train::graph::{Parameters, Tape};
+use scylla_core::train::{AdamW, AdamWSettings, Named};
+use scylla_draft::checkpoint::{
+    Checkpoint, DraftConfig, Export, Format, Layout, Precision, Written, export,
+};
+use scylla_draft::network::{self, DraftHost, Ids};
+use scylla_draft::recipe::{
+    Batch, BatchLoss, DraftShape, Eagle3Recipe, EagleRecipe, Recipe, TrainHost, held, new_config,
+    parameters, start,
+};
+use scylla_draft::tree::{TreeDraft, TreeSettings};
+
+use super::experiment::TrainExperiment;
+use super::feed::Taught;
+use crate::context::parse;
+use crate::session::Session;
+use crate::{Error, Result};
+
+/// A draft that is being trained.
+pub struct Learner {
+    /// The network.
+    pub config: DraftConfig,
+    /// The draft vocabulary, where it has one.
+    pub ids: Option<Vec<u32>>,
+    /// What trains.
+    pub parameters: Named,
+    /// The optimizer's state.
+    pub optimizer: AdamW,
+    recipe: Box<dyn Recipe>,
+    host: TrainHost,
+    taps: Vec<usize>,
+}
+
+/// The recipe of a network as an experiment sets it.
+///
+/// # Errors
+/// If a setting of the loss is unknown or out of range.
+pub fn recipe_of(
+    experiment: &TrainExperiment,
+    config: &DraftConfig,
+    ids: Option<&[u32]>,
+    session: &Session,
+) -> Result<Box<dyn Recipe>> {
+    Ok(match config {
+        DraftConfig::Eagle(_) | DraftConfig::Scylla(_) => {
+            Box::new(EagleRecipe::new(config, &experiment.eagle_loss()?)?)
+        }
+        DraftConfig::Eagle3(c) => {
+            let known = session.known_tokens();
+            let ids = match ids {
+                Some(ids) => Ids::mapped(ids.to_vec(), c.backbone.vocab)?,
+                None => Ids::same(c.draft_vocab, known),
+            };
+            let shape = session.target.model.shape();
+            Box::new(Eagle3Recipe::new(
+                config,
+                None,
+                ids,
+                &shape,
+                &experiment.eagle3_loss()?,
+            )?)
+        }
+    })
+}
+
+/// Where a draft's weights may be read from, by its name.
+fn layouts(name: &str) -> &'static [Layout] {
+    match name {
+        "eagle2" => &[Layout::Eagle],
+        "scylla" => &[Layout::Scylla],
+        _ => &[Layout::Eagle3],
+    }
+}
+
+impl Learner {
+    /// The network that an experiment names, before anything is counted or read.
+    ///
+    /// # Errors
+    /// If its shape does not fit the target.
+    pub fn network(experiment: &TrainExperiment, target: &ModelConfig) -> Result<DraftConfig> {
+        let shape: DraftShape = parse("draft", experiment.draft.shape.clone())?;
+        Ok(new_config(&experiment.draft.name, &shape, target)?)
+    }
+
+    /// A draft before its first step: random, or the one that the experiment begins with. `ids` is the draft vocabulary, for a
+    /// network that has one.
+    ///
+    /// # Errors
+    /// If the draft to begin with is another network.
+    pub fn begin(
+        experiment: &TrainExperiment,
+        session: &Session,
+        host: &TrainHost,
+        ids: Option<Vec<u32>>,
+    ) -> Result<Self> {
+        let target = &session.target.config;
+        let (config, ids, named) = match &experiment.draft.start {
+            Some(dir) => Self::from_draft(experiment, dir, session, host)?,
+            None => {
+                let config = Self::network(experiment, target)?;
+                let head = || {
+                    let mut rows = Matrix::default();
+                    let ids = ids.clone().unwrap_or_default();
+                    session.target.tokens.head.rows(&ids, &mut rows)?;
+                    Ok(rows.all()?.into_owned())
+                };
+                let named = start(&config, experiment.run.seed, &host.on, head)?;
+                (config, ids, named)
+            }
+        };
+        let optimizer = AdamW::new(&host.on, &named)?;
+        Self::resume(experiment, session, host, config, ids, named, optimizer)
+    }
+
+    /// A draft in the middle of its training.
+    ///
+    /// # Errors
+    /// If the experiment does not fit it.
+    pub fn resume(
+        experiment: &TrainExperiment,
+        session: &Session,
+        host: &TrainHost,
+        config: DraftConfig,
+        ids: Option<Vec<u32>>,
+        parameters: Named,
+        optimizer: AdamW,
+    ) -> Result<Self> {
+        // A vocabulary and taps that are not there are known by now.
+        let recipe = recipe_of(experiment, &config, ids.as_deref(), session)?;
+        Ok(Self {
+            taps: Vec::new(),
+            recipe,
+            host: host.clone(),
+            config,
+            ids,
+            parameters,
+            optimizer,
+        })
+    }
+
+    fn from_draft(
+        experiment: &TrainExperiment,
+        dir: &Path,
+        session: &Session,
+        host: &TrainHost,
+    ) -> Result<(DraftConfig, Option<Vec<u32>>, Named)> {
+        let shape = session.target.model.shape();
+        let from = Checkpoint::open(
+            dir,
+            layouts(&experiment.draft.name),
+            &shape,
+            WeightForm::AsIs,
+        )?;
+        if !experiment.draft.shape.is_empty() {
+            return Err(Error::Experiment(
+                "draft.start names a draft, whose shape is its own: no other settings of [draft] beside it".into(),
+            ));
+        }
+        let ids = match &from.config {
+            DraftConfig::Eagle3(c) if c.draft_vocab != c.backbone.vocab => {
+                let ids = from.draft_ids(session.known_tokens())?;
+                Some((0..ids.columns).map(|i| ids.target(i)).collect())
+            }
+            _ => None,
+        };
+        let named = parameters(&from, &host.on)?;
+        Ok((from.config.clone(), ids, named))
+    }
+
+    /// States of the target that it learns from.
+    pub fn taps(&self) -> Vec<Tap> {
+        self.recipe.taps()
+    }
+
+    /// Says which of a batch's states are its own, by the taps they are of.
+    ///
+    /// # Errors
+    /// If one is missing, which is a defect.
+    pub fn fed_by(&mut self, taps: &[Tap]) -> Result<()> {
+        let place = |tap: &Tap| taps.iter().position(|t| t == tap);
+        let found: Option<Vec<usize>> = self.taps().iter().map(place).collect();
+        self.taps = found.ok_or_else(|| {
+            Error::Experiment("a state of the target that is not computed".into())
+        })?;
+        Ok(())
+    }
+
+    /// The loss of a batch and its gradients.
+    ///
+    /// # Errors
+    /// If no row of it counts.
+    pub fn learn(&self, taught: &Taught, seed: u64) -> Result<(BatchLoss, Named)> {
+        let taps: Vec<Matrix> = self
+            .taps
+            .iter()
+            .map(|&i| taught.states[i].clone())
+            .collect();
+        let batch = Batch {
+            rows: &taught.lines.rows,
+            tokens: &taught.lines.tokens,
+            mask: &taught.lines.mask,
+            taps: &taps,
+            logits: None,
+            seed,
+            beyond: false,
+        };
+        let mut tape = Tape::new(&self.host.on);
+        let mut named = Parameters::new(&self.parameters);
+        let loss = self
+            .recipe
+            .loss(&mut tape, &mut named, &self.host, &batch)?;
+        let mut gradients = tape.backward()?;
+        Ok((loss, named.gradients(&self.host.on, &mut gradients)?))
+    }
+
+    /// One step of the optimizer; returns the norm of the gradients.
+    ///
+    /// # Errors
+    /// If a gradient is not finite: nothing is changed then.
+    pub fn step(&mut self, settings: &AdamWSettings, rate: f64, grads: &Named) -> Result<f64> {
+        Ok(self
+            .optimizer
+            .step(&self.host.on, settings, rate, &mut self.parameters, grads)?)
+    }
+
+    /// Lets the optimizer begin anew.
+    ///
+    /// # Errors
+    /// If memory for its state cannot be had.
+    pub fn reset(&mut self) -> Result<()> {
+        self.optimizer = AdamW::new(&self.host.on, &self.parameters)?;
+        Ok(())
+    }
+
+    /// The draft as it is exported: rounded to bf16, in memory.
+    ///
+    /// # Errors
+    /// If a parameter does not fit, which is a defect.
+    pub fn checkpoint(&self, session: &Session) -> Result<Checkpoint> {
+        let shape = session.target.model.shape();
+        let ids = match &self.ids {
+            Some(ids) => Some(Ids::mapped(ids.clone(), shape.vocab)?),
+            None => None,
+        };
+        let tensors = held(
+            &self.parameters,
+            &self.config,
+            ids.as_ref(),
+            Precision::Bf16,
+        )?;
+        Ok(Checkpoint::in_memory(
+            self.config.clone(),
+            tensors,
+            &shape,
+            WeightForm::AsIs,
+        )?)
+    }
+
+    /// Writes the draft into a directory.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn export(&self, session: &Session, dir: &Path) -> Result<Written> {
+        let checkpoint = self.checkpoint(session)?;
+        let target = &session.target.config;
+        let format = match self.config.layout() {
+            Layout::Eagle => Format::Eagle,
+            Layout::Scylla => Format::Scylla,
+            Layout::Eagle3 => Format::Eagle3,
+            Layout::Speculators => Format::Speculators,
+        };
+        let path = session.path.to_string_lossy();
+        let embedding = || {
+            let shape = [target.vocab, target.hidden];
+            let from = checkpoint.find("embed_tokens.weight", &shape)?;
+            Ok(from.weight()?.to_f32())
+        };
+        Ok(export(
+            &Export {
+                checkpoint: &checkpoint,
+                format,
+                precision: Precision::AsIs,
+                zero_bias: false,
+                target,
+                target_sha256: Some(session.target_hash()?),
+                verifier: (&path, "LlamaForCausalLM"),
+                embedding: &embedding,
+                taps: &checkpoint.taps(None, &session.target.model.shape())?,
+                speculative_tokens: 5,
+            },
+            dir,
+        )?)
+    }
+
+    /// The draft as it serves, grown into trees.
+    ///
+    /// # Errors
+    /// If the tree does not fit.
+    pub fn draft(&self, session: &Session, tree: &TreeSettings) -> Result<Box<dyn DraftModel>> {
+        serving(&self.checkpoint(session)?, session, tree)
+    }
+}
+
+/// A checkpoint's network, grown into trees.
+///
+/// # Errors
+/// If the tree does not fit.
+pub(super) fn serving(
+    from: &Checkpoint,
+    session: &Session,
+    tree: &TreeSettings,
+) -> Result<Box<dyn DraftModel>> {
+    let host = DraftHost {
+        known: session.known_tokens(),
+        ..DraftHost::of(&session.target)
+    };
+    Ok(match from.config.layout() {
+        Layout::Eagle => Box::new(TreeDraft::new(network::eagle_of(from, &host)?, tree)?),
+        Layout::Scylla => Box::new(TreeDraft::new(network::scylla_of(from, &host)?, tree)?),
+        _ => Box::new(TreeDraft::new(
+            network::eagle3_of(from, None, &host)?,
+            tree,
+        )?),
+    })
+}

@@ -1,0 +1,18 @@
+//! `scylla train`: one pass of the target feeds one or several drafts, which are checked by what they are worth when served.
+//!
+//!     files -> documents -> packed lines -> the target's states -> recipe -> graph -> loss -> gradients -> optimizer
+//!     every so often: export in memory -> simulated and real tau on dev prompts -> the best draft, a checkpoint
+
+mod experiment;
+mod feed;
+mod learner;
+mod run;
+mod tau;
+
+pub use experiment::{EvaluateSpec, RunSpec, Stage, TrainDraft, TrainExperiment, TrainSpec};
+pub use feed::{Feed, Taught, teach};
+pub use learner::{Learner, recipe_of};
+pub use run::{
+    BEST, Best, CHECKPOINT, METRICS, Metrics, OnTold, Outcome, Report, Told, Trainer, compute,
+};
+pub use tau::{Answer, Tau, Tester};

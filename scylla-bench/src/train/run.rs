@@ -1,0 +1,903 @@
+//! The training run: steps, evaluations, checkpoints, and going on where it stopped.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use candle_core::DType;
+use scylla_core::files;
+use scylla_core::kernels::{Pool, ProductForm, Products, keep_freed_memory};
+use scylla_core::plugin::Tap;
+use scylla_core::train::graph::Compute;
+use scylla_core::train::{accumulate, checkpoint};
+use scylla_draft::checkpoint::{Checkpoint, DraftConfig, Layout};
+use scylla_draft::recipe::{BatchLoss, StepLoss, TrainHost, frequent};
+use serde::{Deserialize, Serialize};
+
+use super::experiment::{Stage, TrainExperiment};
+use super::feed::{Feed, Taught, teach};
+use super::learner::{Learner, serving};
+use super::tau::{Tau, Tester};
+use crate::data::documents::{self, Documents};
+use crate::data::packing::Position;
+use crate::environment::{Environment, peak_resident};
+use crate::session::Session;
+use crate::{Error, Result};
+
+/// Name of the checkpoint in a run's folder.
+pub const CHECKPOINT: &str = "checkpoint.safetensors";
+/// Name of the metrics.
+pub const METRICS: &str = "metrics.jsonl";
+/// Folder of the best draft.
+pub const BEST: &str = "best";
+
+/// A line of the metrics.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Metrics {
+    /// The stage.
+    pub stage: String,
+    /// Steps done, over all stages.
+    pub step: u64,
+    /// Tokens trained on.
+    pub tokens: u64,
+    /// The loss of the step.
+    pub loss: f64,
+    /// The same with each step of an unrolled loss divided by its own rows.
+    pub loss_by_mask: f64,
+    /// Step by step, where the recipe unrolls.
+    pub steps: Vec<StepLoss>,
+    /// Parts of the loss by name.
+    pub parts: BTreeMap<String, f64>,
+    /// Norm of the gradients before clipping.
+    pub grad_norm: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Rows a second, the target's pass included.
+    pub tokens_per_s: f64,
+    /// Milliseconds of the target's pass, shared by all drafts that are trained.
+    pub target_ms: f64,
+    /// Milliseconds of the draft's own part.
+    pub draft_ms: f64,
+    /// Where it was evaluated behind this step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tau: Option<Tau>,
+}
+
+/// The best draft until now.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// The step behind which it was evaluated.
+    pub step: u64,
+    /// Its worth.
+    pub tau: Tau,
+}
+
+/// All that a run is in the middle of, beside parameters and moments.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct State {
+    /// Version of this form.
+    version: u32,
+    /// Steps done, over all stages.
+    step: u64,
+    tokens: u64,
+    /// The stage that the next step belongs to, and steps of it that are done.
+    stage: usize,
+    stage_step: u64,
+    /// Where its data stands.
+    position: Position,
+    /// The draft vocabulary: it is not counted again.
+    ids: Option<Vec<u32>>,
+    target: String,
+    /// Hashes of the data, by stage.
+    data: Vec<String>,
+    /// The experiment as it was begun.
+    experiment: TrainExperiment,
+    best: Option<Best>,
+    last: Option<Tau>,
+    loss: f64,
+    /// Bytes of the metrics.
+    metrics: u64,
+}
+
+const VERSION: u32 = 1;
+
+/// What is told while training.
+pub enum Told<'a> {
+    /// Something the user should know.
+    Note(String),
+    /// A step of one of the drafts is done: its folder, its metrics, steps in all, and seconds left.
+    Step(&'a Path, &'a Metrics, u64, f64),
+    /// Documents and tokens read.
+    Data(usize, u64),
+}
+
+/// Told what is going on.
+pub type OnTold<'a> = &'a mut dyn FnMut(Told<'_>);
+
+/// What came of one draft.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Steps done.
+    pub steps: u64,
+    /// Tokens trained on.
+    pub tokens: u64,
+    /// The loss of the last step.
+    pub loss: f64,
+    /// Of the best draft.
+    pub tau: Tau,
+    /// Of the draft behind the last step.
+    pub last: Tau,
+    /// Folder of the best draft.
+    pub best: PathBuf,
+    /// The step behind which it was the best.
+    pub best_step: u64,
+    /// NAME:DIR to decode with.
+    pub draft: String,
+}
+
+/// What came of a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// By experiment.
+    pub runs: Vec<Outcome>,
+    /// Where.
+    pub environment: Environment,
+    /// What products were computed with.
+    pub products: String,
+    /// Largest resident size, where the system tells.
+    pub peak_bytes: Option<u64>,
+}
+
+/// One draft on its way, with its folder.
+struct Run {
+    experiment: TrainExperiment,
+    dir: PathBuf,
+    learner: Learner,
+    state: State,
+}
+
+/// Trains one draft or several on the same batches.
+pub struct Trainer<'s> {
+    session: &'s mut Session,
+    host: TrainHost,
+    data: Vec<Documents>,
+    taps: Vec<Tap>,
+    runs: Vec<Run>,
+    tester: Tester,
+    /// Of the target's pass and the drafts' parts, per step, lately; and of an evaluation.
+    step_s: f64,
+    evaluation_s: f64,
+}
+
+/// What a graph is computed with beside a target.
+///
+/// # Errors
+/// If the target is on a device that the graph cannot use.
+pub fn compute(session: &Session, form: Option<ProductForm>) -> Result<Compute> {
+    let device = &session.options.device;
+    if device.is_cpu() {
+        let pool = match session.target.executor.pool() {
+            Some(pool) => Arc::clone(pool),
+            None => Arc::new(Pool::new(session.options.thread_count())),
+        };
+        keep_freed_memory();
+        let form = form.unwrap_or_else(ProductForm::fastest);
+        return Ok(Compute::Kernels(Products { pool, form }));
+    }
+    Ok(Compute::Tensors {
+        device: device.clone(),
+        dtype: DType::F32,
+        products: match form {
+            Some(ProductForm::F32) => DType::F32,
+            _ => DType::BF16,
+        },
+    })
+}
+
+/// How often each token is trained on.
+fn counts(data: &[Documents], vocab: usize) -> Vec<u64> {
+    let mut counts = vec![0; vocab];
+    for document in data.iter().flat_map(|d| &d.all) {
+        for (&token, _) in document
+            .tokens
+            .iter()
+            .zip(&document.mask)
+            .filter(|(_, m)| **m)
+        {
+            if let Some(count) = counts.get_mut(token as usize) {
+                *count += 1;
+            }
+        }
+    }
+    counts
+}
+
+impl<'s> Trainer<'s> {
+    /// Reads the data, checks the experiments, and begins or goes on.
+    ///
+    /// # Errors
+    /// If anything is amiss that can be known before a step is paid for; in particular, on resume, if target, data or
+    /// experiment have changed.
+    pub fn new(
+        session: &'s mut Session,
+        experiments: &[(TrainExperiment, PathBuf)],
+        resume: bool,
+        stop: &AtomicBool,
+        told: OnTold<'_>,
+    ) -> Result<Self> {
+        let Some((first, _)) = experiments.first() else {
+            return Err(Error::Experiment("no experiment to train".into()));
+        };
+        for (other, _) in experiments {
+            first.shares_with(other)?;
+            other.check_target(&session.target.model.shape())?;
+            // What is wrong with the network or its loss is said before any data is read.
+            if other.draft.start.is_none() {
+                Learner::network(other, &session.target.config)?;
+            }
+        }
+        let mut data = Vec::new();
+        for stage in &first.stage {
+            let tokenizer = session.tokenizer()?;
+            let found =
+                documents::load(&stage.data, tokenizer, &mut |d, t| told(Told::Data(d, t)))?;
+            let c = &found.counts;
+            told(Told::Note(format!(
+                "stage {}: {} documents, {} tokens ({} trained on); {} left out, {} of them for an evaluation prompt; {} failed",
+                stage.name, c.written, c.tokens, c.masked, c.skipped, c.overlapping, c.failed
+            )));
+            for failure in &found.failures {
+                told(Told::Note(format!("not used: {failure}")));
+            }
+            if stage.data.tokens == 0 && stage.tokens > c.tokens {
+                told(Told::Note(format!(
+                    "stage {}: {} tokens of training go through the data {:.1} times",
+                    stage.name,
+                    stage.tokens,
+                    stage.tokens as f64 / c.tokens as f64
+                )));
+            }
+            data.push(found);
+        }
+        let on = compute(session, first.form()?)?;
+        let host = TrainHost::new(&on, &session.target.tokens)?;
+        let mut runs = Vec::new();
+        for (experiment, dir) in experiments {
+            let run = match resume && dir.join(CHECKPOINT).exists() {
+                true => Run::resume(experiment, dir, session, &host, &data)?,
+                false => Run::begin(experiment, dir, session, &host, &data)?,
+            };
+            if run.state.step > 0 {
+                told(Told::Note(format!(
+                    "{}: goes on behind step {}",
+                    dir.display(),
+                    run.state.step
+                )));
+            }
+            runs.push(run);
+        }
+        let mut taps: Vec<Tap> = Vec::new();
+        for tap in runs.iter().flat_map(|r| r.learner.taps()) {
+            if !taps.contains(&tap) {
+                taps.push(tap);
+            }
+        }
+        for run in &mut runs {
+            run.learner.fed_by(&taps)?;
+        }
+        let tester = Tester::new(session, first, stop)?;
+        Ok(Self {
+            session,
+            host,
+            data,
+            taps,
+            runs,
+            tester,
+            step_s: 0.0,
+            evaluation_s: 0.0,
+        })
+    }
+
+    /// What products are computed with.
+    pub fn products(&self) -> String {
+        self.host.on.name()
+    }
+
+    /// Steps of all stages.
+    fn total(&self) -> u64 {
+        let first = &self.runs[0].experiment;
+        first.stage.iter().map(|s| first.steps(s)).sum()
+    }
+
+    /// Trains to the end.
+    ///
+    /// # Errors
+    /// If the loss is not a number, a file cannot be written, or the user broke off (the state is kept then).
+    pub fn run(&mut self, stop: &AtomicBool, told: OnTold<'_>) -> Result<Report> {
+        for run in &self.runs {
+            std::fs::create_dir_all(&run.dir).map_err(Error::io(&run.dir))?;
+            let text = run.experiment.to_toml()?;
+            files::write(&run.dir.join("experiment.toml"), text.as_bytes())?;
+        }
+        let stages = self.runs[0].experiment.stage.clone();
+        let mut first_step = 0;
+        for (index, stage) in stages.iter().enumerate() {
+            let steps = self.runs[0].experiment.steps(stage);
+            self.stage(index, stage, first_step..first_step + steps, stop, told)?;
+            first_step += steps;
+        }
+        self.report()
+    }
+
+    /// Trains the steps of a stage that are not done.
+    fn stage(
+        &mut self,
+        index: usize,
+        stage: &Stage,
+        steps: std::ops::Range<u64>,
+        stop: &AtomicBool,
+        told: OnTold<'_>,
+    ) -> Result<()> {
+        // Drafts that were stopped at different steps: those behind catch up.
+        let Some(behind) = self
+            .runs
+            .iter()
+            .map(|r| r.state.step)
+            .min()
+            .filter(|s| *s < steps.end)
+        else {
+            return Ok(());
+        };
+        let at = match self.runs.iter().find(|r| r.state.step == behind) {
+            Some(run) if run.state.stage == index => run.state.position,
+            _ => Position::default(),
+        };
+        for run in self
+            .runs
+            .iter_mut()
+            .filter(|r| r.state.step == steps.start && r.state.step >= behind)
+        {
+            run.learner.reset()?;
+            (run.state.stage, run.state.stage_step) = (index, 0);
+            run.state.position = Position::default();
+        }
+        let (seed, train) = (
+            self.runs[0].experiment.run.seed,
+            self.runs[0].experiment.train.clone(),
+        );
+        // The data of the trainer outlives the feed, which borrows it while the rest changes.
+        let data = std::mem::take(&mut self.data[index]);
+        let done = (|| {
+            let sizes = (train.batch, train.length);
+            let mut feed = Feed::new(
+                &data,
+                sizes,
+                seed.wrapping_add(index as u64),
+                at,
+                self.taps.clone(),
+            )?;
+            for step in behind.max(steps.start)..steps.end {
+                self.step(&mut feed, stage, &steps, step, stop, told)?;
+            }
+            Ok(())
+        })();
+        self.data[index] = data;
+        done
+    }
+
+    /// One step of every draft that has not done it, with what belongs behind it.
+    fn step(
+        &mut self,
+        feed: &mut Feed<'_>,
+        stage: &Stage,
+        steps: &std::ops::Range<u64>,
+        step: u64,
+        stop: &AtomicBool,
+        told: OnTold<'_>,
+    ) -> Result<()> {
+        let begun = Instant::now();
+        let count = self.runs[0].experiment.train.accumulate;
+        let mut batches: Vec<Taught> = Vec::with_capacity(count);
+        for _ in 0..count {
+            let lines = feed.lines()?;
+            batches.push(teach(&mut self.session.target.model, lines, feed.taps())?);
+        }
+        let target_ms = begun.elapsed().as_secs_f64() * 1e3;
+        let total = self.total();
+        let rows = self.runs[0].experiment.rows();
+        let mut learned = Vec::new();
+        for (i, run) in self
+            .runs
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, r)| r.state.step == step)
+        {
+            let begun = Instant::now();
+            let factor = stage
+                .schedule
+                .factor(step - steps.start, steps.end - steps.start);
+            let rate = stage.optimizer.lr * factor;
+            let (loss, norm) = run
+                .learn(&self.host.on, &batches, stage, rate, step)
+                .map_err(|e| {
+                    let names: Vec<&str> =
+                        batches.iter().flat_map(|b| feed.names(&b.lines)).collect();
+                    run.failed(&e, step, &names)
+                })?;
+            let draft_ms = begun.elapsed().as_secs_f64() * 1e3;
+            let state = &mut run.state;
+            state.step = step + 1;
+            state.stage_step = step + 1 - steps.start;
+            state.tokens += rows;
+            state.position = feed.position();
+            state.loss = loss.total;
+            learned.push((
+                i,
+                run.metrics(stage, &loss, norm, rate, [target_ms, draft_ms]),
+            ));
+        }
+        self.step_s = smoothed(self.step_s, begun.elapsed().as_secs_f64());
+        let done = step + 1;
+        let every = self.runs[0].experiment.evaluate.every;
+        let evaluate = done == steps.end || (every > 0 && done.is_multiple_of(every));
+        let checkpoint = self.runs[0].experiment.train.checkpoint;
+        let stopped = stop.load(Ordering::Relaxed);
+        let save = evaluate || stopped || (checkpoint > 0 && done.is_multiple_of(checkpoint));
+        for (i, mut metrics) in learned {
+            if evaluate && !stopped {
+                let begun = Instant::now();
+                match self.evaluate(i, stop) {
+                    Ok(tau) => metrics.tau = Some(tau),
+                    Err(Error::Interrupted(_)) => {}
+                    Err(e) => return Err(e),
+                }
+                self.evaluation_s = begun.elapsed().as_secs_f64();
+            }
+            let left = self.seconds_left(total - done, every);
+            let run = &mut self.runs[i];
+            run.keep(&metrics)?;
+            told(Told::Step(&run.dir, &metrics, total, left));
+        }
+        let stopped = stop.load(Ordering::Relaxed);
+        if save || stopped {
+            for run in self.runs.iter_mut().filter(|r| r.state.step == done) {
+                run.save()?;
+            }
+        }
+        match stopped {
+            true => Err(Error::Interrupted(format!(
+                " behind step {done} of {total}; --resume goes on there"
+            ))),
+            false => Ok(()),
+        }
+    }
+
+    fn seconds_left(&self, steps: u64, every: u64) -> f64 {
+        let evaluations = match every {
+            0 => 1,
+            every => steps.div_ceil(every),
+        };
+        steps as f64 * self.step_s
+            + (evaluations * self.runs.len() as u64) as f64 * self.evaluation_s
+    }
+
+    /// Decodes with one of the drafts, and keeps it where it is the best.
+    fn evaluate(&mut self, index: usize, stop: &AtomicBool) -> Result<Tau> {
+        let run = &self.runs[index];
+        let mut draft = run
+            .learner
+            .draft(self.session, &run.experiment.evaluate.tree)?;
+        let tau = self.tester.test(self.session, &mut draft, stop)?;
+        let run = &mut self.runs[index];
+        run.state.last = Some(tau);
+        if run.state.best.is_none_or(|best| tau.real > best.tau.real) {
+            run.learner.export(self.session, &run.dir.join(BEST))?;
+            run.state.best = Some(Best {
+                step: run.state.step,
+                tau,
+            });
+        }
+        Ok(tau)
+    }
+
+    fn report(&self) -> Result<Report> {
+        let report = Report {
+            runs: self.runs.iter().map(Run::outcome).collect(),
+            environment: self.session.environment()?,
+            products: self.products(),
+            peak_bytes: peak_resident(),
+        };
+        for (run, outcome) in self.runs.iter().zip(&report.runs) {
+            let summary = serde_json::json!({
+                "run": outcome,
+                "environment": report.environment,
+                "products": report.products,
+                "peak_bytes": report.peak_bytes,
+            });
+            let text = serde_json::to_vec_pretty(&summary)
+                .map_err(|e| Error::Experiment(e.to_string()))?;
+            files::write(&run.dir.join("summary.json"), &text)?;
+        }
+        Ok(report)
+    }
+
+    /// Exports the drafts as they are before any step, loads what was written, decodes with it, and runs one step without
+    /// keeping it: what would fail later fails now. Nothing is left behind.
+    ///
+    /// # Errors
+    /// If any of it fails.
+    pub fn dry_run(&mut self, stop: &AtomicBool, told: OnTold<'_>) -> Result<Report> {
+        let dir = tempfile::tempdir().map_err(Error::io(&std::env::temp_dir()))?;
+        let total = self.total();
+        let data = std::mem::take(&mut self.data[0]);
+        let train = &self.runs[0].experiment.train;
+        let mut feed = Feed::new(
+            &data,
+            (train.batch, train.length),
+            0,
+            Position::default(),
+            self.taps.clone(),
+        )?;
+        let begun = Instant::now();
+        let lines = feed.lines()?;
+        let taught = teach(&mut self.session.target.model, lines, feed.taps())?;
+        let mut seconds = begun.elapsed().as_secs_f64();
+        let mut evaluation = 0.0;
+        for i in 0..self.runs.len() {
+            let run = &self.runs[i];
+            let to = dir.path().join(i.to_string());
+            run.learner.export(self.session, &to)?;
+            let layouts = [Layout::Eagle, Layout::Eagle3, Layout::Scylla];
+            let form = scylla_core::model::WeightForm::AsIs;
+            let from = Checkpoint::open(&to, &layouts, &self.session.target.model.shape(), form)?;
+            let mut draft = serving(&from, self.session, &run.experiment.evaluate.tree)?;
+            let begun = Instant::now();
+            let tau = self.tester.test(self.session, &mut draft, stop)?;
+            evaluation += begun.elapsed().as_secs_f64();
+            let begun = Instant::now();
+            let (loss, _) = self.runs[i].learner.learn(&taught, 0)?;
+            seconds += begun.elapsed().as_secs_f64();
+            let state = &mut self.runs[i].state;
+            (state.loss, state.last) = (loss.total, Some(tau));
+            told(Told::Note(format!(
+                "untrained: loss {:.3}, tau {:.3} simulated, {:.3} real",
+                loss.total, tau.simulated, tau.real
+            )));
+        }
+        self.data[0] = data;
+        let first = &self.runs[0].experiment;
+        let (accumulate, every) = (first.train.accumulate as f64, first.evaluate.every);
+        let evaluations = if every == 0 { 1 } else { total.div_ceil(every) };
+        let whole = total as f64 * seconds * accumulate + evaluations as f64 * evaluation;
+        told(Told::Note(format!(
+            "a step takes {:.2} s ({:.0} tokens/s), an evaluation {evaluation:.1} s: {total} steps about {:.1} minutes",
+            seconds * accumulate,
+            first.rows() as f64 / (seconds * accumulate),
+            whole / 60.0
+        )));
+        Ok(Report {
+            runs: self.runs.iter().map(Run::outcome).collect(),
+            environment: self.session.environment()?,
+            products: self.products(),
+            peak_bytes: peak_resident(),
+        })
+    }
+}
+
+fn smoothed(mean: f64, new: f64) -> f64 {
+    if mean == 0.0 {
+        new
+    } else {
+        0.9 * mean + 0.1 * new
+    }
+}
+
+impl Run {
+    fn begin(
+        experiment: &TrainExperiment,
+        dir: &Path,
+        session: &Session,
+        host: &TrainHost,
+        data: &[Documents],
+    ) -> Result<Self> {
+        for name in [CHECKPOINT, METRICS, BEST] {
+            let path = dir.join(name);
+            if path.exists() {
+                return Err(Error::file(
+                    &path,
+                    "is there already: --resume goes on, another --output begins anew",
+                ));
+            }
+        }
+        let ids = match experiment.draft.start {
+            Some(_) => None,
+            None => match Learner::network(experiment, &session.target.config)? {
+                DraftConfig::Eagle3(c) if c.draft_vocab != c.backbone.vocab => {
+                    Some(frequent(&counts(data, c.backbone.vocab), c.draft_vocab)?)
+                }
+                _ => None,
+            },
+        };
+        let learner = Learner::begin(experiment, session, host, ids)?;
+        Ok(Self {
+            state: State {
+                version: VERSION,
+                step: 0,
+                tokens: 0,
+                stage: 0,
+                stage_step: 0,
+                position: Position::default(),
+                ids: learner.ids.clone(),
+                target: session.target_hash()?.into(),
+                data: data.iter().map(|d| d.hash.clone()).collect(),
+                experiment: experiment.clone(),
+                best: None,
+                last: None,
+                loss: 0.0,
+                metrics: 0,
+            },
+            experiment: experiment.clone(),
+            dir: dir.to_path_buf(),
+            learner,
+        })
+    }
+
+    fn resume(
+        experiment: &TrainExperiment,
+        dir: &Path,
+        session: &Session,
+        host: &TrainHost,
+        data: &[Documents],
+    ) -> Result<Self> {
+        let path = dir.join(CHECKPOINT);
+        let (parameters, optimizer, state): (_, _, State) = checkpoint::load(&path, &host.on)?;
+        let changed = |what: String| {
+            Err(Error::file(
+                &path,
+                format!(
+                    "{what}; go on with what it was begun with, or begin anew in another --output"
+                ),
+            ))
+        };
+        if state.version != VERSION {
+            return changed(format!(
+                "is of version {}, this is {VERSION}",
+                state.version
+            ));
+        }
+        if state.target != session.target_hash()? {
+            return changed(format!(
+                "the target has changed: it was the one with sha256 {}, now it is {}",
+                state.target,
+                session.target_hash()?
+            ));
+        }
+        for ((stage, was), now) in experiment.stage.iter().zip(&state.data).zip(data) {
+            if *was != now.hash {
+                return changed(format!("the data of stage {} have changed", stage.name));
+            }
+        }
+        if let Some(key) = differing(&state.experiment, experiment)? {
+            return changed(format!("the experiment has changed, in `{key}`"));
+        }
+        let config = match &experiment.draft.start {
+            None => Learner::network(experiment, &session.target.config)?,
+            Some(_) => Learner::begin(experiment, session, host, None)?.config,
+        };
+        let learner = Learner::resume(
+            experiment,
+            session,
+            host,
+            config,
+            state.ids.clone(),
+            parameters,
+            optimizer,
+        )?;
+        // What was written behind the checkpoint is written again.
+        let metrics = dir.join(METRICS);
+        if metrics.exists() {
+            let file = std::fs::OpenOptions::new()
+                .write(true)
+                .open(&metrics)
+                .map_err(Error::io(&metrics))?;
+            file.set_len(state.metrics).map_err(Error::io(&metrics))?;
+        }
+        Ok(Self {
+            experiment: experiment.clone(),
+            dir: dir.to_path_buf(),
+            learner,
+            state,
+        })
+    }
+
+    /// The loss over all batches of a step, and the step.
+    fn learn(
+        &mut self,
+        on: &Compute,
+        batches: &[Taught],
+        stage: &Stage,
+        rate: f64,
+        step: u64,
+    ) -> Result<(BatchLoss, f64)> {
+        let mut grads = BTreeMap::new();
+        let mut losses = Vec::with_capacity(batches.len());
+        for (i, taught) in batches.iter().enumerate() {
+            let seed = self.experiment.run.seed
+                ^ (step * batches.len() as u64 + i as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+            let (loss, found) = self.learner.learn(taught, seed)?;
+            if !loss.total.is_finite() {
+                return Err(Error::Experiment(format!("the loss is {}", loss.total)));
+            }
+            losses.push(loss);
+            accumulate(on, &mut grads, found)?;
+        }
+        let count = batches.len() as f64;
+        if batches.len() > 1 {
+            scylla_core::train::scale(on, &mut grads, 1.0 / count)?;
+        }
+        let norm = self.learner.step(&stage.optimizer, rate, &grads)?;
+        Ok((mean(losses), norm))
+    }
+
+    fn failed(&self, error: &Error, step: u64, documents: &[&str]) -> Error {
+        let kept = match self.dir.join(CHECKPOINT).exists() {
+            true => format!(
+                "{} is the last good checkpoint",
+                self.dir.join(CHECKPOINT).display()
+            ),
+            false => "there is no checkpoint yet".into(),
+        };
+        let shown = documents
+            .iter()
+            .take(8)
+            .copied()
+            .collect::<Vec<_>>()
+            .join("; ");
+        Error::Experiment(format!(
+            "step {} failed: {error}. Its batch holds {} documents: {shown}. Nothing of it was kept; {kept}",
+            step + 1,
+            documents.len()
+        ))
+    }
+
+    fn metrics(
+        &self,
+        stage: &Stage,
+        loss: &BatchLoss,
+        norm: f64,
+        rate: f64,
+        [target_ms, draft_ms]: [f64; 2],
+    ) -> Metrics {
+        Metrics {
+            stage: stage.name.clone(),
+            step: self.state.step,
+            tokens: self.state.tokens,
+            loss: loss.total,
+            loss_by_mask: loss.total_by_mask,
+            steps: loss.steps.clone(),
+            parts: loss
+                .parts
+                .iter()
+                .map(|(name, v)| (name.to_string(), *v))
+                .collect(),
+            grad_norm: norm,
+            lr: rate,
+            tokens_per_s: self.experiment.rows() as f64 / (target_ms + draft_ms) * 1e3,
+            target_ms,
+            draft_ms,
+            tau: None,
+        }
+    }
+
+    /// Appends a line to the metrics.
+    fn keep(&mut self, metrics: &Metrics) -> Result<()> {
+        let path = self.dir.join(METRICS);
+        let line =
+            serde_json::to_string(metrics).map_err(|e| Error::Experiment(e.to_string()))? + "\n";
+        let mut file = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .map_err(Error::io(&path))?;
+        file.write_all(line.as_bytes()).map_err(Error::io(&path))?;
+        self.state.metrics += line.len() as u64;
+        Ok(())
+    }
+
+    fn save(&self) -> Result<()> {
+        let path = self.dir.join(CHECKPOINT);
+        Ok(checkpoint::save(
+            &path,
+            &self.learner.parameters,
+            &self.learner.optimizer,
+            &self.state,
+        )?)
+    }
+
+    fn outcome(&self) -> Outcome {
+        let best = self.dir.join(BEST);
+        let nothing = Best {
+            step: 0,
+            tau: self.state.last.unwrap_or_default(),
+        };
+        let found = self.state.best.unwrap_or(nothing);
+        Outcome {
+            steps: self.state.step,
+            tokens: self.state.tokens,
+            loss: self.state.loss,
+            tau: found.tau,
+            last: self.state.last.unwrap_or_default(),
+            best_step: found.step,
+            draft: format!("{}:{}", self.experiment.draft.name, best.display()),
+            best,
+        }
+    }
+}
+
+/// The mean of the losses of a step's batches.
+fn mean(losses: Vec<BatchLoss>) -> BatchLoss {
+    let count = losses.len().max(1) as f64;
+    let mut all = losses.into_iter();
+    let mut sum = all.next().unwrap_or_default();
+    for loss in all {
+        sum.total += loss.total;
+        sum.total_by_mask += loss.total_by_mask;
+        for (a, b) in sum.steps.iter_mut().zip(&loss.steps) {
+            a.loss += b.loss;
+            a.accuracy += b.accuracy;
+            a.count += b.count;
+        }
+        for (a, b) in sum.parts.iter_mut().zip(&loss.parts) {
+            a.1 += b.1;
+        }
+    }
+    sum.total /= count;
+    sum.total_by_mask /= count;
+    for step in &mut sum.steps {
+        step.loss /= count;
+        step.accuracy /= count;
+    }
+    sum.parts.iter_mut().for_each(|p| p.1 /= count);
+    sum
+}
+
+/// The first key in which two experiments differ; threads and checkpoints may.
+fn differing(was: &TrainExperiment, now: &TrainExperiment) -> Result<Option<String>> {
+    let table = |e: &TrainExperiment| {
+        let mut e = e.clone();
+        e.run.threads = 0;
+        e.train.checkpoint = 0;
+        serde_json::to_value(e).map_err(|e| Error::Experiment(e.to_string()))
+    };
+    fn find(a: &serde_json::Value, b: &serde_json::Value, path: &str) -> Option<String> {
+        use serde_json::Value;
+        match (a, b) {
+            (Value::Object(x), Value::Object(y)) => {
+                let keys = x.keys().chain(y.keys());
+                keys.filter_map(|key| {
+                    let null = Value::Null;
+                    let (a, b) = (x.get(key).unwrap_or(&null), y.get(key).unwrap_or(&null));
+                    let path = if path.is_empty() {
+                        key.clone()
+                    } else {
+                        format!("{path}.{key}")
+                    };
+                    find(a, b, &path)
+                })
+                .next()
+            }
+            (Value::Array(x), Value::Array(y)) if x.len() == y.len() => {
+                let pairs = x.iter().zip(y).enumerate();
+                pairs
+                    .filter_map(|(i, (a, b))| find(a, b, &format!("{path}[{i}]")))
+                    .next()
+            }
+            (a, b) if a == b => None,
+            _ => Some(path.to_string()),
+        }
+    }
+    Ok(find(&table(was)?, &table(now)?, ""))
+}

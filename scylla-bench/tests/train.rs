@@ -1,0 +1,590 @@
+//! `scylla train`, `scylla data` and `scylla inspect loss`, on tiny models.
+
+mod common;
+
+use std::path::Path;
+use std::time::Duration;
+
+use common::Place;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+/// A place with a model that talks, text that repeats itself, and an experiment.
+fn place(draft: &str, more: &str) -> Place {
+    let place = Place::new();
+    place.talking("talker", |_| {});
+    let mut random = StdRng::seed_from_u64(5);
+    let words: Vec<String> = (0..12)
+        .map(|_| {
+            (0..random.random_range(2..5))
+                .map(|_| (b'a' + random.random_range(0..26)) as char)
+                .collect()
+        })
+        .collect();
+    let mut texts = String::new();
+    for _ in 0..80 {
+        let count = random.random_range(10..40);
+        let line: Vec<&str> = (0..count)
+            .map(|_| &*words[random.random_range(0..words.len())])
+            .collect();
+        texts += &format!("{}\n<|endoftext|>\n", line.join(" "));
+    }
+    std::fs::write(place.path("texts.txt"), texts).expect("texts");
+    let prompts = "{\"id\": 1, \"prompt\": \"abc\"}\n{\"id\": 2, \"prompt\": \"hello there\"}\n{\"id\": 3, \"prompt\": \"x y z\"}\n";
+    std::fs::write(place.path("prompts.jsonl"), prompts).expect("prompts");
+    let text = format!(
+        "target = {{ model = 'talker' }}\n{draft}\ntrain = {{ length = 48, batch = 3, products = 'f32' }}\n\
+         evaluate = {{ every = 60, max_new_tokens = 24, prompts = {{ set = 'prompts.jsonl', part = 'all' }}, \
+         budget = {{ total = 6, width = 2, depth = 2 }} }}\nrun = {{ threads = 2 }}\n{more}\n"
+    );
+    std::fs::write(place.path("train.toml"), text).expect("experiment");
+    place
+}
+
+const STAGE: &str = "[[stage]]\nname = 'train'\nsteps = 120\ndata = { files = ['texts.txt'] }\noptimizer = { lr = 4e-3 }\n";
+const EAGLE3: &str =
+    "draft = { name = 'eagle3', vocab = 80, taps = [0, 1, 2] }\nloss = { unroll = 2 }";
+const EAGLE2: &str = "draft = { name = 'eagle2' }";
+const SCYLLA: &str = "draft = { name = 'scylla', layers = 2 }";
+
+fn json(place: &Place, args: &[&str]) -> Value {
+    place.json(args)
+}
+
+/// Conversations of which the user's part alone is there, `count` of them.
+fn asks(place: &Place, name: &str, count: usize) {
+    let mut random = StdRng::seed_from_u64(9);
+    let mut row = |i: usize| {
+        let said: String = (0..random.random_range(2..12))
+            .map(|_| (b'a' + random.random_range(0..26)) as char)
+            .collect();
+        format!("{{\"id\": \"ask-{i}\", \"prompt\": \"{said}\"}}\n")
+    };
+    let rows: String = (0..count).map(&mut row).collect();
+    std::fs::write(place.path(name), rows).expect("asks");
+}
+
+/// Lets the target answer, and says where the answers are.
+fn answers(place: &Place) -> Value {
+    asks(place, "asks.jsonl", 60);
+    let args = [
+        "data",
+        "regenerate",
+        "asks.jsonl",
+        "--output",
+        "answers.jsonl",
+        "--target",
+        "talker",
+        "--json",
+    ];
+    json(
+        place,
+        &[&args[..], &["--max-new-tokens", "40", "--batch", "4"]].concat(),
+    )
+}
+
+fn train<'a>(more: &[&'a str]) -> Vec<&'a str> {
+    [&["train", "--config", "train.toml", "--json"], more].concat()
+}
+
+fn metrics(dir: &str) -> Vec<Value> {
+    let text = std::fs::read_to_string(Path::new(dir).join("metrics.jsonl")).expect("metrics");
+    text.lines()
+        .map(|l| serde_json::from_str(l).expect("a line"))
+        .collect()
+}
+
+fn real(tau: &Value) -> f64 {
+    assert_eq!(tau["real"], tau["simulated"], "the two are one number");
+    tau["real"].as_f64().expect("tau")
+}
+
+#[test]
+fn a_trained_draft_is_worth_more_and_serves_as_training_said() {
+    for (draft, name) in [(EAGLE3, "eagle3"), (EAGLE2, "eagle2"), (SCYLLA, "scylla")] {
+        let place = place(
+            draft,
+            &STAGE.replace(
+                "texts.txt'",
+                "answers.jsonl'], part = 'all', whole = true, keep_out = ['core'",
+            ),
+        );
+        let counts = answers(&place);
+        assert_eq!(counts["read"], 60, "{counts}");
+        let dry = json(&place, &train(&["--output", "out", "--dry-run"]));
+        assert!(
+            !Path::new(&place.path("out")).exists(),
+            "nothing is left behind"
+        );
+        let untrained = real(&dry["tau"]);
+        let done = json(&place, &train(&["--output", "out"]));
+        assert_eq!(
+            (done["steps"].as_u64(), done["tokens"].as_u64()),
+            (Some(120), Some(120 * 144))
+        );
+        let trained = real(&done["tau"]);
+        assert!(
+            trained > untrained + 0.05,
+            "{name}: tau {untrained} untrained, {trained} trained"
+        );
+        let lines = metrics(&place.path("out"));
+        assert_eq!(lines.len(), 120);
+        let loss = |range: std::ops::Range<usize>| {
+            let count = range.len() as f64;
+            lines[range]
+                .iter()
+                .map(|l| l["loss"].as_f64().expect("loss"))
+                .sum::<f64>()
+                / count
+        };
+        assert!(
+            loss(110..120) < 0.9 * loss(0..10),
+            "{name}: {} then {}",
+            loss(0..10),
+            loss(110..120)
+        );
+        assert_eq!(lines.iter().filter(|l| l.get("tau").is_some()).count(), 2);
+        assert_eq!(done["draft"], format!("{name}:out/best"));
+        // What was written is loaded, and decodes as it did in training.
+        let again = place.path("again.toml");
+        let text = std::fs::read_to_string(place.path("train.toml")).expect("experiment");
+        let text = text.replace(
+            draft.lines().next().expect("draft"),
+            &format!("draft = {{ name = '{name}', start = 'out/best' }}"),
+        );
+        std::fs::write(&again, text).expect("again");
+        let loaded = json(
+            &place,
+            &[
+                "train",
+                "--config",
+                "again.toml",
+                "--output",
+                "o2",
+                "--dry-run",
+                "--json",
+            ],
+        );
+        assert_eq!(real(&loaded["tau"]), trained, "{name}");
+        let budget = [
+            "--set",
+            "budget.total=6",
+            "--set",
+            "budget.width=2",
+            "--set",
+            "budget.depth=2",
+        ];
+        let draft = format!("{name}:out/best");
+        let generate = [
+            "generate",
+            "--target",
+            "talker",
+            "--prompt",
+            "abc",
+            "--json",
+            "--max-new-tokens",
+            "24",
+        ];
+        let plain = json(&place, &generate);
+        let drafted = json(
+            &place,
+            &[&generate[..], &["--draft", &draft], &budget].concat(),
+        );
+        assert_eq!(plain["ids"], drafted["ids"]);
+    }
+}
+
+/// Parameters and moments of a checkpoint, and the best draft's file.
+fn bits(dir: &str) -> (Vec<(String, Vec<u8>)>, Vec<u8>) {
+    let bytes = std::fs::read(Path::new(dir).join("checkpoint.safetensors")).expect("checkpoint");
+    let file = SafeTensors::deserialize(&bytes).expect("whole");
+    let mut all: Vec<(String, Vec<u8>)> = file
+        .tensors()
+        .into_iter()
+        .map(|(name, view)| (name, view.data().to_vec()))
+        .collect();
+    all.sort();
+    let best = std::fs::read(Path::new(dir).join("best/model.safetensors")).expect("best");
+    (all, best)
+}
+
+/// What does not depend on the clock.
+fn timeless(lines: Vec<Value>) -> Vec<Value> {
+    let without = |mut line: Value| {
+        for key in ["tokens_per_s", "target_ms", "draft_ms"] {
+            line.as_object_mut().expect("a line").remove(key);
+        }
+        line
+    };
+    lines.into_iter().map(without).collect()
+}
+
+#[test]
+fn a_run_that_is_killed_again_and_again_ends_as_one_that_is_not() {
+    // Two stages, two batches a step, features with noise: all that a checkpoint has to remember.
+    let second = STAGE.replace("'train'", "'more'").replace("120", "40");
+    let place = place(SCYLLA, &format!("{STAGE}{second}"));
+    let settings = [
+        "--set",
+        "train.checkpoint=5",
+        "--set",
+        "train.accumulate=2",
+        "--set",
+        "evaluate.every=50",
+    ];
+    json(
+        &place,
+        &train(&[&["--output", "whole"], &settings[..]].concat()),
+    );
+    let seed = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .expect("now")
+        .as_nanos() as u64;
+    eprintln!("seed {seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let args = train(&[&["--output", "killed", "--resume"], &settings[..]].concat());
+    let mut kills = 0;
+    for attempt in 0u64.. {
+        let mut child = place
+            .command(&args)
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .expect("starts");
+        // Each is given longer, so that the run ends however slow the machine is.
+        let until = std::time::Instant::now()
+            + Duration::from_millis(random.random_range(20..400) + 150 * attempt);
+        let status = loop {
+            if let Some(status) = child.try_wait().expect("waits") {
+                break Some(status);
+            }
+            if std::time::Instant::now() > until {
+                break None;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        match status {
+            Some(status) => {
+                assert!(status.success());
+                break;
+            }
+            None => {
+                child.kill().expect("SIGKILL");
+                child.wait().expect("ends");
+                kills += 1;
+            }
+        }
+    }
+    eprintln!("killed {kills} times");
+    assert!(
+        bits(&place.path("whole")) == bits(&place.path("killed")),
+        "killed {kills} times, seed {seed}"
+    );
+    let (whole, killed) = (
+        metrics(&place.path("whole")),
+        metrics(&place.path("killed")),
+    );
+    assert_eq!(timeless(whole), timeless(killed));
+}
+
+#[test]
+fn drafts_trained_side_by_side_are_those_trained_alone() {
+    let place = place(EAGLE3, STAGE);
+    let text = std::fs::read_to_string(place.path("train.toml")).expect("experiment");
+    let other = text.replace(EAGLE3, SCYLLA);
+    std::fs::write(place.path("other.toml"), other).expect("other");
+    let short = ["--set", "stage.steps=30"];
+    json(&place, &train(&[&["--output", "a"], &short[..]].concat()));
+    json(
+        &place,
+        &[
+            &["train", "--config", "other.toml", "--output", "b", "--json"],
+            &short[..],
+        ]
+        .concat(),
+    );
+    let both = [
+        &[
+            "train",
+            "--config",
+            "train.toml",
+            "--config",
+            "other.toml",
+            "--output",
+            "both",
+            "--json",
+        ],
+        &short[..],
+    ]
+    .concat();
+    let report = json(&place, &both);
+    assert_eq!(report["runs"].as_array().map(Vec::len), Some(2));
+    assert!(bits(&place.path("a")) == bits(&place.path("both/train")));
+    assert!(bits(&place.path("b")) == bits(&place.path("both/other")));
+}
+
+#[test]
+fn what_is_wrong_is_said_and_nothing_is_lost() {
+    let place = place(EAGLE3, STAGE);
+    let refused = |args: &[&str], word: &str| {
+        let out = place.run(args);
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(
+            !out.status.success() && said.contains(word),
+            "{args:?}: expected `{word}`: {said}"
+        );
+    };
+    let set = |value: &'static str| train(&["--output", "out", "--set", value]);
+    std::fs::write(place.path("empty.txt"), "\n").expect("empty");
+    std::fs::write(place.path("broken.txt"), [0xff, 0xfe, 0x41]).expect("broken");
+    std::fs::write(
+        place.path("asked.jsonl"),
+        "{\"id\": 1, \"prompt\": \"what?\"}\n",
+    )
+    .expect("asked");
+    for (value, word) in [
+        ("stage.data.files=['empty.txt']", "nothing to train on"),
+        ("stage.data.files=['broken.txt']", "UTF-8"),
+        ("stage.data.files=['gone.txt']", "gone.txt"),
+        (
+            "stage.data.files=['asked.jsonl']",
+            "the assistant says nothing",
+        ),
+        ("stage.data.files=['prompts.toml']", "expected a file"),
+        ("stage.data.part=\"dev\"", "nothing to train on"),
+        ("draft.vocab=4000", "draft.vocab 4000"),
+        ("draft.layer=2", "layer"),
+        ("draft.name=\"eagle9\"", "eagle9"),
+        ("draft.taps=[0, 9, 12]", "taps"),
+        ("loss.unrol=3", "unrol"),
+        ("train.length=4096", "context"),
+        ("train.products=\"f8\"", "f8"),
+        ("evaluate.prompts.part=\"test\"", "reported on test"),
+        ("stage.steps=0", "steps or tokens"),
+        ("stage.optimizer.lr=-1.0", "optimizer.lr"),
+        ("stage.schedule.warmup=5000", "warmup"),
+    ] {
+        refused(&set(value), word);
+        assert!(!Path::new(&place.path("out/best")).exists());
+    }
+    // A loss that is no number: the batch is named, and what was kept before stays.
+    json(
+        &place,
+        &train(&["--output", "kept", "--set", "stage.steps=10"]),
+    );
+    let before = bits(&place.path("kept"));
+    refused(
+        &train(&["--output", "nan", "--set", "stage.optimizer.lr=1e30"]),
+        "texts.txt, document",
+    );
+    // Whatever changes is named, and the run is as it was.
+    let resume = |value: &'static str| {
+        train(&[
+            "--output",
+            "kept",
+            "--resume",
+            "--set",
+            "stage.steps=10",
+            "--set",
+            value,
+        ])
+    };
+    refused(&resume("loss.decay=0.5"), "loss.decay");
+    refused(&resume("stage.data.tokens=500"), "have changed");
+    refused(
+        &train(&["--output", "kept", "--set", "stage.steps=10"]),
+        "--resume goes on",
+    );
+    std::fs::rename(
+        place.path("talker/model.safetensors"),
+        place.path("was.safetensors"),
+    )
+    .expect("moved");
+    place.talking("talker", |_| {});
+    let weights = std::fs::read(place.path("was.safetensors")).expect("weights");
+    let mut other = weights.clone();
+    let last = other.len() - 3;
+    other[last] ^= 1;
+    std::fs::write(place.path("talker/model.safetensors"), other).expect("another target");
+    refused(&resume("run.threads=1"), "target has changed");
+    std::fs::write(place.path("talker/model.safetensors"), weights).expect("the target");
+    assert!(before == bits(&place.path("kept")));
+    // Done is done: going on does nothing, and says the same.
+    let done = json(&place, &resume("run.threads=1"));
+    assert_eq!(done["steps"], 10);
+    assert!(before == bits(&place.path("kept")));
+}
+
+#[test]
+fn data_show_prints_masks_and_pairs() {
+    let place = place(EAGLE3, STAGE);
+    let talk = "{\"id\": 1, \"messages\": [{\"role\": \"user\", \"content\": \"hi\"}, {\"role\": \"assistant\", \"content\": \"yes\"}, \
+                {\"role\": \"user\", \"content\": \"so\"}, {\"role\": \"assistant\", \"content\": \"no\"}]}\n\
+                {\"id\": 2, \"messages\": [{\"role\": \"user\", \"content\": \"and nothing\"}]}\n";
+    std::fs::write(place.path("talks.jsonl"), talk).expect("talks");
+    let args = [
+        "data",
+        "show",
+        "talks.jsonl",
+        "--target",
+        "talker",
+        "--part",
+        "all",
+        "--json",
+        "--length",
+        "80",
+        "--rows",
+        "80",
+    ];
+    let shown = json(&place, &args);
+    for (key, count) in [("read", 2), ("written", 1), ("skipped", 0), ("failed", 1)] {
+        assert_eq!(shown[key], count, "{key}");
+    }
+    let rows = shown["rows"].as_array().expect("rows");
+    let masked: String = rows
+        .iter()
+        .filter(|r| r["mask"] == true)
+        .map(|r| r["text"].as_str().expect("text"))
+        .collect();
+    assert_eq!(masked, "yes<|im_end|>no<|im_end|>");
+    for pair in rows
+        .windows(2)
+        .filter(|p| p[0]["document"] == p[1]["document"])
+    {
+        assert_eq!(pair[0]["paired"], pair[1]["token"]);
+        assert_eq!(pair[0]["says"], pair[1]["paired"]);
+    }
+    // A document that holds an evaluation prompt is left out.
+    let set: Value = serde_json::from_str(
+        include_str!("../../assets/prompts/core.jsonl")
+            .lines()
+            .next()
+            .expect("one"),
+    )
+    .expect("JSON");
+    let said = set["turns"][0]
+        .as_str()
+        .or(set["prompt"].as_str())
+        .expect("a prompt");
+    std::fs::write(
+        place.path("held.txt"),
+        format!("before {said} behind\n<|endoftext|>\nanother document\n"),
+    )
+    .expect("held");
+    let shown = json(
+        &place,
+        &[
+            "data", "show", "held.txt", "--target", "talker", "--part", "all", "--json",
+        ],
+    );
+    assert_eq!(
+        (&shown["overlapping"], &shown["written"]),
+        (&1.into(), &1.into())
+    );
+}
+
+#[test]
+fn answers_are_the_targets_own_and_a_broken_off_run_goes_on() {
+    let place = place(EAGLE3, STAGE);
+    asks(&place, "asks.jsonl", 24);
+    let two = "{\"id\": \"two\", \"turns\": [\"ab\", \"cd\"], \"system\": \"s\"}\n";
+    let long = format!(
+        "{{\"id\": \"long\", \"prompt\": \"{}\"}}\n",
+        "a ".repeat(400)
+    );
+    let mut rows = std::fs::read_to_string(place.path("asks.jsonl")).expect("asks");
+    rows += two;
+    rows += &long;
+    std::fs::write(place.path("asks.jsonl"), &rows).expect("asks");
+    let regenerate = |output: &str| {
+        let args = [
+            "data",
+            "regenerate",
+            "asks.jsonl",
+            "--output",
+            output,
+            "--target",
+            "talker",
+            "--json",
+        ];
+        json(
+            &place,
+            &[&args[..], &["--max-new-tokens", "20", "--batch", "5"]].concat(),
+        )
+    };
+    let counts = regenerate("whole.jsonl");
+    let sum = |c: &Value| {
+        ["written", "skipped", "failed"]
+            .map(|key| c[key].as_u64().expect("a count"))
+            .iter()
+            .sum::<u64>()
+    };
+    assert_eq!((&counts["read"], sum(&counts)), (&26.into(), 26));
+    assert!(
+        counts["failed"].as_u64() >= Some(1),
+        "the long one has no room: {counts}"
+    );
+    let whole = std::fs::read_to_string(place.path("whole.jsonl")).expect("answers");
+    let sorted = |text: &str| {
+        let mut lines: Vec<String> = text.lines().map(str::to_string).collect();
+        lines.sort();
+        lines
+    };
+    // One that was answered alone is answered the same, turn by turn.
+    let of = |id: &str| -> Value {
+        let rows = whole
+            .lines()
+            .map(|l| serde_json::from_str::<Value>(l).expect("a row"));
+        rows.into_iter().find(|r| r["id"] == id).expect("answered")
+    };
+    let roles: Vec<Value> = of("two")["messages"]
+        .as_array()
+        .expect("messages")
+        .iter()
+        .map(|m| m["role"].clone())
+        .collect();
+    assert_eq!(roles, ["system", "user", "assistant", "user", "assistant"]);
+    let first: Value = serde_json::from_str(rows.lines().next().expect("a row")).expect("JSON");
+    let prompt = first["prompt"].as_str().expect("text");
+    let alone = json(
+        &place,
+        &[
+            "generate",
+            "--target",
+            "talker",
+            "--prompt",
+            prompt,
+            "--max-new-tokens",
+            "20",
+            "--json",
+        ],
+    );
+    if let Some(answer) = whole.lines().find(|l| l.contains("\"ask-0\"")) {
+        let answer: Value = serde_json::from_str(answer).expect("a row");
+        assert_eq!(answer["messages"][1]["content"], alone["text"]);
+    }
+    // Broken off within a line: the rest is answered again.
+    let cut = whole.len() * 2 / 3;
+    let cut = (cut..)
+        .find(|&at| whole.is_char_boundary(at))
+        .expect("a place");
+    std::fs::write(place.path("torn.jsonl"), &whole[..cut]).expect("torn");
+    let counts = regenerate("torn.jsonl");
+    assert_eq!(sum(&counts), 26);
+    assert!(counts["skipped"].as_u64() > Some(0));
+    let torn = std::fs::read_to_string(place.path("torn.jsonl")).expect("answers");
+    assert_eq!(sorted(&torn), sorted(&whole));
+    // Another file is not appended to.
+    let said = place.refused(&[
+        "data",
+        "regenerate",
+        "asks.jsonl",
+        "--output",
+        "texts.txt",
+        "--target",
+        "talker",
+    ]);
+    assert!(said.contains("texts.txt"), "{said}");
+}
