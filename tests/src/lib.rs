@@ -56,6 +56,11 @@ fn has_gpu() -> bool {
     cfg!(feature = "cuda") && std::env::var("SCYLLA_DEVICE").as_deref() != Ok("cpu")
 }
 
+/// The first GPU, where the build has CUDA and it is not left out.
+pub fn gpu() -> Option<Device> {
+    has_gpu().then(|| parse_device("cuda").expect("a GPU"))
+}
+
 /// Every executor that this build and machine have, by name: the kernels on one and on two threads, candle's tensors on
 /// the CPU, and on the first GPU where the build has CUDA.
 pub fn executors() -> Vec<(String, Arc<dyn Executor>)> {

@@ -14,11 +14,11 @@ pub(crate) const USAGE: &str = "usage: cargo xtask gpu-pack OUT [--device cuda|c
 Builds `scylla`, the tests that run on a device and its benchmark, and packs them with the default model into OUT: parts of
 at most N (32) MB, their hashes, and unpack.sh, which joins, checks and unpacks them where they arrive. `run.sh` in what it
 unpacks does the rest; docs/gpu.md says how. A CUDA build needs nvcc (CUDA_HOME); `--device cpu` packs a build without.
-SCYLLA_GOLDEN names the folder of golden values to pack.
+SCYLLA_GOLDEN names the folder of golden values to pack, SCYLLA_TRAIN_DATA a folder of texts and conversations to train on.
 ";
 
 /// The tests that say something about a device.
-const TESTS: [&str; 4] = ["parity", "eagle", "lossless", "drafts"];
+const TESTS: [&str; 5] = ["parity", "eagle", "lossless", "drafts", "training"];
 
 struct Options {
     out: PathBuf,
@@ -182,6 +182,17 @@ fn fill(stage: &Path, programs: &[(String, PathBuf)], model: &Path, cuda: bool) 
         None => eprintln!(
             "no golden values: SCYLLA_GOLDEN names no folder; their tests will be skipped"
         ),
+    }
+    // Training: the experiments that come with the project, and data where some are named.
+    run(Command::new("cp")
+        .args(["-r"])
+        .arg(root().join("assets/experiments/train"))
+        .arg(stage.join("train")))?;
+    if let Some(data) = std::env::var_os("SCYLLA_TRAIN_DATA") {
+        run(Command::new("cp")
+            .args(["-rL", "--no-preserve=mode"])
+            .arg(&data)
+            .arg(stage.join("data")))?;
     }
     let commit = Command::new("git")
         .current_dir(root())

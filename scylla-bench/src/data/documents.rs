@@ -146,6 +146,44 @@ pub struct Documents {
     pub hash: String,
 }
 
+impl Documents {
+    /// Takes a document, or counts why not.
+    fn take(
+        &mut self,
+        name: &str,
+        one: Tokenised,
+        all_rows: bool,
+        hash: &[u8; 32],
+        whole: &mut Sha256,
+    ) {
+        let counts = &mut self.counts;
+        match one {
+            Err(e) => {
+                counts.failed += 1;
+                if self.failures.len() < 5 {
+                    self.failures.push(format!("{name}: {e}"));
+                }
+            }
+            Ok((tokens, ..)) if tokens.len() < 2 => counts.failed += 1,
+            Ok((.., true)) => {
+                counts.skipped += 1;
+                counts.overlapping += 1;
+            }
+            Ok((tokens, mut mask, false)) => {
+                if all_rows {
+                    mask.fill(true);
+                }
+                counts.written += 1;
+                counts.tokens += tokens.len() as u64;
+                counts.masked += mask.iter().filter(|&&m| m).count() as u64;
+                whole.update(hash);
+                let name = name.to_string();
+                self.all.push(Document { name, tokens, mask });
+            }
+        }
+    }
+}
+
 /// The files meant: folders are their files, by name.
 fn files_of(spec: &DataSpec) -> Result<Vec<PathBuf>> {
     let mut all = Vec::new();
@@ -312,7 +350,7 @@ const GRAM: usize = 13;
 
 /// What evaluation prompts are known by.
 struct KeptOut {
-    grams: HashSet<[u8; 16]>,
+    grams: HashSet<[u32; GRAM]>,
     /// Prompts that are shorter, whole.
     short: Vec<Vec<u32>>,
 }
@@ -331,7 +369,7 @@ impl KeptOut {
                         known.short.push(ids);
                         continue;
                     }
-                    known.grams.extend(ids.windows(GRAM).map(digest));
+                    known.grams.extend(grams(&ids));
                 }
             }
         }
@@ -340,10 +378,7 @@ impl KeptOut {
 
     /// Whether a document holds one: thirteen of its tokens, or, of a shorter prompt, is it.
     fn meets(&self, tokens: &[u32], content: &Content, tokenizer: &Tokenizer) -> bool {
-        if tokens
-            .windows(GRAM)
-            .any(|gram| self.grams.contains(&digest(gram)))
-        {
+        if grams(tokens).any(|gram| self.grams.contains(&gram)) {
             return true;
         }
         let is = |text: &str| {
@@ -359,11 +394,58 @@ impl KeptOut {
     }
 }
 
-fn digest(ids: &[u32]) -> [u8; 16] {
-    let mut hash = Sha256::new();
-    ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
-    let whole: [u8; 32] = hash.finalize().into();
-    std::array::from_fn(|i| whole[i])
+fn grams(ids: &[u32]) -> impl Iterator<Item = [u32; GRAM]> + '_ {
+    ids.windows(GRAM).filter_map(|w| w.first_chunk().copied())
+}
+
+/// A document's tokens, and whether it holds an evaluation prompt.
+type Tokenised = Result<(Vec<u32>, Vec<bool>, bool)>;
+
+fn tokenised(content: &Content, tokenizer: &Tokenizer, kept_out: &KeptOut) -> Tokenised {
+    let (tokens, mask) = match content {
+        Content::Text(text) => {
+            let ids = tokenizer.encode(text)?;
+            let mask = vec![true; ids.len()];
+            (ids, mask)
+        }
+        Content::Talk(messages) => tokens_of_talk(messages, tokenizer)?,
+    };
+    let meets = kept_out.meets(&tokens, content, tokenizer);
+    Ok((tokens, mask, meets))
+}
+
+/// Documents that are tokenised together, on all cores: what is read does not depend on them.
+const TOGETHER: usize = 512;
+
+fn all_tokenised(
+    contents: &[&Content],
+    tokenizer: &Tokenizer,
+    kept_out: &KeptOut,
+) -> Vec<Tokenised> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    let place = || std::sync::Mutex::new(None);
+    let found: Vec<std::sync::Mutex<Option<Tokenised>>> =
+        contents.iter().map(|_| place()).collect();
+    std::thread::scope(|scope| {
+        for _ in 0..cores.min(contents.len()) {
+            scope.spawn(|| {
+                loop {
+                    let i = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    let Some(content) = contents.get(i) else {
+                        break;
+                    };
+                    let one = tokenised(content, tokenizer, kept_out);
+                    *found[i].lock().unwrap_or_else(|e| e.into_inner()) = Some(one);
+                }
+            });
+        }
+    });
+    let one = |place: std::sync::Mutex<Option<Tokenised>>| {
+        let taken = place.into_inner().unwrap_or_else(|e| e.into_inner());
+        taken.unwrap_or_else(|| Err(Error::Experiment("it was not tokenised".into())))
+    };
+    found.into_iter().map(one).collect()
 }
 
 /// Reads what a specification names. `on_read(documents, tokens)` is told now and then.
@@ -381,54 +463,35 @@ pub fn load(
     let mut seen = HashSet::new();
     let mut whole = Sha256::new();
     for path in files_of(spec)? {
-        for (name, content) in contents(&path, &spec.separator)? {
-            let counts = &mut found.counts;
-            counts.read += 1;
+        let contents = contents(&path, &spec.separator)?;
+        let mut wanted = Vec::new();
+        for (name, content) in &contents {
             let hash = content.hash();
+            found.counts.read += 1;
             let other = spec.part != "all" && part_of(&hash) != spec.part;
-            let enough = spec.tokens > 0 && counts.tokens >= spec.tokens;
             // The same document twice teaches it by heart.
-            if other || enough || !seen.insert(hash) {
-                counts.skipped += 1;
+            if other || !seen.insert(hash) {
+                found.counts.skipped += 1;
                 continue;
             }
-            let tokenised = match &content {
-                Content::Text(text) => tokenizer.encode(text).map_err(Error::from).map(|ids| {
-                    let mask = vec![true; ids.len()];
-                    (ids, mask)
-                }),
-                Content::Talk(messages) => tokens_of_talk(messages, tokenizer),
-            };
-            let (tokens, mut mask) = match tokenised {
-                Ok((tokens, _)) if tokens.len() < 2 => {
-                    counts.failed += 1;
-                    continue;
-                }
-                Ok(tokenised) => tokenised,
-                Err(e) => {
-                    counts.failed += 1;
-                    if found.failures.len() < 5 {
-                        found.failures.push(format!("{name}: {e}"));
-                    }
-                    continue;
-                }
-            };
-            if kept_out.meets(&tokens, &content, tokenizer) {
-                counts.skipped += 1;
-                counts.overlapping += 1;
+            wanted.push((name, content, hash));
+        }
+        for some in wanted.chunks(TOGETHER) {
+            let enough = |c: &Counts| spec.tokens > 0 && c.tokens >= spec.tokens;
+            if enough(&found.counts) {
+                found.counts.skipped += some.len();
                 continue;
             }
-            if spec.whole {
-                mask.fill(true);
+            let some_contents: Vec<&Content> =
+                some.iter().map(|(_, content, _)| *content).collect();
+            let all = all_tokenised(&some_contents, tokenizer, &kept_out);
+            for ((name, _, hash), one) in some.iter().zip(all) {
+                match enough(&found.counts) {
+                    true => found.counts.skipped += 1,
+                    false => found.take(name, one, spec.whole, hash, &mut whole),
+                }
             }
-            counts.written += 1;
-            counts.tokens += tokens.len() as u64;
-            counts.masked += mask.iter().filter(|&&m| m).count() as u64;
-            whole.update(hash);
-            if counts.written.is_multiple_of(64) {
-                on_read(counts.written, counts.tokens);
-            }
-            found.all.push(Document { name, tokens, mask });
+            on_read(found.counts.written, found.counts.tokens);
         }
     }
     whole.update(found.counts.tokens.to_le_bytes());
