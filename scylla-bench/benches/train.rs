@@ -62,6 +62,7 @@ fn lines() -> Lines {
         tokens: (0..ROWS).map(token).collect(),
         mask: vec![true; ROWS],
         of: (0..LINES).collect(),
+        from: vec![0; LINES],
     }
 }
 

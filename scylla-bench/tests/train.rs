@@ -588,3 +588,106 @@ fn answers_are_the_targets_own_and_a_broken_off_run_goes_on() {
     ]);
     assert!(said.contains("texts.txt"), "{said}");
 }
+
+#[test]
+fn features_are_kept_once_and_trained_on_without_the_targets_pass() {
+    let place = place(EAGLE3, STAGE);
+    let features = |output: &str, more: &[&str]| {
+        let args = [
+            "data",
+            "features",
+            "texts.txt",
+            "--output",
+            output,
+            "--target",
+            "talker",
+            "--json",
+        ];
+        let taps = ["--taps", "0,1,2", "--length", "48", "--shard-mb", "1"];
+        [&args[..], &taps, more]
+            .concat()
+            .into_iter()
+            .map(str::to_string)
+            .collect::<Vec<_>>()
+    };
+    let run =
+        |args: Vec<String>| json(&place, &args.iter().map(String::as_str).collect::<Vec<_>>());
+    let counts = run(features("kept", &[]));
+    let count = |key: &str| counts[key].as_u64().expect("a count");
+    assert_eq!(
+        count("read"),
+        count("written") + count("skipped") + count("failed")
+    );
+    assert!(count("shards") > 1 && count("tokens") > 0, "{counts}");
+    // A row: four states of 64 values, its token and its mask; pieces of one token are left out.
+    assert!(count("bytes") <= count("tokens") * (4 * 64 * 2 + 5));
+    // What is there already is not computed again.
+    let again = run(features("kept", &[]));
+    assert_eq!(again["shards_before"], counts["shards"]);
+    let said = place.refused(
+        &features("kept", &["--part", "all"])
+            .iter()
+            .map(String::as_str)
+            .collect::<Vec<_>>(),
+    );
+    assert!(said.contains("other documents"), "{said}");
+    // Broken off between two shards.
+    let index = place.path("kept/features.json");
+    let mut value: Value =
+        serde_json::from_str(&std::fs::read_to_string(&index).expect("index")).expect("JSON");
+    value["written"] = 1.into();
+    std::fs::write(&index, value.to_string()).expect("index");
+    let said = place.refused(&train(&[
+        "--output",
+        "early",
+        "--set",
+        "stage.data={features='kept'}",
+    ]));
+    assert!(said.contains("goes on"), "{said}");
+    let bytes = std::fs::read(place.path("kept/model.safetensors.index.json")).expect("listing");
+    assert_eq!(run(features("kept", &[]))["shards_before"], 1);
+    assert_eq!(
+        std::fs::read(place.path("kept/model.safetensors.index.json")).expect("listing"),
+        bytes
+    );
+    // Rounded to bf16, the states give nearly the same loss as those of the moment.
+    let live = json(
+        &place,
+        &train(&["--output", "live", "--set", "stage.steps=20"]),
+    );
+    let kept = json(
+        &place,
+        &train(&[
+            "--output",
+            "offline",
+            "--set",
+            "stage.steps=20",
+            "--set",
+            "stage.data={features='kept', files=[]}",
+        ]),
+    );
+    let loss = |r: &Value| r["loss"].as_f64().expect("loss");
+    assert!(
+        (loss(&live) - loss(&kept)).abs() < 0.1 * loss(&live),
+        "{live} {kept}"
+    );
+    // Those of another target, or without a state that is needed, are refused.
+    let said = place.refused(&train(&[
+        "--output",
+        "other",
+        "--set",
+        "stage.data={features='kept', files=[]}",
+        "--set",
+        "draft.taps=[0, 1]",
+    ]));
+    assert!(!said.is_empty());
+    std::fs::rename(place.path("talker"), place.path("was")).expect("moved");
+    place.talking("talker", |files| files[0]["rms_norm_eps"] = 1e-4.into());
+    let said = place.refused(&train(&[
+        "--output",
+        "other",
+        "--set",
+        "stage.data={features='kept', files=[]}",
+    ]));
+    assert!(said.contains("sha256"), "{said}");
+}

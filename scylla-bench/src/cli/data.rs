@@ -4,11 +4,14 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use clap::{Args, Subcommand};
+use scylla_core::plugin::Tap;
 use scylla_core::text::Tokenizer;
+use scylla_draft::checkpoint::default_taps;
 use serde::Serialize;
 
 use super::{ModelOptions, Progress, open_session, print_json, print_text, say};
 use crate::data::documents::{self, DataSpec, Documents};
+use crate::data::features::{How, keep};
 use crate::data::packing::{Position, Stream};
 use crate::data::regenerate::regenerate;
 use crate::experiment::{Experiment, Override};
@@ -20,6 +23,8 @@ pub(super) enum Data {
     Show(Show),
     /// Let the target answer conversations itself: what a draft learns best from
     Regenerate(Regenerate),
+    /// Compute the target's states of documents once and keep them, to train on without its pass
+    Features(Features),
 }
 
 impl Data {
@@ -27,6 +32,7 @@ impl Data {
         match self {
             Self::Show(c) => c.run(),
             Self::Regenerate(c) => c.run(registry, stop),
+            Self::Features(c) => c.run(stop),
         }
     }
 }
@@ -151,6 +157,116 @@ impl Regenerate {
             found.tokens_per_s,
             found.cut,
             self.max_new_tokens
+        ))
+    }
+}
+
+#[derive(Args)]
+pub(super) struct Features {
+    #[command(flatten)]
+    files: Files,
+    /// Folder to write
+    #[arg(long)]
+    output: PathBuf,
+    /// The target: `default`, a directory, a GGUF file, or a hub id
+    #[arg(long, default_value = "default")]
+    target: String,
+    /// Whose states: eagle2 and scylla read the final one, eagle3 three layers' inputs beside it
+    #[arg(long, default_value = "eagle3")]
+    draft: String,
+    /// Layers whose inputs are kept beside the final state [default: those of the draft]
+    #[arg(long, value_delimiter = ',')]
+    taps: Option<Vec<usize>>,
+    /// Tokens of a piece of a document at most
+    #[arg(long, default_value_t = 512)]
+    length: usize,
+    /// Megabytes of a shard
+    #[arg(long, default_value_t = 256)]
+    shard_mb: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    model: ModelOptions,
+}
+
+impl Features {
+    fn taps(&self, layers: usize) -> Result<Vec<Tap>> {
+        let inputs = match (&self.taps, self.draft.as_str()) {
+            (Some(taps), _) => taps.clone(),
+            (None, "eagle2" | "scylla") => Vec::new(),
+            (None, "eagle3") => default_taps(layers)?.to_vec(),
+            (None, other) => {
+                return Err(scylla_core::Error::unknown(
+                    "draft to train",
+                    other,
+                    ["eagle2", "eagle3", "scylla"],
+                )
+                .into());
+            }
+        };
+        if let Some(tap) = inputs.iter().find(|&&t| t > layers) {
+            return Err(Error::Experiment(format!(
+                "tap {tap} of a target of {layers} layers"
+            )));
+        }
+        Ok(inputs
+            .into_iter()
+            .map(Tap::Input)
+            .chain([Tap::Final])
+            .collect())
+    }
+
+    fn run(self, stop: &AtomicBool) -> Result<()> {
+        let mut overrides = self.model.overrides();
+        overrides.push(Override::new("target.model", self.target.clone()));
+        let experiment = Experiment::from_overrides(&overrides)?;
+        let mut session = open_session(&experiment)?;
+        let shape = session.target.model.shape();
+        let taps = self.taps(shape.layers)?;
+        if !(2..=shape.context).contains(&self.length) || self.shard_mb == 0 {
+            return Err(Error::Experiment(format!(
+                "--length {} must be 2 to the target's context of {}, --shard-mb {} at least 1",
+                self.length, shape.context, self.shard_mb
+            )));
+        }
+        let found = documents::load(&self.files.spec(), session.tokenizer()?, &mut |_, _| {})?;
+        found
+            .failures
+            .iter()
+            .for_each(|f| say(&format!("not used: {f}")));
+        let how = How {
+            taps: &taps,
+            length: self.length,
+            shard_bytes: self.shard_mb << 20,
+        };
+        let mut progress = Progress::new("computing", false);
+        let kept = keep(
+            &mut session,
+            &found,
+            &how,
+            &self.output,
+            stop,
+            &mut |done, all| {
+                progress.set(done as u64, all as u64);
+            },
+        );
+        progress.finish();
+        let kept = kept?;
+        if self.json {
+            return print_json(&kept);
+        }
+        print_text(&format!(
+            "{} documents read: {} taken, {} left out, {} failed; {} tokens, {:.1} MB in {} shards ({} were there), {:.1} s\n",
+            kept.counts.read,
+            kept.counts.written,
+            kept.counts.skipped,
+            kept.counts.failed,
+            kept.counts.tokens,
+            kept.bytes as f64 / 1e6,
+            kept.shards,
+            kept.shards_before,
+            kept.seconds
         ))
     }
 }

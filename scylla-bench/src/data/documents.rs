@@ -32,6 +32,9 @@ pub struct DataSpec {
     pub whole: bool,
     /// Prompt sets whose prompts must not be in the data.
     pub keep_out: Vec<String>,
+    /// A folder of features (`scylla data features`) to train on, in place of files and of the target's pass.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub features: Option<PathBuf>,
 }
 
 impl Default for DataSpec {
@@ -43,6 +46,7 @@ impl Default for DataSpec {
             tokens: 0,
             whole: false,
             keep_out: vec![prompts::CORE.into()],
+            features: None,
         }
     }
 }
@@ -53,9 +57,9 @@ impl DataSpec {
     /// # Errors
     /// Names what is wrong.
     pub fn check(&self) -> Result<()> {
-        if self.files.is_empty() {
+        if self.files.is_empty() == self.features.is_none() {
             return Err(Error::Experiment(
-                "data.files names no file to train on".into(),
+                "data.files names no file to train on, and data.features no folder: give one of them".into(),
             ));
         }
         if !["train", "dev", "test", "all"].contains(&self.part.as_str()) {

@@ -2,5 +2,6 @@
 
 pub mod conversations;
 pub mod documents;
+pub mod features;
 pub mod packing;
 pub mod regenerate;

@@ -33,6 +33,8 @@ pub struct Lines {
     pub mask: Vec<bool>,
     /// Which documents they are of, pieces of one document each for itself.
     pub of: Vec<usize>,
+    /// Where each piece begins in its document.
+    pub from: Vec<usize>,
 }
 
 /// Packs documents into lines of `length` tokens, shuffled anew for each epoch.
@@ -112,7 +114,8 @@ impl<'a> Stream<'a> {
         let length = self.length;
         let mut tokens = Vec::with_capacity(count * length);
         let mut mask = Vec::with_capacity(count * length);
-        let (mut ranges, mut of): (Vec<Range<usize>>, Vec<usize>) = (Vec::new(), Vec::new());
+        let mut ranges: Vec<Range<usize>> = Vec::new();
+        let (mut of, mut from): (Vec<usize>, Vec<usize>) = (Vec::new(), Vec::new());
         for line in 0..count {
             let end = (line + 1) * length;
             while tokens.len() < end {
@@ -134,6 +137,7 @@ impl<'a> Stream<'a> {
                     mask.extend_from_slice(&document.mask[piece]);
                     ranges.push(first..tokens.len());
                     of.push(index);
+                    from.push(self.at.offset);
                 }
                 if taken == rest {
                     self.at.document += 1;
@@ -145,6 +149,7 @@ impl<'a> Stream<'a> {
             if tokens.len() < end {
                 ranges.push(tokens.len()..end);
                 of.push(usize::MAX);
+                from.push(0);
                 tokens.resize(end, 0);
                 mask.resize(end, false);
             }
@@ -154,6 +159,7 @@ impl<'a> Stream<'a> {
             tokens,
             mask,
             of,
+            from,
         })
     }
 }

@@ -25,11 +25,10 @@ pub struct Feed<'a> {
     documents: &'a Documents,
     stream: Stream<'a>,
     batch: usize,
-    taps: Vec<Tap>,
 }
 
 impl<'a> Feed<'a> {
-    /// Batches of `batch` lines of `length` rows, from a position on, with these states of the target.
+    /// Batches of `batch` lines of `length` rows, from a position on,
     ///
     /// # Errors
     /// If there is nothing to train on.
@@ -38,13 +37,11 @@ impl<'a> Feed<'a> {
         (batch, length): (usize, usize),
         seed: u64,
         at: Position,
-        taps: Vec<Tap>,
     ) -> Result<Self> {
         Ok(Self {
             stream: Stream::new(&documents.all, length, seed, at)?,
             documents,
             batch,
-            taps,
         })
     }
 
@@ -72,11 +69,6 @@ impl<'a> Feed<'a> {
                 return Ok(lines);
             }
         }
-    }
-
-    /// States that batches are taught with.
-    pub fn taps(&self) -> &[Tap] {
-        &self.taps
     }
 }
 

@@ -22,7 +22,8 @@ use super::feed::{Feed, Taught, teach};
 use super::learner::{Learner, serving};
 use super::tau::{Tau, Tester};
 use crate::data::documents::{self, Documents};
-use crate::data::packing::Position;
+use crate::data::features::Features;
+use crate::data::packing::{Lines, Position};
 use crate::environment::{Environment, peak_resident};
 use crate::session::Session;
 use crate::{Error, Result};
@@ -163,13 +164,28 @@ struct Run {
 pub struct Trainer<'s> {
     session: &'s mut Session,
     host: TrainHost,
-    data: Vec<Documents>,
+    data: Vec<Source>,
     taps: Vec<Tap>,
     runs: Vec<Run>,
     tester: Tester,
     /// Of the target's pass and the drafts' parts, per step, lately; and of an evaluation.
     step_s: f64,
     evaluation_s: f64,
+}
+
+/// What a stage is trained on: documents, whose states the target says, or states that were kept with theirs.
+#[derive(Default)]
+struct Source {
+    read: Documents,
+    kept: Option<Features>,
+}
+
+impl Source {
+    fn documents(&self) -> &Documents {
+        self.kept
+            .as_ref()
+            .map_or(&self.read, |kept| &kept.documents)
+    }
 }
 
 /// What a graph is computed with beside a target.
@@ -198,9 +214,9 @@ pub fn compute(session: &Session, form: Option<ProductForm>) -> Result<Compute> 
 }
 
 /// How often each token is trained on.
-fn counts(data: &[Documents], vocab: usize) -> Vec<u64> {
+fn counts(data: &[Source], vocab: usize) -> Vec<u64> {
     let mut counts = vec![0; vocab];
-    for document in data.iter().flat_map(|d| &d.all) {
+    for document in data.iter().flat_map(|d| &d.documents().all) {
         for (&token, _) in document
             .tokens
             .iter()
@@ -241,9 +257,19 @@ impl<'s> Trainer<'s> {
         }
         let mut data = Vec::new();
         for stage in &first.stage {
-            let tokenizer = session.tokenizer()?;
-            let found =
-                documents::load(&stage.data, tokenizer, &mut |d, t| told(Told::Data(d, t)))?;
+            let source = match &stage.data.features {
+                Some(dir) => Source {
+                    kept: Some(Features::open(dir, session.target_hash()?)?),
+                    ..Source::default()
+                },
+                None => {
+                    let tokenizer = session.tokenizer()?;
+                    let on_read = &mut |d, t| told(Told::Data(d, t));
+                    let read = documents::load(&stage.data, tokenizer, on_read)?;
+                    Source { read, kept: None }
+                }
+            };
+            let found = source.documents();
             let c = &found.counts;
             told(Told::Note(format!(
                 "stage {}: {} documents, {} tokens ({} trained on); {} left out, {} of them for an evaluation prompt; {} failed",
@@ -260,7 +286,7 @@ impl<'s> Trainer<'s> {
                     stage.tokens as f64 / c.tokens as f64
                 )));
             }
-            data.push(found);
+            data.push(source);
         }
         let on = compute(session, first.form()?)?;
         let host = TrainHost::new(&on, &session.target.tokens)?;
@@ -372,15 +398,17 @@ impl<'s> Trainer<'s> {
         let data = std::mem::take(&mut self.data[index]);
         let done = (|| {
             let sizes = (train.batch, train.length);
-            let mut feed = Feed::new(
-                &data,
-                sizes,
-                seed.wrapping_add(index as u64),
-                at,
-                self.taps.clone(),
-            )?;
+            let mut feed = Feed::new(data.documents(), sizes, seed.wrapping_add(index as u64), at)?;
             for step in behind.max(steps.start)..steps.end {
-                self.step(&mut feed, stage, &steps, step, stop, told)?;
+                self.step(
+                    &mut feed,
+                    data.kept.as_ref(),
+                    stage,
+                    &steps,
+                    step,
+                    stop,
+                    told,
+                )?;
             }
             Ok(())
         })();
@@ -392,6 +420,7 @@ impl<'s> Trainer<'s> {
     fn step(
         &mut self,
         feed: &mut Feed<'_>,
+        kept: Option<&Features>,
         stage: &Stage,
         steps: &std::ops::Range<u64>,
         step: u64,
@@ -403,7 +432,7 @@ impl<'s> Trainer<'s> {
         let mut batches: Vec<Taught> = Vec::with_capacity(count);
         for _ in 0..count {
             let lines = feed.lines()?;
-            batches.push(teach(&mut self.session.target.model, lines, feed.taps())?);
+            batches.push(self.taught(lines, kept)?);
         }
         let target_ms = begun.elapsed().as_secs_f64() * 1e3;
         let total = self.total();
@@ -475,6 +504,17 @@ impl<'s> Trainer<'s> {
         }
     }
 
+    /// What the target says of some lines, now or when it was kept.
+    fn taught(&mut self, lines: Lines, kept: Option<&Features>) -> Result<Taught> {
+        match kept {
+            Some(kept) => Ok(Taught {
+                states: kept.states(&lines, &self.taps)?,
+                lines,
+            }),
+            None => teach(&mut self.session.target.model, lines, &self.taps),
+        }
+    }
+
     fn seconds_left(&self, steps: u64, every: u64) -> f64 {
         let evaluations = match every {
             0 => 1,
@@ -535,15 +575,14 @@ impl<'s> Trainer<'s> {
         let data = std::mem::take(&mut self.data[0]);
         let train = &self.runs[0].experiment.train;
         let mut feed = Feed::new(
-            &data,
+            data.documents(),
             (train.batch, train.length),
             0,
             Position::default(),
-            self.taps.clone(),
         )?;
         let begun = Instant::now();
         let lines = feed.lines()?;
-        let taught = teach(&mut self.session.target.model, lines, feed.taps())?;
+        let taught = self.taught(lines, data.kept.as_ref())?;
         let mut seconds = begun.elapsed().as_secs_f64();
         let mut evaluation = 0.0;
         for i in 0..self.runs.len() {
@@ -601,7 +640,7 @@ impl Run {
         dir: &Path,
         session: &Session,
         host: &TrainHost,
-        data: &[Documents],
+        data: &[Source],
     ) -> Result<Self> {
         for name in [CHECKPOINT, METRICS, BEST] {
             let path = dir.join(name);
@@ -632,7 +671,7 @@ impl Run {
                 position: Position::default(),
                 ids: learner.ids.clone(),
                 target: session.target_hash()?.into(),
-                data: data.iter().map(|d| d.hash.clone()).collect(),
+                data: data.iter().map(|d| d.documents().hash.clone()).collect(),
                 experiment: experiment.clone(),
                 best: None,
                 last: None,
@@ -650,7 +689,7 @@ impl Run {
         dir: &Path,
         session: &Session,
         host: &TrainHost,
-        data: &[Documents],
+        data: &[Source],
     ) -> Result<Self> {
         let path = dir.join(CHECKPOINT);
         let (parameters, optimizer, state): (_, _, State) = checkpoint::load(&path, &host.on)?;
@@ -676,7 +715,7 @@ impl Run {
             ));
         }
         for ((stage, was), now) in experiment.stage.iter().zip(&state.data).zip(data) {
-            if *was != now.hash {
+            if *was != now.documents().hash {
                 return changed(format!("the data of stage {} have changed", stage.name));
             }
         }

@@ -1,0 +1,474 @@
+//! The target's states of documents, computed once and kept: sharded safetensors with a listing, in bf16.
+//!
+//! Drafts can then be trained without the target's pass. What is kept is sized before anything is computed, and refused where
+//! the disk would not hold it. A shard is written whole or not at all, so that a run that is broken off goes on behind its last.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use half::bf16;
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+use scylla_core::files;
+use scylla_core::model::Shards;
+use scylla_core::plugin::{Matrix, Tap};
+use scylla_core::train::graph::PackedRows;
+use serde::{Deserialize, Serialize};
+
+use super::documents::{Counts, Document, Documents};
+use super::packing::Lines;
+use crate::session::Session;
+use crate::train::teach;
+use crate::{Error, Result};
+
+const INDEX: &str = "features.json";
+const LISTING: &str = "model.safetensors.index.json";
+const VERSION: u32 = 1;
+
+/// What a folder of features holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Index {
+    /// Version of this form.
+    pub version: u32,
+    /// Sha256 of the target.
+    pub target: String,
+    /// Hash of the documents.
+    pub data: String,
+    /// Layers whose inputs are kept, and `final`, side by side in a row.
+    pub taps: Vec<String>,
+    /// H.
+    pub hidden: usize,
+    /// Tokens of a piece at most.
+    pub length: usize,
+    /// Pieces of documents: name, tokens and shard of each.
+    pub pieces: Vec<Piece>,
+    /// Shards, in order.
+    pub shards: usize,
+    /// Shards that are written.
+    pub written: usize,
+}
+
+/// A piece of a document.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Piece {
+    /// The document's name.
+    pub name: String,
+    /// Tokens.
+    pub tokens: usize,
+    /// The shard it is in.
+    pub shard: usize,
+}
+
+/// What a pass came to.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Kept {
+    /// What became of the documents.
+    #[serde(flatten)]
+    pub counts: Counts,
+    /// Bytes of all shards.
+    pub bytes: u64,
+    /// Shards.
+    pub shards: usize,
+    /// Of those, the ones that were there before.
+    pub shards_before: usize,
+    /// Seconds of this run.
+    pub seconds: f64,
+}
+
+/// How a tap is written.
+fn name_of(tap: Tap) -> String {
+    match tap {
+        Tap::Input(layer) => layer.to_string(),
+        Tap::Final => "final".into(),
+    }
+}
+
+fn tap_of(name: &str) -> Option<Tap> {
+    match name {
+        "final" => Some(Tap::Final),
+        layer => layer.parse().ok().map(Tap::Input),
+    }
+}
+
+/// Documents cut into pieces of at most `length` tokens.
+fn cut(documents: &[Document], length: usize) -> Vec<Document> {
+    let pieces = |d: &Document| -> Vec<Document> {
+        let parts = d.tokens.chunks(length).zip(d.mask.chunks(length));
+        let whole = parts.filter(|(tokens, _)| tokens.len() > 1);
+        let piece = |(tokens, mask): (&[u32], &[bool])| Document {
+            name: d.name.clone(),
+            tokens: tokens.to_vec(),
+            mask: mask.to_vec(),
+        };
+        whole.map(piece).collect()
+    };
+    documents.iter().flat_map(pieces).collect()
+}
+
+fn shard_name(shard: usize, of: usize) -> String {
+    format!("model-{:05}-of-{of:05}.safetensors", shard + 1)
+}
+
+/// Free bytes of the disk that a folder is on, where the system tells.
+fn free(dir: &Path) -> Option<u64> {
+    #[cfg(unix)]
+    {
+        let found = rustix::fs::statvfs(dir).ok()?;
+        Some(found.f_bavail * found.f_frsize)
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = dir;
+        None
+    }
+}
+
+/// How features are kept.
+pub struct How<'a> {
+    /// The states.
+    pub taps: &'a [Tap],
+    /// Tokens of a piece at most.
+    pub length: usize,
+    /// Bytes of a shard, about.
+    pub shard_bytes: u64,
+}
+
+/// Computes and keeps the target's states of documents. `on_shard(done, all)` is told of each shard.
+///
+/// # Errors
+/// If the disk would not hold them; if the folder holds features of another target, other data or other taps; if broken off
+/// (the shards that are written are kept).
+pub fn keep(
+    session: &mut Session,
+    documents: &Documents,
+    how: &How<'_>,
+    dir: &Path,
+    stop: &AtomicBool,
+    on_shard: &mut dyn FnMut(usize, usize),
+) -> Result<Kept> {
+    let begun = std::time::Instant::now();
+    let hidden = session.target.config.hidden;
+    let pieces = cut(&documents.all, how.length);
+    // A row: states, token and mask.
+    let row = (how.taps.len() * hidden * 2 + 5) as u64;
+    let total = pieces
+        .iter()
+        .map(|p| p.tokens.len() as u64 * row)
+        .sum::<u64>();
+    let mut index = Index {
+        version: VERSION,
+        target: session.target_hash()?.into(),
+        data: documents.hash.clone(),
+        taps: how.taps.iter().map(|&t| name_of(t)).collect(),
+        hidden,
+        length: how.length,
+        pieces: Vec::with_capacity(pieces.len()),
+        shards: 0,
+        written: 0,
+    };
+    let mut filled = 0;
+    for piece in &pieces {
+        let bytes = piece.tokens.len() as u64 * row;
+        if index.pieces.is_empty() || filled + bytes > how.shard_bytes {
+            index.shards += 1;
+            filled = 0;
+        }
+        filled += bytes;
+        index.pieces.push(Piece {
+            name: piece.name.clone(),
+            tokens: piece.tokens.len(),
+            shard: index.shards - 1,
+        });
+    }
+    std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+    let before = resumed(dir, &index)?;
+    index.written = before;
+    let left = total * (index.shards - before) as u64 / index.shards.max(1) as u64;
+    if let Some(free) = free(dir).filter(|free| *free < left + left / 50) {
+        return Err(Error::file(
+            dir,
+            format!(
+                "the features take {:.2} GB ({} rows of {row} bytes), of which {:.2} are to be written, and {:.2} are free; \
+                 fewer documents (--tokens) or another disk",
+                total as f64 / 1e9,
+                total / row,
+                left as f64 / 1e9,
+                free as f64 / 1e9
+            ),
+        ));
+    }
+    write_index(dir, &index)?;
+    on_shard(before, index.shards);
+    let mut first = 0;
+    for shard in 0..index.shards {
+        let count = index.pieces[first..]
+            .iter()
+            .take_while(|p| p.shard == shard)
+            .count();
+        let own = first..first + count;
+        first += count;
+        if shard < before {
+            continue;
+        }
+        if stop.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted(format!(
+                "; {shard} of {} shards are in {}, the same command goes on",
+                index.shards,
+                dir.display()
+            )));
+        }
+        let path = dir.join(shard_name(shard, index.shards));
+        write_shard(session, &pieces[own.clone()], own.start, how.taps, &path)?;
+        index.written = shard + 1;
+        write_index(dir, &index)?;
+        on_shard(index.written, index.shards);
+    }
+    write_listing(dir, &index)?;
+    Ok(Kept {
+        counts: documents.counts.clone(),
+        bytes: total,
+        shards: index.shards,
+        shards_before: before,
+        seconds: begun.elapsed().as_secs_f64(),
+    })
+}
+
+/// Shards that an earlier run has written.
+fn resumed(dir: &Path, now: &Index) -> Result<usize> {
+    let path = dir.join(INDEX);
+    if !path.exists() {
+        return Ok(0);
+    }
+    let was = read_index(dir)?;
+    let same = Index {
+        written: was.written,
+        ..now.clone()
+    };
+    match same == was {
+        true => Ok(was.written),
+        false => Err(Error::file(
+            &path,
+            "holds features of another target, other documents, taps or sizes; choose another --output",
+        )),
+    }
+}
+
+fn read_index(dir: &Path) -> Result<Index> {
+    let path = dir.join(INDEX);
+    let value = files::read_json(&path, "an index of features")?;
+    let index: Index =
+        serde_json::from_value(value).map_err(|e| Error::file(&path, e.to_string()))?;
+    match index.version == VERSION {
+        true => Ok(index),
+        false => Err(Error::file(
+            &path,
+            format!("is of version {}, this is {VERSION}", index.version),
+        )),
+    }
+}
+
+fn write_index(dir: &Path, index: &Index) -> Result<()> {
+    let text = serde_json::to_vec(index).map_err(|e| Error::Experiment(e.to_string()))?;
+    Ok(files::write(&dir.join(INDEX), &text)?)
+}
+
+/// The listing by which the shards are found, as transformers writes it.
+fn write_listing(dir: &Path, index: &Index) -> Result<()> {
+    let mut map = BTreeMap::new();
+    for (i, piece) in index.pieces.iter().enumerate() {
+        let file = shard_name(piece.shard, index.shards);
+        for kind in ["tokens", "mask", "states"] {
+            map.insert(format!("{i}.{kind}"), file.clone());
+        }
+    }
+    let text = serde_json::to_vec(&serde_json::json!({ "weight_map": map }))
+        .map_err(|e| Error::Experiment(e.to_string()))?;
+    Ok(files::write(&dir.join(LISTING), &text)?)
+}
+
+fn write_shard(
+    session: &mut Session,
+    pieces: &[Document],
+    first: usize,
+    taps: &[Tap],
+    path: &Path,
+) -> Result<()> {
+    let mut held: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+    for (i, piece) in pieces.iter().enumerate() {
+        let n = piece.tokens.len();
+        let lines = Lines {
+            rows: PackedRows::lines(1, n)?,
+            tokens: piece.tokens.clone(),
+            mask: piece.mask.clone(),
+            of: vec![0],
+            from: vec![0],
+        };
+        let taught = teach(&mut session.target.model, lines, taps)?;
+        let states = taught
+            .states
+            .iter()
+            .map(|s| Ok(s.all()?))
+            .collect::<Result<Vec<_>>>()?;
+        let mut bytes =
+            Vec::with_capacity(n * states.iter().map(|s| s.len()).sum::<usize>() / n.max(1) * 2);
+        for row in 0..n {
+            for state in &states {
+                let h = state.len() / n;
+                let values = state[row * h..(row + 1) * h].iter();
+                bytes.extend(values.flat_map(|v| bf16::from_f32(*v).to_le_bytes()));
+            }
+        }
+        let number = first + i;
+        let ids = piece
+            .tokens
+            .iter()
+            .flat_map(|&t| (t as i32).to_le_bytes())
+            .collect();
+        let mask = piece.mask.iter().map(|&m| u8::from(m)).collect();
+        let width = bytes.len() / 2 / n.max(1);
+        held.push((format!("{number}.tokens"), Dtype::I32, vec![n], ids));
+        held.push((format!("{number}.mask"), Dtype::U8, vec![n], mask));
+        held.push((
+            format!("{number}.states"),
+            Dtype::BF16,
+            vec![n, width],
+            bytes,
+        ));
+    }
+    let failed = |e: safetensors::SafeTensorError| Error::file(path, e.to_string());
+    let mut views = Vec::with_capacity(held.len());
+    for (name, dtype, shape, bytes) in &held {
+        views.push((
+            name.as_str(),
+            TensorView::new(*dtype, shape.clone(), bytes).map_err(failed)?,
+        ));
+    }
+    let bytes = safetensors::serialize(views, None).map_err(failed)?;
+    Ok(files::write(path, &bytes)?)
+}
+
+/// Features that were kept: documents with the target's states of each.
+pub struct Features {
+    /// The documents.
+    pub documents: Documents,
+    /// The states.
+    pub taps: Vec<Tap>,
+    hidden: usize,
+    shards: Shards,
+    dir: PathBuf,
+}
+
+impl Features {
+    /// Opens a folder of features of a target.
+    ///
+    /// # Errors
+    /// If it is not whole, or they are another target's.
+    pub fn open(dir: &Path, target: &str) -> Result<Self> {
+        let index = read_index(dir)?;
+        if index.written != index.shards {
+            return Err(Error::file(
+                dir,
+                format!(
+                    "{} of {} shards are written: `scylla data features` goes on",
+                    index.written, index.shards
+                ),
+            ));
+        }
+        if index.target != target {
+            return Err(Error::file(
+                dir,
+                format!(
+                    "the features are those of the target with sha256 {}; this one has {target}",
+                    index.target
+                ),
+            ));
+        }
+        let taps: Option<Vec<Tap>> = index.taps.iter().map(|t| tap_of(t)).collect();
+        let taps =
+            taps.ok_or_else(|| Error::file(&dir.join(INDEX), format!("taps {:?}", index.taps)))?;
+        let shards = Shards::open(dir)?;
+        let mut documents = Documents {
+            hash: index.data.clone(),
+            ..Documents::default()
+        };
+        for (i, piece) in index.pieces.iter().enumerate() {
+            let (dtype, ids) = shards.stored(&format!("{i}.tokens"), &[piece.tokens])?;
+            let (_, mask) = shards.stored(&format!("{i}.mask"), &[piece.tokens])?;
+            let ids: Vec<u32> = ids
+                .as_chunks()
+                .0
+                .iter()
+                .map(|b| i32::from_le_bytes(*b) as u32)
+                .collect();
+            if dtype != Dtype::I32 || ids.len() != piece.tokens || mask.len() != piece.tokens {
+                return Err(Error::file(
+                    dir,
+                    format!("piece {i} is not as its index says"),
+                ));
+            }
+            let mask: Vec<bool> = mask.iter().map(|&m| m != 0).collect();
+            documents.counts.read += 1;
+            documents.counts.written += 1;
+            documents.counts.tokens += ids.len() as u64;
+            documents.counts.masked += mask.iter().filter(|&&m| m).count() as u64;
+            documents.all.push(Document {
+                name: piece.name.clone(),
+                tokens: ids,
+                mask,
+            });
+        }
+        Ok(Self {
+            documents,
+            taps,
+            hidden: index.hidden,
+            shards,
+            dir: dir.to_path_buf(),
+        })
+    }
+
+    /// States of packed lines, one matrix for each of the taps asked for.
+    ///
+    /// # Errors
+    /// If a tap is not kept, or a shard cannot be read.
+    pub fn states(&self, lines: &Lines, taps: &[Tap]) -> Result<Vec<Matrix>> {
+        let h = self.hidden;
+        let place = |tap: &Tap| {
+            self.taps.iter().position(|t| t == tap).ok_or_else(|| {
+                Error::file(
+                    &self.dir,
+                    format!("keeps no state {tap:?}; it keeps {:?}", self.taps),
+                )
+            })
+        };
+        let places = taps.iter().map(place).collect::<Result<Vec<_>>>()?;
+        let width = self.taps.len() * h;
+        let mut values: Vec<Vec<f32>> =
+            vec![Vec::with_capacity(lines.tokens.len() * h); taps.len()];
+        for (range, (&document, &from)) in lines
+            .rows
+            .documents
+            .iter()
+            .zip(lines.of.iter().zip(&lines.from))
+        {
+            if document == usize::MAX {
+                values
+                    .iter_mut()
+                    .for_each(|v| v.resize(v.len() + range.len() * h, 0.0));
+                continue;
+            }
+            let n = self.documents.all[document].tokens.len();
+            let (_, bytes) = self
+                .shards
+                .stored(&format!("{document}.states"), &[n, width])?;
+            for row in from..from + range.len() {
+                for (values, place) in values.iter_mut().zip(&places) {
+                    let at = (row * width + place * h) * 2;
+                    let row = bytes[at..at + h * 2].as_chunks().0.iter();
+                    values.extend(row.map(|b| bf16::from_le_bytes(*b).to_f32()));
+                }
+            }
+        }
+        Ok(values.into_iter().map(|v| Matrix::host(v, h)).collect())
+    }
+}
