@@ -625,7 +625,7 @@ fn features_are_kept_once_and_trained_on_without_the_targets_pass() {
     let again = run(features("kept", &[]));
     assert_eq!(again["shards_before"], counts["shards"]);
     let said = place.refused(
-        &features("kept", &["--part", "all"])
+        &features("kept", &["--tokens", "500"])
             .iter()
             .map(String::as_str)
             .collect::<Vec<_>>(),
@@ -690,4 +690,74 @@ fn features_are_kept_once_and_trained_on_without_the_targets_pass() {
         "stage.data={features='kept', files=[]}",
     ]));
     assert!(said.contains("sha256"), "{said}");
+}
+
+#[test]
+fn the_loss_of_a_batch_is_that_of_the_reference() {
+    let Some(golden) = scylla_tests::golden("inspect loss") else {
+        return;
+    };
+    let place = Place::new();
+    let read = |path: std::path::PathBuf| -> Value {
+        serde_json::from_str(&std::fs::read_to_string(path).expect("golden.json")).expect("JSON")
+    };
+    let at = |path: &str| golden.join(path).to_string_lossy().into_owned();
+    for (dtype, bound) in [("f64", 1e-10), ("f32", 1e-4)] {
+        let loss = |target: &str, draft: &str, input: &str, more: &[&str]| {
+            let args = [
+                "inspect",
+                "loss",
+                "--target",
+                target,
+                "--draft",
+                draft,
+                "--input",
+                input,
+                "--output",
+                "out.safetensors",
+            ];
+            json(
+                &place,
+                &[&args[..], &["--dtype", dtype, "--json"], more].concat(),
+            )
+        };
+        let close = |found: &Value, expected: &Value| {
+            let (a, b) = (
+                found.as_f64().expect("a number"),
+                expected.as_f64().expect("a number"),
+            );
+            assert!((a / b - 1.0).abs() < bound, "{dtype}: {a} for {b}");
+        };
+        let about = read(golden.join("eagle3_loss/golden.json"));
+        let draft = format!("eagle3:{}", at("eagle/eagle3-llama3-tiny"));
+        let (target, input) = (
+            at("models/llama3-tiny"),
+            at("eagle3_loss/golden.safetensors"),
+        );
+        let found = loss(&target, &draft, &input, &["--set", "train.unroll=7"]);
+        close(&found["total"], &about["total_7_mean_over_BS"]);
+        close(
+            &found["total_by_mask"],
+            &about["total_7_each_step_over_position_mask_count"],
+        );
+        assert_eq!(found["steps"].as_array().map(Vec::len), Some(7));
+        let bytes = std::fs::read(place.path("out.safetensors")).expect("written");
+        let file = SafeTensors::deserialize(&bytes).expect("whole");
+        assert_eq!(
+            file.tensor("grad.fc.weight").expect("a gradient").shape(),
+            [64, 192]
+        );
+        assert_eq!(file.tensor("logits").expect("logits").shape(), [2, 40, 200]);
+        let about = read(golden.join("eagle_loss/scylla2-llama3-tiny/golden.json"));
+        let draft = format!("scylla:{}", at("eagle_loss/scylla2-llama3-tiny/draft"));
+        let found = loss(
+            &target,
+            &draft,
+            &at("eagle_loss/scylla2-llama3-tiny/golden.safetensors"),
+            &[],
+        );
+        close(&found["total"], &about["total"]);
+        close(&found["parts"]["smooth_l1"], &about["smooth_l1"]);
+        close(&found["parts"]["ce"], &about["ce"]);
+    }
 }

@@ -4,18 +4,20 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
+use safetensors::Dtype;
 use scylla_core::kernels::{Pool, ProductForm, Products};
 use scylla_core::model::{LoadOptions, Loaded, ModelFiles, WeightForm, load};
-use scylla_core::plugin::Matrix;
+use scylla_core::plugin::{Committed, Matrix, SlotRows, Step, Want};
 use scylla_core::train::Named;
 use scylla_core::train::graph::{Compute, PackedRows, Parameters, Tape};
 use scylla_draft::checkpoint::{Checkpoint, Layout};
+use scylla_draft::network::{self, DraftHost, Network};
 use scylla_draft::recipe::{
     Batch, BatchLoss, Eagle3Loss, Eagle3Recipe, EagleLoss, EagleRecipe, Normalise, Recipe,
     TrainHost, parameters,
 };
-use scylla_tests::{Tensors, golden, gpu, ids};
-use serde_json::Value;
+use scylla_tests::{TINY, Tensors, TinyDraft, golden, gpu, ids, write_hf};
+use serde_json::{Value, json};
 
 /// How a graph is computed, by name.
 fn computes() -> Vec<(String, Compute)> {
@@ -103,7 +105,7 @@ fn off(found: &[f64], expected: &[f64]) -> f64 {
         / largest
 }
 
-fn json(path: &Path) -> Value {
+fn read_json(path: &Path) -> Value {
     let text = std::fs::read_to_string(path).expect("golden.json");
     serde_json::from_str(&text).expect("JSON")
 }
@@ -175,7 +177,7 @@ fn eagle3s_training_time_test_is_that_of_the_reference() {
     let dir = golden.join("eagle3_loss");
     let (file, about) = (
         Tensors::read(&dir.join("golden.safetensors")),
-        json(&dir.join("golden.json")),
+        read_json(&dir.join("golden.json")),
     );
     let target = target(&golden.join("models/llama3-tiny"));
     let shape = target.model.shape();
@@ -314,7 +316,7 @@ fn eagles_loss_is_that_of_the_reference() {
         let dir = golden.join("eagle_loss").join(case);
         let (file, about) = (
             Tensors::read(&dir.join("golden.safetensors")),
-            json(&dir.join("golden.json")),
+            read_json(&dir.join("golden.json")),
         );
         let target = target(
             &dir.join("..")
@@ -384,6 +386,141 @@ fn eagles_loss_is_that_of_the_reference() {
                 let largest = pairs.fold(0.0f64, |m, (a, b)| m.max((a - f64::from(b)).abs()));
                 assert!(largest < bound, "{case}, {name}: {what} off by {largest}");
             }
+        }
+    }
+}
+
+/// Every network, with every option it may have.
+fn networks() -> Vec<(&'static str, Layout, Value)> {
+    let eagle3 = |more| ("eagle3", Layout::Eagle3, more);
+    vec![
+        ("eagle", Layout::Eagle, json!({})),
+        ("scylla", Layout::Scylla, json!({})),
+        (
+            "scylla",
+            Layout::Scylla,
+            json!({"input_norm_first": true, "recur_before_norm": true}),
+        ),
+        eagle3(json!({})),
+        eagle3(json!({"norm_before_residual": true})),
+        eagle3(json!({"fc_norm": true})),
+        eagle3(json!({"norm_before_fc": true})),
+        eagle3(json!({"norm_output": true})),
+        eagle3(
+            json!({"norm_before_residual": true, "fc_norm": true, "norm_before_fc": true, "norm_output": true}),
+        ),
+        (
+            "speculators",
+            Layout::Speculators,
+            json!({"norm_before_residual": false}),
+        ),
+    ]
+}
+
+/// Logits after each row by the network that serves, told row by row.
+fn served<N: Network>(mut network: N, tokens: &[u32], taps: &[Matrix]) -> Vec<f32> {
+    network.open(0).expect("open");
+    let mut logits = Matrix::default();
+    let mut all = Vec::new();
+    for row in 0..tokens.len() - 1 {
+        let known = if row == 0 {
+            &tokens[..2]
+        } else {
+            &tokens[row + 1..row + 2]
+        };
+        network
+            .observe(&Committed {
+                slot: 0,
+                tokens: known,
+                path: &[row],
+                taps,
+            })
+            .expect("observe");
+        network.start(&[0], &mut logits).expect("start");
+        all.extend_from_slice(&logits.all().expect("logits"));
+    }
+    all
+}
+
+#[test]
+fn the_graph_computes_what_the_networks_that_serve_compute() {
+    let dir = tempfile::tempdir().expect("dir");
+    let tiny = TINY;
+    std::fs::create_dir(dir.path().join("target")).expect("folder");
+    write_hf(&tiny, &dir.path().join("target"), Dtype::F32, 1);
+    let mut target = target(&dir.path().join("target"));
+    let shape = target.model.shape();
+    let host = DraftHost::of(&target);
+    let tokens: Vec<u32> = (0..23).map(|i| (i * 5 + i * i) % 13).collect();
+    for (i, (family, layout, more)) in networks().into_iter().enumerate() {
+        let name = format!("{family} {more}");
+        let to = dir.path().join(format!("draft-{i}"));
+        TinyDraft::new(&tiny, family, more, i as u64).write(&to);
+        let from = Checkpoint::open(&to, &[layout], &shape, WeightForm::AsIs).expect("draft");
+        let recipe: Box<dyn Recipe> = match layout {
+            Layout::Eagle | Layout::Scylla => {
+                Box::new(EagleRecipe::new(&from.config, &EagleLoss::default()).expect("recipe"))
+            }
+            _ => {
+                let ids = from.draft_ids(tiny.vocab).expect("ids");
+                let settings = Eagle3Loss::default();
+                Box::new(
+                    Eagle3Recipe::new(&from.config, None, ids, &shape, &settings).expect("recipe"),
+                )
+            }
+        };
+        target.model.open(0).expect("open");
+        let step = Step {
+            slots: vec![SlotRows {
+                slot: 0,
+                tokens: &tokens,
+                parents: &[],
+                want: Want::None,
+            }],
+            taps: &recipe.taps(),
+        };
+        let taps = target.model.forward(&step).expect("forward").taps.remove(0);
+        target.model.close(0);
+        let own = match layout {
+            Layout::Eagle | Layout::Scylla => &taps[..],
+            _ => &taps[..taps.len() - 1],
+        };
+        let expected = match layout {
+            Layout::Eagle => served(
+                network::eagle_of(&from, &host).expect("network"),
+                &tokens,
+                own,
+            ),
+            Layout::Scylla => served(
+                network::scylla_of(&from, &host).expect("network"),
+                &tokens,
+                own,
+            ),
+            _ => served(
+                network::eagle3_of(&from, None, &host).expect("network"),
+                &tokens,
+                own,
+            ),
+        };
+        let given = Given {
+            rows: PackedRows::lines(1, tokens.len()).expect("rows"),
+            mask: vec![true; tokens.len()],
+            tokens: tokens.clone(),
+        };
+        for (compute, on) in computes()
+            .into_iter()
+            .filter(|(name, _)| name.starts_with("f32"))
+        {
+            let host = TrainHost::new(&on, &target.tokens).expect("host");
+            let named = parameters(&from, &on).expect("parameters");
+            let batch = given.batch(&taps, None);
+            let (_, logits) = recipe
+                .forward(&mut Parameters::new(&named), &host, &batch)
+                .expect("forward");
+            let found = numbers(&logits);
+            let pairs = found.iter().zip(&expected);
+            let largest = pairs.fold(0.0f64, |m, (a, b)| m.max((a - f64::from(*b)).abs()));
+            assert!(largest < 1e-4, "{name}, {compute}: off by {largest}");
         }
     }
 }

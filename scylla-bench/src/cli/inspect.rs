@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 use clap::{Args, Subcommand};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -12,7 +13,7 @@ use scylla_core::plugin::{SlotRows, Step, Tap, Want};
 use scylla_core::text::Tokenizer;
 
 use super::{ModelOptions, print_json, with_download};
-use crate::{Error, Result};
+use crate::{Error, Registry, Result};
 
 #[derive(Subcommand)]
 pub(super) enum Inspect {
@@ -20,6 +21,8 @@ pub(super) enum Inspect {
     Forward(Forward),
     /// The training loss of one batch and its gradients
     Loss(super::loss::Loss),
+    /// A draft's tau, walked along the target's own answers and decoded for real
+    Tau(super::tau::Tau),
     /// Say what a model is
     Model(Model),
     /// The best static tree for the acceptance that a benchmark recorded
@@ -84,10 +87,11 @@ struct Description {
 }
 
 impl Inspect {
-    pub(super) fn run(self) -> Result<()> {
+    pub(super) fn run(self, registry: &Registry, stop: &AtomicBool) -> Result<()> {
         match self {
             Self::Forward(c) => c.run(),
             Self::Loss(c) => c.run(),
+            Self::Tau(c) => c.run(registry, stop),
             Self::Model(c) => c.run(),
             Self::Tree(c) => c.run(),
             Self::Quality(c) => c.run(),

@@ -11,6 +11,7 @@ mod inspect;
 mod loss;
 mod prove;
 mod quality;
+mod tau;
 mod train;
 mod tree;
 
@@ -125,7 +126,7 @@ pub fn run(registry: &Registry, args: impl IntoIterator<Item = OsString>) -> i32
         Command::Train(c) => c.run(&stop),
         Command::Data(c) => c.run(registry, &stop),
         Command::Export(c) => c.run(),
-        Command::Inspect(c) => c.run(),
+        Command::Inspect(c) => c.run(registry, &stop),
         Command::Assets(c) => c.run(),
     };
     match done {

@@ -294,7 +294,7 @@ impl<'s> Trainer<'s> {
         for (experiment, dir) in experiments {
             let run = match resume && dir.join(CHECKPOINT).exists() {
                 true => Run::resume(experiment, dir, session, &host, &data)?,
-                false => Run::begin(experiment, dir, session, &host, &data)?,
+                false => Run::begin(experiment, dir, session, &host, &data, resume)?,
             };
             if run.state.step > 0 {
                 told(Told::Note(format!(
@@ -641,10 +641,15 @@ impl Run {
         session: &Session,
         host: &TrainHost,
         data: &[Source],
+        resume: bool,
     ) -> Result<Self> {
         for name in [CHECKPOINT, METRICS, BEST] {
             let path = dir.join(name);
-            if path.exists() {
+            // A run that was killed before its first checkpoint begins anew.
+            if resume && name == METRICS && path.exists() {
+                std::fs::remove_file(&path).map_err(Error::io(&path))?;
+            }
+            if path.exists() && !resume {
                 return Err(Error::file(
                     &path,
                     "is there already: --resume goes on, another --output begins anew",

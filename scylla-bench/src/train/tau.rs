@@ -124,14 +124,23 @@ impl Tester {
         Ok(tester)
     }
 
-    /// The same at another temperature, with more tokens, for a comparison of the two numbers.
+    /// Decodes from now on with other draws.
+    pub fn reseed(&mut self, seed: u64) {
+        self.seed = seed;
+    }
+
+    /// Answers drawn anew, under a sampling setting and a seed.
+    ///
+    /// # Errors
+    /// As [`Tester::new`].
     pub fn sampled(
         &mut self,
         session: &mut Session,
         sampling: Sampling,
+        seed: u64,
         stop: &AtomicBool,
     ) -> Result<()> {
-        self.sampling = sampling;
+        (self.sampling, self.seed) = (sampling, seed);
         let prompt = |a: &Answer| (a.id.clone(), a.text[..a.prompt].to_vec());
         let asked = self.answers.iter().map(prompt).collect();
         self.answers = self.answers_to(session, asked, stop)?;

@@ -6,8 +6,8 @@
 
 use scylla_core::plugin::{Matrix, Tap, TargetShape};
 use scylla_core::train::graph::{
-    Compared, GraphStack, Head, Parameters, StepCache, Tape, Teacher, Value, beside, cross_entropy,
-    linear, probabilities, probabilities_of, rms_norm,
+    Compared, GraphStack, Head, Parameters, StepCache, Tape, Teacher, Value, beside, columns,
+    cross_entropy, linear, probabilities, probabilities_of, rms_norm,
 };
 use scylla_core::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -115,26 +115,24 @@ impl Eagle3Recipe {
         host: &TrainHost,
         taps: &[Matrix],
     ) -> Result<Value> {
-        let mut all: Option<Value> = None;
-        for (i, tap) in taps.iter().enumerate() {
-            let mut tap = Value::constant(host.on.bring(tap)?);
-            if self.config.fc_norm && !self.config.norm_before_fc {
-                tap = self.norm(tape, named, &format!("fc_norm.{i}"), &tap)?;
-            }
-            all = Some(match all {
-                None => tap,
-                Some(left) => beside(tape, &left, &tap)?,
-            });
+        let mut parts = Vec::with_capacity(taps.len());
+        for tap in taps {
+            parts.push(Value::constant(host.on.bring(tap)?));
         }
-        let mut all = all.ok_or_else(|| Error::Invalid("a network of no taps".into()))?;
         if self.config.norm_before_fc {
-            all = self.norm(tape, named, "input_norm", &all)?;
-            if self.config.fc_norm {
-                return Err(Error::Unsupported(
-                    "norms before fc, as one and of each tap, at once".into(),
-                ));
+            let whole = joined(tape, &parts)?;
+            let whole = self.norm(tape, named, "input_norm", &whole)?;
+            let width = self.config.target_hidden;
+            for (i, part) in parts.iter_mut().enumerate() {
+                *part = columns(tape, &whole, i * width..(i + 1) * width)?;
             }
         }
+        if self.config.fc_norm {
+            for (i, part) in parts.iter_mut().enumerate() {
+                *part = self.norm(tape, named, &format!("fc_norm.{i}"), part)?;
+            }
+        }
+        let all = joined(tape, &parts)?;
         let weight = named.get(tape, "fc.weight")?;
         linear(tape, &all, &weight, None, None)
     }
@@ -208,6 +206,15 @@ impl Eagle3Recipe {
         }
         Ok((best, all))
     }
+}
+
+/// Values side by side.
+fn joined(tape: &mut Tape, parts: &[Value]) -> Result<Value> {
+    let Some((first, rest)) = parts.split_first() else {
+        return Err(Error::Invalid("a network of no taps".into()));
+    };
+    rest.iter()
+        .try_fold(first.clone(), |left, right| beside(tape, &left, right))
 }
 
 impl Recipe for Eagle3Recipe {

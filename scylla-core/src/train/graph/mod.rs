@@ -30,7 +30,7 @@ pub use cross_entropy::{
 pub use linear::linear;
 pub use norm::rms_norm;
 pub use rotary::{Angles, rotary};
-pub use rows::{PackedRows, beside};
+pub use rows::{PackedRows, beside, columns};
 pub use smooth_l1::smooth_l1;
 pub use stack::{GraphStack, Parameters, StepCache};
 pub use swiglu::swiglu;

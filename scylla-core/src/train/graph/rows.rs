@@ -159,3 +159,45 @@ pub fn beside(tape: &mut Tape, left: &Value, right: &Value) -> Result<Value> {
         Ok(())
     }))
 }
+
+/// Some columns of a value.
+pub fn columns(tape: &mut Tape, of: &Value, range: Range<usize>) -> Result<Value> {
+    let (all, width) = (of.columns(), range.len());
+    if range.end > all || width == 0 {
+        return Err(Error::Invalid(format!("columns {range:?} of {all}")));
+    }
+    let out = match &tape.on {
+        Compute::Kernels(_) => {
+            let rows = of.matrix.values()?.chunks_exact(all);
+            Matrix::host(
+                rows.flat_map(|row| &row[range.clone()]).copied().collect(),
+                width,
+            )
+        }
+        Compute::Tensors { .. } => Matrix::device(
+            of.matrix
+                .tensor()?
+                .narrow(1, range.start, width)?
+                .contiguous()?,
+        )?,
+    };
+    let (node, on) = (of.node, tape.on.clone());
+    Ok(tape.record(&[of], out, move |grad, to| {
+        let whole = match &on {
+            Compute::Kernels(_) => {
+                let mut whole = vec![0.0; grad.rows() * all];
+                let rows = whole
+                    .chunks_exact_mut(all)
+                    .zip(grad.values()?.chunks_exact(width));
+                rows.for_each(|(whole, grad)| whole[range.clone()].copy_from_slice(grad));
+                Matrix::host(whole, all)
+            }
+            Compute::Tensors { .. } => {
+                let behind = all - range.end;
+                let grad = grad.tensor()?.pad_with_zeros(1, range.start, behind)?;
+                Matrix::device(grad)?
+            }
+        };
+        to.add(node, whole)
+    }))
+}

@@ -231,6 +231,11 @@ fn activations_and_rows_side_by_side() {
         let y = swiglu(tape, &v[0], &v[1])?;
         weighed(tape, &y)
     });
+    check("columns", &[(3, 7)], &|tape, v| {
+        let (a, b) = (columns(tape, &v[0], 2..5)?, columns(tape, &v[0], 4..7)?);
+        let y = beside(tape, &a, &b)?;
+        weighed(tape, &y)
+    });
     check("beside", &[(3, 4), (3, 2)], &|tape, v| {
         let y = beside(tape, &v[0], &v[1])?;
         weighed(tape, &y)
