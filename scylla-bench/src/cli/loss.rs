@@ -194,11 +194,7 @@ impl Loss {
         let ids = match &checkpoint.config {
             DraftConfig::Eagle3(_) => {
                 let ids = checkpoint.draft_ids(session.known_tokens())?;
-                Some(
-                    (0..ids.columns)
-                        .map(|i| ids.target(i))
-                        .collect::<Vec<u32>>(),
-                )
+                Some(ids.targets())
             }
             _ => None,
         };
@@ -232,6 +228,12 @@ impl Loss {
             let mut gradients = tape.backward()?;
             (loss, used.gradients(&on, &mut gradients)?)
         };
+        if loss.steps.iter().all(|s| s.count == 0) {
+            return Err(Error::file(
+                &self.input,
+                "no row counts: loss_mask is empty, or no goal is in the draft's vocabulary",
+            ));
+        }
         let outputs = recipe.forward(&mut Parameters::new(&named), &host, &batch)?;
         self.write(&checkpoint, &grads, &outputs, &given.rows)?;
         self.print(&loss)

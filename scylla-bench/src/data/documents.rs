@@ -57,10 +57,23 @@ impl DataSpec {
     /// # Errors
     /// Names what is wrong.
     pub fn check(&self) -> Result<()> {
-        if self.files.is_empty() == self.features.is_none() {
-            return Err(Error::Experiment(
-                "data.files names no file to train on, and data.features no folder: give one of them".into(),
-            ));
+        match (self.files.is_empty(), &self.features) {
+            (true, None) => {
+                return Err(Error::Experiment(
+                    "data.files names no file to train on, nor data.features a folder".into(),
+                ));
+            }
+            (false, Some(_)) => {
+                return Err(Error::Experiment(
+                    "data.files and data.features are both given: one of them (files = [])".into(),
+                ));
+            }
+            (true, Some(_)) if self.part != "train" || self.tokens > 0 || self.whole => {
+                return Err(Error::Experiment(
+                    "data.part, data.tokens and data.whole were settled when the features were computed".into(),
+                ));
+            }
+            _ => {}
         }
         if !["train", "dev", "test", "all"].contains(&self.part.as_str()) {
             let known = ["train", "dev", "test", "all"];
@@ -181,6 +194,8 @@ impl Documents {
                 counts.tokens += tokens.len() as u64;
                 counts.masked += mask.iter().filter(|&&m| m).count() as u64;
                 whole.update(hash);
+                tokens.iter().for_each(|t| whole.update(t.to_le_bytes()));
+                mask.iter().for_each(|&m| whole.update([u8::from(m)]));
                 let name = name.to_string();
                 self.all.push(Document { name, tokens, mask });
             }

@@ -238,6 +238,18 @@ pub fn keep(
 fn resumed(dir: &Path, now: &Index) -> Result<usize> {
     let path = dir.join(INDEX);
     if !path.exists() {
+        let entries = std::fs::read_dir(dir).map_err(Error::io(dir))?;
+        let weights = |e: std::io::Result<std::fs::DirEntry>| {
+            e.is_ok_and(|e| {
+                e.path().extension().is_some_and(|x| x == "safetensors") || e.file_name() == LISTING
+            })
+        };
+        if entries.into_iter().any(weights) {
+            return Err(Error::file(
+                dir,
+                "holds safetensors that are no features; choose another --output",
+            ));
+        }
         return Ok(0);
     }
     let was = read_index(dir)?;

@@ -66,7 +66,8 @@ impl<'a> Stream<'a> {
                 "no token of the data is trained on: all masks are empty".into(),
             ));
         }
-        if at.document > documents.len() {
+        let first = at.offset > 0;
+        if at.document > documents.len() || first && at.document == documents.len() {
             return Err(Error::Experiment(format!(
                 "document {} of {} is where training stopped",
                 at.document,
@@ -122,7 +123,14 @@ impl<'a> Stream<'a> {
                 let room = end - tokens.len();
                 let index = self.next();
                 let document = &self.documents[index];
-                let rest = document.tokens.len() - self.at.offset;
+                let Some(rest) = document.tokens.len().checked_sub(self.at.offset) else {
+                    return Err(Error::Experiment(format!(
+                        "token {} of {}, which has {}: the data are not those that training stopped in",
+                        self.at.offset,
+                        document.name,
+                        document.tokens.len()
+                    )));
+                };
                 let text = document.mask.iter().all(|&m| m);
                 // A line holds a text's beginning, or a conversation whole.
                 let fits = rest <= room || text || (rest > length && room == length);

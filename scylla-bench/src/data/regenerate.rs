@@ -111,13 +111,23 @@ fn done(path: &Path) -> Result<HashSet<String>> {
                 format!("line {}: {e}: no file of this command's", i + 1),
             )
         })?;
-        let Some(id) = row.get("id").and_then(Value::as_str) else {
+        let ours = row.get("finishes").is_some() && row.get("messages").is_some();
+        let Some(id) = row.get("id").and_then(Value::as_str).filter(|_| ours) else {
             return Err(Error::file(
                 path,
-                format!("line {}: no `id`: no file of this command's", i + 1),
+                format!("line {}: no file of this command's", i + 1),
             ));
         };
         found.insert(id.to_string());
+    }
+    // Only what this command had begun to write is cut off.
+    const BEGINS: &str = "{\"finishes\"";
+    let torn = &text[whole..];
+    if !torn.is_empty() && !torn.starts_with(BEGINS) && !BEGINS.starts_with(torn) {
+        return Err(Error::file(
+            path,
+            "ends in a line that is not this command's: nothing was changed",
+        ));
     }
     if whole < text.len() {
         let file = std::fs::OpenOptions::new()
@@ -145,6 +155,13 @@ pub fn regenerate(
 ) -> Result<Regenerated> {
     let begun = Instant::now();
     let all = conversations::read(input)?;
+    let same = |p: &Path| std::fs::canonicalize(p).ok();
+    if output.exists() && same(input) == same(output) {
+        return Err(Error::file(
+            output,
+            "is the input; answers are written to another file",
+        ));
+    }
     let known = done(output)?;
     let mut counts = Regenerated {
         read: all.len(),

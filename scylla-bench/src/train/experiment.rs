@@ -249,6 +249,12 @@ impl TrainExperiment {
                     .into(),
             );
         }
+        if e.prompts.part == "all" && e.prompts.set == crate::prompts::CORE {
+            return bad(
+                "evaluate.prompts.part is all: it holds the test prompts; drafts are chosen by dev"
+                    .into(),
+            );
+        }
         self.serving().check()
     }
 

@@ -60,7 +60,13 @@ impl<'a> Feed<'a> {
     /// # Errors
     /// If a range does not fit, which is a defect.
     pub fn lines(&mut self) -> Result<Lines> {
+        let begun = self.stream.position().epoch;
         loop {
+            if self.stream.position().epoch > begun + 1 {
+                return Err(crate::Error::Experiment(
+                    "no document has a token that is trained on before its last one: there is nothing to learn".into(),
+                ));
+            }
             let lines = self.stream.lines(self.batch)?;
             let next_counts = |r: &std::ops::Range<usize>| {
                 r.len() > 1 && lines.mask[r.start..r.end - 1].contains(&true)

@@ -165,7 +165,7 @@ impl Learner {
         let ids = match &from.config {
             DraftConfig::Eagle3(c) if c.draft_vocab != c.backbone.vocab => {
                 let ids = from.draft_ids(session.known_tokens())?;
-                Some((0..ids.columns).map(|i| ids.target(i)).collect())
+                Some(ids.targets())
             }
             _ => None,
         };

@@ -12,7 +12,7 @@ use scylla_core::files;
 use scylla_core::kernels::{Pool, ProductForm, Products, keep_freed_memory};
 use scylla_core::plugin::Tap;
 use scylla_core::train::graph::Compute;
-use scylla_core::train::{accumulate, checkpoint};
+use scylla_core::train::{accumulate, checkpoint, norm};
 use scylla_draft::checkpoint::{Checkpoint, DraftConfig, Layout};
 use scylla_draft::recipe::{BatchLoss, StepLoss, TrainHost, frequent};
 use serde::{Deserialize, Serialize};
@@ -101,9 +101,19 @@ struct State {
     loss: f64,
     /// Bytes of the metrics.
     metrics: u64,
+    /// A step whose evaluation a break came before.
+    pending: Option<Metrics>,
+    /// Hash of the prompts that tau is measured on.
+    prompts: String,
 }
 
 const VERSION: u32 = 1;
+
+/// A stage: its number, and its steps among those of all.
+struct Leg {
+    index: usize,
+    steps: std::ops::Range<u64>,
+}
 
 /// What is told while training.
 pub enum Told<'a> {
@@ -265,7 +275,12 @@ impl<'s> Trainer<'s> {
                 None => {
                     let tokenizer = session.tokenizer()?;
                     let on_read = &mut |d, t| told(Told::Data(d, t));
-                    let read = documents::load(&stage.data, tokenizer, on_read)?;
+                    // What drafts are chosen by is kept out like what they are reported on.
+                    let mut spec = stage.data.clone();
+                    if !spec.keep_out.contains(&first.evaluate.prompts.set) {
+                        spec.keep_out.push(first.evaluate.prompts.set.clone());
+                    }
+                    let read = documents::load(&spec, tokenizer, on_read)?;
                     Source { read, kept: None }
                 }
             };
@@ -314,7 +329,33 @@ impl<'s> Trainer<'s> {
         for run in &mut runs {
             run.learner.fed_by(&taps)?;
         }
+        // What a later stage would fail for is said before the first one is paid for.
+        for (source, stage) in data.iter().zip(&first.stage) {
+            let place = |e: Error| Error::Experiment(format!("stage {}: {e}", stage.name));
+            let sizes = (first.train.batch, first.train.length);
+            let lines = Feed::new(
+                source.documents(),
+                sizes,
+                first.run.seed,
+                Position::default(),
+            )
+            .and_then(|mut feed| feed.lines())
+            .map_err(place)?;
+            if let Some(kept) = &source.kept {
+                kept.states(&lines, &taps).map_err(place)?;
+            }
+        }
         let tester = Tester::new(session, first, stop)?;
+        let prompts = tester.hash();
+        for run in &mut runs {
+            if run.state.step > 0 && run.state.prompts != prompts {
+                return Err(Error::file(
+                    &run.dir.join(CHECKPOINT),
+                    "the prompts that tau is measured on have changed; go on with what it was begun with, or begin anew in another --output",
+                ));
+            }
+            run.state.prompts = prompts.clone();
+        }
         Ok(Self {
             session,
             host,
@@ -348,25 +389,37 @@ impl<'s> Trainer<'s> {
             let text = run.experiment.to_toml()?;
             files::write(&run.dir.join("experiment.toml"), text.as_bytes())?;
         }
-        let stages = self.runs[0].experiment.stage.clone();
+        self.make_up(stop, told)?;
+        let first = self.runs[0].experiment.clone();
         let mut first_step = 0;
-        for (index, stage) in stages.iter().enumerate() {
-            let steps = self.runs[0].experiment.steps(stage);
-            self.stage(index, stage, first_step..first_step + steps, stop, told)?;
-            first_step += steps;
+        for (index, stage) in first.stage.iter().enumerate() {
+            let steps = first_step..first_step + first.steps(stage);
+            first_step = steps.end;
+            self.stage(&Leg { index, steps }, stop, told)?;
         }
         self.report()
     }
 
+    /// Makes the evaluations that a break came before.
+    fn make_up(&mut self, stop: &AtomicBool, told: OnTold<'_>) -> Result<()> {
+        let total = self.total();
+        for i in 0..self.runs.len() {
+            self.runs[i].open_metrics()?;
+            let Some(mut metrics) = self.runs[i].state.pending.take() else {
+                continue;
+            };
+            metrics.tau = Some(self.evaluate(i, stop)?);
+            let run = &mut self.runs[i];
+            run.keep(&metrics)?;
+            run.save()?;
+            told(Told::Step(&run.dir, &metrics, total, 0.0));
+        }
+        Ok(())
+    }
+
     /// Trains the steps of a stage that are not done.
-    fn stage(
-        &mut self,
-        index: usize,
-        stage: &Stage,
-        steps: std::ops::Range<u64>,
-        stop: &AtomicBool,
-        told: OnTold<'_>,
-    ) -> Result<()> {
+    fn stage(&mut self, leg: &Leg, stop: &AtomicBool, told: OnTold<'_>) -> Result<()> {
+        let (index, steps) = (leg.index, &leg.steps);
         // Drafts that were stopped at different steps: those behind catch up.
         let Some(behind) = self
             .runs
@@ -400,15 +453,7 @@ impl<'s> Trainer<'s> {
             let sizes = (train.batch, train.length);
             let mut feed = Feed::new(data.documents(), sizes, seed.wrapping_add(index as u64), at)?;
             for step in behind.max(steps.start)..steps.end {
-                self.step(
-                    &mut feed,
-                    data.kept.as_ref(),
-                    stage,
-                    &steps,
-                    step,
-                    stop,
-                    told,
-                )?;
+                self.step(&mut feed, data.kept.as_ref(), leg, step, stop, told)?;
             }
             Ok(())
         })();
@@ -421,13 +466,12 @@ impl<'s> Trainer<'s> {
         &mut self,
         feed: &mut Feed<'_>,
         kept: Option<&Features>,
-        stage: &Stage,
-        steps: &std::ops::Range<u64>,
+        leg: &Leg,
         step: u64,
         stop: &AtomicBool,
         told: OnTold<'_>,
     ) -> Result<()> {
-        let begun = Instant::now();
+        let (begun, steps) = (Instant::now(), &leg.steps);
         let count = self.runs[0].experiment.train.accumulate;
         let mut batches: Vec<Taught> = Vec::with_capacity(count);
         for _ in 0..count {
@@ -445,12 +489,13 @@ impl<'s> Trainer<'s> {
             .filter(|(_, r)| r.state.step == step)
         {
             let begun = Instant::now();
+            let stage = run.experiment.stage[leg.index].clone();
             let factor = stage
                 .schedule
                 .factor(step - steps.start, steps.end - steps.start);
             let rate = stage.optimizer.lr * factor;
             let (loss, norm) = run
-                .learn(&self.host.on, &batches, stage, rate, step)
+                .learn(&self.host.on, &batches, &stage, rate, step)
                 .map_err(|e| {
                     let names: Vec<&str> =
                         batches.iter().flat_map(|b| feed.names(&b.lines)).collect();
@@ -465,7 +510,7 @@ impl<'s> Trainer<'s> {
             state.loss = loss.total;
             learned.push((
                 i,
-                run.metrics(stage, &loss, norm, rate, [target_ms, draft_ms]),
+                run.metrics(&stage, &loss, norm, rate, [target_ms, draft_ms]),
             ));
         }
         self.step_s = smoothed(self.step_s, begun.elapsed().as_secs_f64());
@@ -476,12 +521,21 @@ impl<'s> Trainer<'s> {
         let stopped = stop.load(Ordering::Relaxed);
         let save = evaluate || stopped || (checkpoint > 0 && done.is_multiple_of(checkpoint));
         for (i, mut metrics) in learned {
-            if evaluate && !stopped {
+            if save {
+                self.runs[i]
+                    .check_finite()
+                    .map_err(|e| self.runs[i].failed(&e, step, &[]))?;
+            }
+            if evaluate {
                 let begun = Instant::now();
-                match self.evaluate(i, stop) {
-                    Ok(tau) => metrics.tau = Some(tau),
-                    Err(Error::Interrupted(_)) => {}
-                    Err(e) => return Err(e),
+                match (stop.load(Ordering::Relaxed), self.evaluate(i, stop)) {
+                    (false, Ok(tau)) => metrics.tau = Some(tau),
+                    (true, _) | (_, Err(Error::Interrupted(_))) => {
+                        // It is made up for when the run goes on.
+                        self.runs[i].state.pending = Some(metrics);
+                        continue;
+                    }
+                    (false, Err(e)) => return Err(e),
                 }
                 self.evaluation_s = begun.elapsed().as_secs_f64();
             }
@@ -530,6 +584,7 @@ impl<'s> Trainer<'s> {
         let mut draft = run
             .learner
             .draft(self.session, &run.experiment.evaluate.tree)?;
+        self.tester.limit(run.experiment.evaluate.budget.limits());
         let tau = self.tester.test(self.session, &mut draft, stop)?;
         let run = &mut self.runs[index];
         run.state.last = Some(tau);
@@ -594,6 +649,7 @@ impl<'s> Trainer<'s> {
             let from = Checkpoint::open(&to, &layouts, &self.session.target.model.shape(), form)?;
             let mut draft = serving(&from, self.session, &run.experiment.evaluate.tree)?;
             let begun = Instant::now();
+            self.tester.limit(run.experiment.evaluate.budget.limits());
             let tau = self.tester.test(self.session, &mut draft, stop)?;
             evaluation += begun.elapsed().as_secs_f64();
             let begun = Instant::now();
@@ -646,9 +702,6 @@ impl Run {
         for name in [CHECKPOINT, METRICS, BEST] {
             let path = dir.join(name);
             // A run that was killed before its first checkpoint begins anew.
-            if resume && name == METRICS && path.exists() {
-                std::fs::remove_file(&path).map_err(Error::io(&path))?;
-            }
             if path.exists() && !resume {
                 return Err(Error::file(
                     &path,
@@ -682,6 +735,8 @@ impl Run {
                 last: None,
                 loss: 0.0,
                 metrics: 0,
+                pending: None,
+                prompts: String::new(),
             },
             experiment: experiment.clone(),
             dir: dir.to_path_buf(),
@@ -740,15 +795,6 @@ impl Run {
             parameters,
             optimizer,
         )?;
-        // What was written behind the checkpoint is written again.
-        let metrics = dir.join(METRICS);
-        if metrics.exists() {
-            let file = std::fs::OpenOptions::new()
-                .write(true)
-                .open(&metrics)
-                .map_err(Error::io(&metrics))?;
-            file.set_len(state.metrics).map_err(Error::io(&metrics))?;
-        }
         Ok(Self {
             experiment: experiment.clone(),
             dir: dir.to_path_buf(),
@@ -782,7 +828,12 @@ impl Run {
         if batches.len() > 1 {
             scylla_core::train::scale(on, &mut grads, 1.0 / count)?;
         }
-        let norm = self.learner.step(&stage.optimizer, rate, &grads)?;
+        // Where nothing counts there is nothing to learn: moments stay as they are.
+        let counts = |loss: &BatchLoss| loss.steps.iter().any(|s| s.count > 0);
+        let norm = match losses.iter().any(counts) {
+            true => self.learner.step(&stage.optimizer, rate, &grads)?,
+            false => 0.0,
+        };
         Ok((mean(losses), norm))
     }
 
@@ -834,6 +885,37 @@ impl Run {
             draft_ms,
             tau: None,
         }
+    }
+
+    /// Cuts off what was written to the metrics behind the checkpoint: it is written again.
+    fn open_metrics(&mut self) -> Result<()> {
+        let path = self.dir.join(METRICS);
+        let length = std::fs::metadata(&path).map_or(0, |m| m.len());
+        self.state.metrics = self.state.metrics.min(length);
+        if length > self.state.metrics {
+            let file = std::fs::OpenOptions::new()
+                .write(true)
+                .open(&path)
+                .map_err(Error::io(&path))?;
+            file.set_len(self.state.metrics).map_err(Error::io(&path))?;
+        }
+        Ok(())
+    }
+
+    /// Refuses parameters that are no numbers: a checkpoint of them would be worth nothing.
+    fn check_finite(&self) -> Result<()> {
+        for named in [
+            &self.learner.parameters,
+            &self.learner.optimizer.first,
+            &self.learner.optimizer.second,
+        ] {
+            if !norm(named)?.is_finite() {
+                return Err(Error::Experiment(
+                    "a parameter or a moment has left the range of numbers; a smaller learning rate, or clipping".into(),
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// Appends a line to the metrics.

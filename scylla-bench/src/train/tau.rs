@@ -20,6 +20,7 @@ use scylla_core::text::Message;
 use scylla_core::tree::{Budget, Drawing};
 use scylla_verify::Auto;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use super::experiment::{EvaluateSpec, TrainExperiment};
 use crate::prompts;
@@ -122,6 +123,23 @@ impl Tester {
         };
         tester.answers = tester.answers_to(session, asked, stop)?;
         Ok(tester)
+    }
+
+    /// Grows trees within other limits from now on.
+    pub fn limit(&mut self, budget: Budget) {
+        self.budget = budget;
+    }
+
+    /// A hash over the prompts.
+    pub fn hash(&self) -> String {
+        let mut hash = Sha256::new();
+        for answer in &self.answers {
+            hash.update(answer.id.as_bytes());
+            answer.text[..answer.prompt]
+                .iter()
+                .for_each(|t| hash.update(t.to_le_bytes()));
+        }
+        hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
     }
 
     /// Decodes from now on with other draws.

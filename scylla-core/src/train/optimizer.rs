@@ -67,8 +67,10 @@ impl AdamWSettings {
                 return bad(name, v, "0 or more, below 1");
             }
         }
+        if !(self.eps as f32 > 0.0 && self.eps.is_finite()) {
+            return bad("eps", self.eps, "a number above 0");
+        }
         for (name, v) in [
-            ("eps", self.eps),
             ("weight_decay", self.weight_decay),
             ("clip_norm", self.clip_norm),
             ("clip_value", self.clip_value),

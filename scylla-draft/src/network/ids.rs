@@ -64,6 +64,11 @@ impl Ids {
         }
     }
 
+    /// The target ids of all draft ids.
+    pub fn targets(&self) -> Vec<u32> {
+        (0..self.columns).map(|i| self.target(i)).collect()
+    }
+
     /// The draft id of a target id, where it has one.
     pub fn draft(&self, target: u32) -> Option<usize> {
         match &self.to_target {

@@ -11,7 +11,7 @@ use scylla_core::train::graph::{
 use scylla_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{Batch, BatchLoss, Recipe, StepLoss, TrainHost, nothing};
+use super::{Batch, BatchLoss, Recipe, StepLoss, TrainHost};
 use crate::checkpoint::{DraftConfig, layers};
 
 /// Settings of the loss.
@@ -148,9 +148,6 @@ impl Recipe for EagleRecipe {
             .enumerate()
             .filter_map(|(row, next)| Some((row, next.filter(|_| batch.mask[row])?)))
             .collect();
-        if pairs.is_empty() {
-            return Err(nothing());
-        }
         let count = pairs.len() as f64 + LEAST;
         let weighted = |weight: f64| -> Vec<Compared> {
             let row = |&(row, goal): &(usize, usize)| Compared {
@@ -178,7 +175,7 @@ impl Recipe for EagleRecipe {
             total_by_mask: total,
             steps: vec![StepLoss {
                 loss: total,
-                accuracy: said.correct as f64 / pairs.len() as f64,
+                accuracy: said.correct as f64 / pairs.len().max(1) as f64,
                 count: pairs.len(),
             }],
             parts: vec![("smooth_l1", near), ("ce", ce)],

@@ -12,7 +12,7 @@ use scylla_core::train::graph::{
 use scylla_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{Batch, BatchLoss, Recipe, StepLoss, TrainHost, listed, nothing};
+use super::{Batch, BatchLoss, Recipe, StepLoss, TrainHost, listed};
 use crate::checkpoint::{DraftConfig, Eagle3Config, layer_prefix, layers};
 use crate::network::Ids;
 
@@ -78,8 +78,8 @@ impl Eagle3Recipe {
                 "EAGLE-3's recipe for another network".into(),
             ));
         };
-        if !(1..=64).contains(&settings.unroll) || !(settings.decay > 0.0 && settings.decay <= 1.0)
-        {
+        let decays = settings.decay > 0.0 && settings.decay <= 1.0;
+        if !decays || !(1..=64).contains(&settings.unroll) {
             return Err(Error::Invalid(format!(
                 "loss.unroll {} and loss.decay {}: expected 1 to 64 steps, and a share above 0",
                 settings.unroll, settings.decay
@@ -282,10 +282,7 @@ impl Recipe for Eagle3Recipe {
             });
             weight *= self.settings.decay;
         }
-        match loss.steps.iter().all(|s| s.count == 0) {
-            true => Err(nothing()),
-            false => Ok(loss),
-        }
+        Ok(loss)
     }
 
     fn forward(

@@ -109,7 +109,7 @@ pub fn held(
     if c.draft_vocab == vocab {
         return Ok(all);
     }
-    let targets: Vec<u32> = (0..ids.columns).map(|i| ids.target(i)).collect();
+    let targets = ids.targets();
     let mut marked = vec![0u8; vocab];
     targets.iter().for_each(|&t| marked[t as usize] = 1);
     let offsets = offsets_of(&targets)

@@ -160,10 +160,10 @@ pub struct BatchLoss {
 pub trait Recipe: Send + Sync {
     /// States of the target that it needs of every row.
     fn taps(&self) -> Vec<Tap>;
-    /// The loss of a batch; the tape is seeded with its gradient.
+    /// The loss of a batch; the tape is seeded with its gradient. Where no row counts it is 0, and its steps say so.
     ///
     /// # Errors
-    /// If the batch does not fit, or no row of it counts.
+    /// If the batch does not fit.
     fn loss(
         &self,
         tape: &mut Tape,
@@ -190,10 +190,5 @@ pub trait Recipe: Send + Sync {
 
 /// The ids among which a draft's logits are.
 fn listed(ids: &Ids) -> Vec<u32> {
-    (0..ids.columns).map(|i| ids.target(i)).collect()
-}
-
-/// The error about a batch that teaches nothing.
-fn nothing() -> Error {
-    Error::Invalid("no row of the batch counts: its mask is empty".into())
+    ids.targets()
 }

@@ -87,55 +87,56 @@ mod tiles {
         add: bool,
     ) {
         let below = out.wrapping_byte_add(16 * stride);
+        /// The whole of it, behind what stands in the sums when it begins.
+        macro_rules! with {
+            ($($begin:literal),+) => {
+                asm!(
+                    $($begin,)+
+                    "2:",
+                    "tileloadd tmm4, [{a0} + {line}*1]",
+                    "tileloadd tmm6, [{b0} + {line}*1]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{b1} + {line}*1]",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{a1} + {line}*1]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "add {a0}, 1024",
+                    "add {a1}, 1024",
+                    "add {b0}, 1024",
+                    "add {b1}, 1024",
+                    "dec {n}",
+                    "jnz 2b",
+                    "tilestored [{o} + {s}*1], tmm0",
+                    "tilestored [{o} + {s}*1 + 64], tmm1",
+                    "tilestored [{b} + {s}*1], tmm2",
+                    "tilestored [{b} + {s}*1 + 64], tmm3",
+                    a0 = inout(reg) left[0] => _, a1 = inout(reg) left[1] => _,
+                    b0 = inout(reg) right[0] => _, b1 = inout(reg) right[1] => _,
+                    n = inout(reg) steps => _, line = in(reg) 64usize,
+                    o = in(reg) out, b = in(reg) below, s = in(reg) stride,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                )
+            };
+        }
         // SAFETY: the caller's.
         unsafe {
-            if add {
-                asm!(
+            match add {
+                true => with!(
                     "tileloadd tmm0, [{o} + {s}*1]",
                     "tileloadd tmm1, [{o} + {s}*1 + 64]",
                     "tileloadd tmm2, [{b} + {s}*1]",
-                    "tileloadd tmm3, [{b} + {s}*1 + 64]",
-                    o = in(reg) out, b = in(reg) below, s = in(reg) stride,
-                    options(nostack, readonly),
-                );
-            } else {
-                asm!(
+                    "tileloadd tmm3, [{b} + {s}*1 + 64]"
+                ),
+                false => with!(
                     "tilezero tmm0",
                     "tilezero tmm1",
                     "tilezero tmm2",
-                    "tilezero tmm3",
-                    options(nostack, nomem)
-                );
+                    "tilezero tmm3"
+                ),
             }
-            asm!(
-                "2:",
-                "tileloadd tmm4, [{a0} + {line}*1]",
-                "tileloadd tmm6, [{b0} + {line}*1]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{b1} + {line}*1]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{a1} + {line}*1]",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {a0}, 1024",
-                "add {a1}, 1024",
-                "add {b0}, 1024",
-                "add {b1}, 1024",
-                "dec {n}",
-                "jnz 2b",
-                a0 = inout(reg) left[0] => _, a1 = inout(reg) left[1] => _,
-                b0 = inout(reg) right[0] => _, b1 = inout(reg) right[1] => _,
-                n = inout(reg) steps => _, line = in(reg) 64usize,
-                options(nostack, readonly),
-            );
-            asm!(
-                "tilestored [{o} + {s}*1], tmm0",
-                "tilestored [{o} + {s}*1 + 64], tmm1",
-                "tilestored [{b} + {s}*1], tmm2",
-                "tilestored [{b} + {s}*1 + 64], tmm3",
-                o = in(reg) out, b = in(reg) below, s = in(reg) stride,
-                options(nostack),
-            );
         }
     }
 }
