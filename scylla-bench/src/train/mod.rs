@@ -1,7 +1,9 @@
 //! `scylla train`: one pass of the target feeds one or several drafts, which are checked by what they are worth when served.
 //!
-//!     files -> documents -> packed lines -> the target's states -> recipe -> graph -> loss -> gradients -> optimizer
-//!     every so often: export in memory -> simulated and real tau on dev prompts -> the best draft, a checkpoint
+//! ```text
+//! files -> documents -> packed lines -> the target's states -> recipe -> graph -> loss -> gradients -> optimizer
+//! every so often: export in memory -> simulated and real tau on dev prompts -> the best draft, a checkpoint
+//! ```
 
 mod experiment;
 mod feed;
