@@ -10,11 +10,11 @@ mod feed;
 mod learner;
 mod run;
 mod tau;
+mod trainer;
 
 pub use experiment::{EvaluateSpec, RunSpec, Stage, TrainDraft, TrainExperiment, TrainSpec};
 pub use feed::{Feed, Taught, teach};
 pub use learner::{Learner, recipe_of};
-pub use run::{
-    BEST, Best, CHECKPOINT, METRICS, Metrics, OnTold, Outcome, Report, Told, Trainer, compute,
-};
+pub use run::{BEST, Best, CHECKPOINT, METRICS, Metrics, Outcome};
 pub use tau::{Answer, Tau, Tester};
+pub use trainer::{OnTold, Report, Told, Trainer, compute};
