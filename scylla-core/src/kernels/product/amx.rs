@@ -154,9 +154,9 @@ pub(super) fn run(_: &Block<'_>, _: Range<usize>, _: Range<usize>, _: &Target<'_
     unreachable!("there is no AMX here")
 }
 
-/// Steps of 32 values of K that pass together: two tiles of columns take a third of the first cache.
+/// Steps of 32 values of K that pass together, at most: two tiles of columns stay in the first cache.
 #[cfg(all(target_arch = "x86_64", target_os = "linux", not(miri)))]
-const STEPS: usize = 8;
+const STEPS: usize = 18;
 
 /// Computes the output of some panels of 32 rows and some tiles of columns.
 #[cfg(all(target_arch = "x86_64", target_os = "linux", not(miri)))]
@@ -170,9 +170,11 @@ pub(super) fn run(
     // SAFETY: available; released below, and nothing between panics: what is indexed was checked when it was packed.
     unsafe { tiles::configure() };
     let steps = block.lines / 16;
+    // In even parts, as each loads and stores the whole output.
+    let part = steps.div_ceil(steps.div_ceil(STEPS).max(1));
     let mut start = 0;
     while start < steps {
-        let count = STEPS.min(steps - start);
+        let count = part.min(steps - start);
         let add = target.add || start > 0;
         for tile in columns.clone().step_by(2) {
             for panel in panels.clone() {
