@@ -59,15 +59,7 @@ impl Export {
         let Some((name, dir)) = self.draft.split_once(':') else {
             return bad(format!("--draft `{}`: expected NAME:DIR", self.draft));
         };
-        let layouts: &[Layout] = match name {
-            "eagle2" | "hass" => &[Layout::Eagle],
-            "eagle3" => &[Layout::Eagle3, Layout::Speculators],
-            "scylla" => &[Layout::Scylla],
-            other => {
-                let known = ["eagle2", "eagle3", "hass", "scylla"];
-                return Err(scylla_core::Error::unknown("exportable draft", other, known).into());
-            }
-        };
+        let layouts = Layout::of_name(name, "exportable draft")?;
         if self.speculative_tokens == 0 {
             return bad("--speculative-tokens must be at least 1".into());
         }

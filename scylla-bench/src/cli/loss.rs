@@ -180,15 +180,7 @@ impl Loss {
         let experiment = self.experiment(name)?;
         let mut session = with_download(|p| Session::open(&experiment.serving(), p))?;
         let dir = with_download(|p| Ok(resolve(dir, p)?))?;
-        let layouts: &[Layout] = match name {
-            "eagle2" | "hass" => &[Layout::Eagle],
-            "eagle3" => &[Layout::Eagle3, Layout::Speculators],
-            "scylla" => &[Layout::Scylla],
-            other => {
-                let known = ["eagle2", "eagle3", "hass", "scylla"];
-                return Err(scylla_core::Error::unknown("draft with a loss", other, known).into());
-            }
-        };
+        let layouts = Layout::of_name(name, "draft with a loss")?;
         let shape = session.target.model.shape();
         let checkpoint = Checkpoint::open(&dir, layouts, &shape, WeightForm::AsIs)?;
         let ids = match &checkpoint.config {

@@ -66,8 +66,8 @@ impl<'a> Stream<'a> {
                 "no token of the data is trained on: all masks are empty".into(),
             ));
         }
-        let first = at.offset > 0;
-        if at.document > documents.len() || first && at.document == documents.len() {
+        let within = at.offset > 0;
+        if at.document > documents.len() || within && at.document == documents.len() {
             return Err(Error::Experiment(format!(
                 "document {} of {} is where training stopped",
                 at.document,

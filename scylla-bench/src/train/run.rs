@@ -78,9 +78,8 @@ pub(super) struct State {
     /// Steps done, over all stages.
     pub(super) step: u64,
     pub(super) tokens: u64,
-    /// The stage that the next step belongs to, and steps of it that are done.
+    /// The stage of the last step.
     pub(super) stage: usize,
-    pub(super) stage_step: u64,
     /// Where its data stands.
     pub(super) position: Position,
     /// The draft vocabulary: it is not counted again.
@@ -200,7 +199,6 @@ impl Run {
                 step: 0,
                 tokens: 0,
                 stage: 0,
-                stage_step: 0,
                 position: Position::default(),
                 ids: learner.ids.clone(),
                 target: session.target_hash()?.into(),

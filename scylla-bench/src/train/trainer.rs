@@ -295,7 +295,7 @@ impl<'s> Trainer<'s> {
             .filter(|r| r.state.step == steps.start && r.state.step >= behind)
         {
             run.learner.reset()?;
-            (run.state.stage, run.state.stage_step) = (index, 0);
+            run.state.stage = index;
             run.state.position = Position::default();
         }
         let (seed, train) = (
@@ -359,7 +359,6 @@ impl<'s> Trainer<'s> {
             let draft_ms = begun.elapsed().as_secs_f64() * 1e3;
             let state = &mut run.state;
             state.step = step + 1;
-            state.stage_step = step + 1 - steps.start;
             state.tokens += rows;
             state.position = feed.position();
             state.loss = loss.total;

@@ -37,6 +37,22 @@ impl std::fmt::Display for Layout {
 pub(super) const SCYLLA: &str = "ScyllaForCausalLM";
 
 impl Layout {
+    /// The layouts that a draft of this name may be read from; `what` says in the error what the name was asked for.
+    ///
+    /// # Errors
+    /// If no draft of this name has weights in one of these layouts.
+    pub fn of_name(name: &str, what: &'static str) -> Result<&'static [Self]> {
+        match name {
+            "eagle2" | "hass" => Ok(&[Self::Eagle]),
+            "eagle3" => Ok(&[Self::Eagle3, Self::Speculators]),
+            "scylla" => Ok(&[Self::Scylla]),
+            other => {
+                let known = ["eagle2", "eagle3", "hass", "scylla"];
+                Err(Error::unknown(what, other, known))
+            }
+        }
+    }
+
     /// What a configuration and its keys say.
     pub(super) fn of(json: &Value, shards: &Shards, path: &Path) -> Result<Self> {
         let architecture = json.pointer("/architectures/0").and_then(Value::as_str);

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use half::bf16;
 use safetensors::Dtype;
 use scylla_core::model::Weights;
-use scylla_core::plugin::Matrix;
 use scylla_core::train::Named;
 use scylla_core::train::graph::Compute;
 use scylla_core::{Error, Result};
@@ -124,9 +123,4 @@ pub fn held(
     all.insert("d2t".into(), map(Dtype::I64, targets.len(), offsets));
     all.insert("t2d".into(), map(Dtype::BOOL, vocab, marked));
     Ok(all)
-}
-
-/// Parameters where a graph computes, of values on the host.
-pub(super) fn placed(on: &Compute, values: Vec<f32>, columns: usize) -> Result<Matrix> {
-    on.matrix(values, columns)
 }

@@ -8,7 +8,7 @@ use scylla_core::train::graph::Compute;
 use scylla_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-use super::held::{placed, shape_of, trained};
+use super::held::{shape_of, trained};
 use crate::checkpoint::{Backbone, DraftConfig, Eagle3Config, EagleConfig, ScyllaConfig};
 
 /// The shape of a draft's network; what is 0 is taken from its target's layers.
@@ -177,7 +177,7 @@ pub fn start(
                 entry.name
             )));
         }
-        named.insert(entry.name, placed(on, values, columns)?);
+        named.insert(entry.name, on.matrix(values, columns)?);
     }
     Ok(named)
 }
