@@ -1,6 +1,6 @@
 //! A training step of each recipe on SmolLM2's shapes, its target's pass apart, beside the same in PyTorch.
 //!
-//! `cargo bench --bench train [-- WORDS]` runs the recipes whose titles hold all the words. `SCYLLA_TORCH` names a Python that has torch:
+//! `cargo bench --bench train [-- WORDS]` runs the recipes and forms whose titles hold all the words. `SCYLLA_TORCH` names a Python that has torch:
 //! `peers/pytorch/train.py` then takes turns with it, in f32 and bf16, eager and compiled, and is held against at its best.
 //! `SCYLLA_THREADS` sets the threads of both, `SCYLLA_ROUNDS` (5) how often they take turns. Batches are 4 lines of 512 rows;
 //! medians, and the multiply-adds of the draft's part as a share of what the processor does on registers.
@@ -14,7 +14,7 @@ use common::{asked_for, median, seconds};
 use scylla_bench::data::packing::Lines;
 use scylla_bench::train::{Learner, Taught, TrainExperiment, compute, teach};
 use scylla_bench::{Result, Session};
-use scylla_core::kernels::{Operand, ProductForm, multiply_adds};
+use scylla_core::kernels::{Operand, ProductForm, keep_freed_memory, multiply_adds};
 use scylla_core::train::graph::PackedRows;
 use scylla_draft::recipe::TrainHost;
 use serde_json::{Value, json};
@@ -134,16 +134,20 @@ fn main() -> Result<()> {
         .ok()
         .and_then(|r| r.parse().ok())
         .unwrap_or(5);
+    keep_freed_memory();
     let first = experiment(CASES[0].2);
     let mut session = Session::open(&first.serving(), &mut |_| {})?;
     let threads = session.options.thread_count();
     let mut peer = Peer::start(threads);
     let pool = std::sync::Arc::clone(session.target.executor.pool().expect("kernels"));
     println!("{threads} threads, batches of {ROWS} rows; medians of {rounds} rounds of 3 steps");
-    for (title, case, of) in CASES.into_iter().filter(|(title, ..)| asked_for(title)) {
+    for (title, case, of) in CASES {
         let experiment = experiment(of);
         for form in [ProductForm::F32, ProductForm::fastest()] {
             let on = compute(&session, Some(form))?;
+            if !asked_for(&format!("{title}, {}", on.name())) {
+                continue;
+            }
             let host = TrainHost::new(&on, &session.target.tokens)?;
             let ids = case.starts_with("eagle3").then(|| (0..8192).collect());
             let mut learner = Learner::begin(&experiment, &session, &host, ids)?;

@@ -6,7 +6,9 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use scylla_core::Result;
 use scylla_core::model::{Family, Fields, LayerSpec, ModelFiles, WeightForm};
-use scylla_core::plugin::{SlotRows, Step, TargetModel, Want};
+use scylla_core::plugin::{
+    Forward, PackedRows, Slot, SlotRows, Step, Tap, TargetModel, TargetShape, Want,
+};
 use scylla_tests::{Tiny, backends, write_hf};
 
 /// Toy models: Qwen3's layers with other names, and a window of `sight` positions in every second layer.
@@ -111,5 +113,123 @@ fn a_family_is_one_file_and_runs_on_every_executor() {
     {
         let text = greedy(toy.model.as_mut());
         assert_eq!(text, greedy(qwen.model.as_mut()), "{name}");
+    }
+}
+
+/// A target that packs as any target does: its documents take slots.
+struct InSlots(Box<dyn TargetModel>);
+
+impl TargetModel for InSlots {
+    fn open(&mut self, slot: Slot) -> Result<()> {
+        self.0.open(slot)
+    }
+    fn close(&mut self, slot: Slot) {
+        self.0.close(slot);
+    }
+    fn forward(&mut self, step: &Step<'_>) -> Result<Forward> {
+        self.0.forward(step)
+    }
+    fn commit(&mut self, slot: Slot, path: &[usize]) -> Result<()> {
+        self.0.commit(slot, path)
+    }
+    fn shape(&self) -> TargetShape {
+        self.0.shape()
+    }
+}
+
+/// States of packed documents are those of slots, to what the forms round: in f32 to the last places, else to those of bf16.
+#[test]
+fn packed_documents_have_the_states_of_slots_on_every_executor() {
+    let dir = tempfile::tempdir().expect("dir");
+    // Two lines of 200 rows, more than a block of attention; one document is a single row.
+    let documents = vec![0..160, 160..200, 200..201, 201..400];
+    let rows = PackedRows::new(2, 200, documents).expect("rows");
+    let tokens: Vec<u32> = (0..400u32).map(|i| (i * 7 + i * i % 31) % 50).collect();
+    let taps = [Tap::Input(0), Tap::Input(1), Tap::Input(2), Tap::Final];
+    for (i, (family, window)) in [
+        ("llama-bias", None),
+        ("mistral", Some(40)),
+        ("qwen2", Some(9)),
+        ("qwen3", Some(200)),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let tiny = Tiny {
+            family,
+            window,
+            ffn: 128,
+            seed: i as u64,
+            ..Tiny::default()
+        };
+        let dir = dir.path().join(family);
+        std::fs::create_dir(&dir).expect("folder");
+        write_hf(&tiny, &dir, Dtype::F32, 1);
+        let files = ModelFiles::open(&dir).expect("opens");
+        for (form, bound) in [
+            (WeightForm::AsIs, 1e-5),
+            (WeightForm::Bf16, 0.03),
+            (WeightForm::Q8_0, 0.03),
+            (WeightForm::Q4, 0.03),
+        ] {
+            for (name, loaded) in backends(&files, form) {
+                let mut target = InSlots(loaded.model);
+                let expected = target.states(&tokens, &rows, &taps).expect("slots");
+                let found = target.0.states(&tokens, &rows, &taps).expect("packed");
+                for ((found, expected), tap) in found.iter().zip(&expected).zip(taps) {
+                    let (found, expected) =
+                        (found.all().expect("here"), expected.all().expect("here"));
+                    assert_eq!(
+                        (found.len(), expected.len()),
+                        (400 * tiny.hidden, 400 * tiny.hidden)
+                    );
+                    // The whole, and the row of its own.
+                    let h = tiny.hidden;
+                    for range in [0..400 * h, 200 * h..201 * h] {
+                        let (mut off, mut size) = (0.0f64, 0.0f64);
+                        for (a, b) in found[range.clone()].iter().zip(&expected[range]) {
+                            off += f64::from(a - b).powi(2);
+                            size += f64::from(*b).powi(2);
+                        }
+                        let off = (off / size).sqrt();
+                        assert!(
+                            off < bound,
+                            "{family} {form:?} on {name}, {tap:?}: off by {off:.2e}"
+                        );
+                    }
+                }
+                // Their company does not matter to rows on the kernels.
+                if !found[0].is_on_device() {
+                    let alone = PackedRows::lines(1, 199).expect("rows");
+                    let one = target.0.states(&tokens[201..], &alone, &taps).expect("one");
+                    for (one, all) in one.iter().zip(&found) {
+                        let all = &all.values().expect("host")[201 * tiny.hidden..];
+                        assert_eq!(one.values().expect("host"), all, "{family} {form:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn packed_rows_that_do_not_fit_are_refused() {
+    let dir = tempfile::tempdir().expect("dir");
+    let tiny = Tiny::default();
+    write_hf(&tiny, dir.path(), Dtype::F32, 1);
+    let files = ModelFiles::open(dir.path()).expect("opens");
+    for (name, loaded) in backends(&files, WeightForm::AsIs) {
+        let mut model = loaded.model;
+        let longer = model.shape().context + 1;
+        let rows = |n| PackedRows::lines(1, n).expect("rows");
+        let mut refused = |tokens: &[u32], n, taps: &[Tap], said: &str| {
+            let found = model.states(tokens, &rows(n), taps);
+            let error = found.map(|_| ()).expect_err(said).to_string();
+            assert!(error.contains(said), "{name}: {error}");
+        };
+        refused(&[1, 2], 3, &[Tap::Final], "2 tokens for 3 packed rows");
+        refused(&[1, 1 << 20], 2, &[Tap::Final], "outside the vocabulary");
+        refused(&[1, 2], 2, &[Tap::Input(99)], "tap Input(99)");
+        refused(&vec![1; longer], longer, &[Tap::Final], "positions");
     }
 }

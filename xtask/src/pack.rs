@@ -9,26 +9,37 @@ use serde_json::Value;
 
 use crate::{cargo, root, run};
 
-pub(crate) const USAGE: &str = "usage: cargo xtask gpu-pack OUT [--device cuda|cpu] [--part-mb N]
+pub(crate) const USAGE: &str = "usage: cargo xtask gpu-pack OUT [--device cuda|cpu] [--part-mb N] [--only NAME,...]
 
 Builds `scylla`, the tests that run on a device and its benchmark, and packs them with the default model into OUT: parts of
 at most N (32) MB, their hashes, and unpack.sh, which joins, checks and unpacks them where they arrive. `run.sh` in what it
 unpacks does the rest; docs/gpu.md says how. A CUDA build needs nvcc (CUDA_HOME); `--device cpu` packs a build without.
+`--only training,device` builds and packs but these of the tests and the benchmark beside `scylla`; `--only scylla` none.
 SCYLLA_GOLDEN names the folder of golden values to pack, SCYLLA_TRAIN_DATA a folder of texts and conversations to train on.
 ";
 
 /// The tests that say something about a device.
-const TESTS: [&str; 5] = ["parity", "eagle", "lossless", "drafts", "training"];
+const TESTS: [&str; 6] = [
+    "parity", "eagle", "lossless", "drafts", "families", "training",
+];
 
 struct Options {
     out: PathBuf,
     cuda: bool,
     part_mb: usize,
+    only: Option<Vec<String>>,
+}
+
+impl Options {
+    fn wants(&self, program: &str) -> bool {
+        let only = self.only.as_ref();
+        only.is_none_or(|only| only.iter().any(|name| name == program))
+    }
 }
 
 fn options(args: &[String]) -> Result<Options> {
     let mut args = args.iter();
-    let (mut out, mut cuda, mut part_mb) = (None, true, 32);
+    let (mut out, mut cuda, mut part_mb, mut only) = (None, true, 32, None);
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
         match arg.as_str() {
@@ -40,6 +51,14 @@ fn options(args: &[String]) -> Result<Options> {
                 }
             }
             "--part-mb" => part_mb = value()?.parse().context("--part-mb")?,
+            "--only" => {
+                let names: Vec<String> = value()?.split(',').map(String::from).collect();
+                let known = |n: &str| n == "scylla" || n == "device" || TESTS.contains(&n);
+                if let Some(unknown) = names.iter().find(|n| !known(n)) {
+                    bail!("--only {unknown}: expected scylla, device or one of {TESTS:?}");
+                }
+                only = Some(names);
+            }
             other if other.starts_with('-') || out.is_some() => {
                 bail!("unknown argument `{other}`\n{USAGE}")
             }
@@ -53,6 +72,7 @@ fn options(args: &[String]) -> Result<Options> {
         out: out.with_context(|| format!("OUT is missing\n{USAGE}"))?,
         cuda,
         part_mb,
+        only,
     })
 }
 
@@ -135,16 +155,21 @@ pub(crate) fn pack(args: &[String]) -> Result<()> {
     let model: Value = serde_json::from_slice(&out.stdout).context("scylla inspect model")?;
     let model = PathBuf::from(model["path"].as_str().context("path of the model")?);
 
-    let tests: Vec<&str> = TESTS.iter().flat_map(|t| ["--test", t]).collect();
+    let tests = TESTS.into_iter().filter(|t| options.wants(t));
+    let tests: Vec<&str> = tests.flat_map(|t| ["--test", t]).collect();
     let mut programs = built(
         options.cuda,
         &["build", "--release", "--bin", "scylla"],
         "scylla-bench",
     )?;
-    let with_tests = [&["test", "--release", "--no-run"], &tests[..]].concat();
-    programs.extend(built(options.cuda, &with_tests, "scylla-tests")?);
-    let bench = ["bench", "--no-run", "--bench", "device"];
-    programs.extend(built(options.cuda, &bench, "scylla-bench")?);
+    if !tests.is_empty() {
+        let with_tests = [&["test", "--release", "--no-run"], &tests[..]].concat();
+        programs.extend(built(options.cuda, &with_tests, "scylla-tests")?);
+    }
+    if options.wants("device") {
+        let bench = ["bench", "--no-run", "--bench", "device"];
+        programs.extend(built(options.cuda, &bench, "scylla-bench")?);
+    }
 
     let stage = options.out.join("stage");
     fill(&stage, &programs, &model, options.cuda)?;

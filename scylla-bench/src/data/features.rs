@@ -19,7 +19,6 @@ use serde::{Deserialize, Serialize};
 use super::documents::{Counts, Document, Documents};
 use super::packing::Lines;
 use crate::session::Session;
-use crate::train::teach;
 use crate::{Error, Result};
 
 const INDEX: &str = "features.json";
@@ -299,6 +298,35 @@ fn write_listing(dir: &Path, index: &Index) -> Result<()> {
     Ok(files::write(&dir.join(LISTING), &text)?)
 }
 
+/// States of the first pieces, as many as run together: for each a row of values for each tap.
+fn states_of(
+    session: &mut Session,
+    pieces: &[Document],
+    taps: &[Tap],
+) -> Result<Vec<Vec<Vec<f32>>>> {
+    const ROWS: usize = 2048;
+    let (mut tokens, mut documents) = (Vec::new(), Vec::new());
+    for piece in pieces {
+        if !tokens.is_empty() && tokens.len() + piece.tokens.len() > ROWS {
+            break;
+        }
+        documents.push(tokens.len()..tokens.len() + piece.tokens.len());
+        tokens.extend_from_slice(&piece.tokens);
+    }
+    let rows = PackedRows::new(1, tokens.len(), documents.clone())?;
+    let states = session.target.model.states(&tokens, &rows, taps)?;
+    let states = states
+        .iter()
+        .map(|s| Ok((s.columns, s.all()?)))
+        .collect::<Result<Vec<_>>>()?;
+    let of = |d: &std::ops::Range<usize>| {
+        let part =
+            |(h, s): &(usize, std::borrow::Cow<'_, [f32]>)| s[d.start * h..d.end * h].to_vec();
+        states.iter().map(part).collect()
+    };
+    Ok(documents.iter().map(of).collect())
+}
+
 fn write_shard(
     session: &mut Session,
     pieces: &[Document],
@@ -307,21 +335,14 @@ fn write_shard(
     path: &Path,
 ) -> Result<()> {
     let mut held: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+    let mut known = Vec::new();
     for (i, piece) in pieces.iter().enumerate() {
         let n = piece.tokens.len();
-        let lines = Lines {
-            rows: PackedRows::lines(1, n)?,
-            tokens: piece.tokens.clone(),
-            mask: piece.mask.clone(),
-            of: vec![0],
-            from: vec![0],
-        };
-        let taught = teach(&mut session.target.model, lines, taps)?;
-        let states = taught
-            .states
-            .iter()
-            .map(|s| Ok(s.all()?))
-            .collect::<Result<Vec<_>>>()?;
+        if known.is_empty() {
+            known = states_of(session, &pieces[i..], taps)?;
+            known.reverse();
+        }
+        let states = known.pop().unwrap_or_default();
         let mut bytes =
             Vec::with_capacity(n * states.iter().map(|s| s.len()).sum::<usize>() / n.max(1) * 2);
         for row in 0..n {

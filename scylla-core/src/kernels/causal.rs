@@ -157,8 +157,16 @@ impl<'a> Head<'a> {
         &of[self.kv_at(row)..][..self.shape.head_dim]
     }
 
-    /// Probabilities of a block's rows over the keys before its end, and over the rows' own later keys.
-    fn weigh(&self, block: &Range<usize>, scores: &mut [f32], own: &mut [f32]) {
+    /// What a block's rows pay to the keys before its end, and to the rows' own later keys: probabilities where `whole`, else
+    /// as they are before they are divided by their sums. `factors` gets what makes them probabilities.
+    fn weigh(
+        &self,
+        block: &Range<usize>,
+        whole: bool,
+        scores: &mut [f32],
+        own: &mut [f32],
+        factors: &mut [f32],
+    ) {
         let (end, later) = (block.end, self.k.len() - 1);
         self.products
             .multiply_packed(self.rows(self.q, block), self.keys, false, scores, end);
@@ -170,7 +178,7 @@ impl<'a> Head<'a> {
         }
         let scale = (self.shape.head_dim as f32).sqrt().recip();
         let sees = |row: usize| self.shape.sees(row);
-        dispatch!(InstructionSet::detect(), weigh_rows(scores, own, end, scale, block.clone(), &sees): (scores: &mut [f32], own: &mut [f32], end: usize, scale: f32, block: Range<usize>, sees: &dyn Fn(usize) -> Range<usize>) <>);
+        dispatch!(InstructionSet::detect(), weigh_rows(scores, own, factors, whole, scale, block.clone(), &sees): (scores: &mut [f32], own: &mut [f32], factors: &mut [f32], whole: bool, scale: f32, block: Range<usize>, sees: &dyn Fn(usize) -> Range<usize>) <>);
     }
 }
 
@@ -186,17 +194,18 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     sums.iter().sum()
 }
 
-/// Softmax of each row over the keys it sees and its own later ones; zeros elsewhere.
+/// Softmax of each row over the keys it sees and its own later ones, multiplied by its factor where `whole`; zeros elsewhere.
 #[inline(always)]
 fn weigh_rows<S: Simd>(
     scores: &mut [f32],
     own: &mut [f32],
-    end: usize,
+    factors: &mut [f32],
+    whole: bool,
     scale: f32,
     block: Range<usize>,
     sees: &dyn Fn(usize) -> Range<usize>,
 ) {
-    let later = own.len() / block.len();
+    let (end, later) = (block.end, own.len() / block.len());
     for (i, scores) in scores.chunks_exact_mut(end).take(block.len()).enumerate() {
         let seen = sees(block.start + i);
         let own = &mut own[i * later..(i + 1) * later];
@@ -226,9 +235,11 @@ fn weigh_rows<S: Simd>(
                 few.iter().for_each(|e| sum += e);
             }
         }
-        let factor = 1.0 / sum;
-        scores.iter_mut().for_each(|p| *p *= factor);
-        own.iter_mut().for_each(|p| *p *= factor);
+        factors[i] = 1.0 / sum;
+        if whole {
+            scores.iter_mut().for_each(|p| *p *= factors[i]);
+            own.iter_mut().for_each(|p| *p *= factors[i]);
+        }
     }
 }
 
@@ -277,7 +288,8 @@ pub fn attend(
                         let end = block.end;
                         let scores = sized(&mut scratch.scores, block.len() * end);
                         let own = sized(&mut scratch.own, block.len() * later);
-                        h.weigh(&block, scores, own);
+                        let factors = &mut [0.0; BLOCK][..block.len()];
+                        h.weigh(&block, false, scores, own, factors);
                         let mixed = sized(&mut scratch.mixed, block.len() * e);
                         let p = View::new(scores, block.len(), end);
                         products.multiply_packed(p, &values, false, mixed, e);
@@ -287,7 +299,9 @@ pub fn attend(
                                 axpy(*p, h.own(v, row), mixed);
                             }
                             // SAFETY: rows of one document and columns of one head, which are this task's.
-                            unsafe { out.part(h.at(row)..h.at(row) + e) }.copy_from_slice(mixed);
+                            let out = unsafe { out.part(h.at(row)..h.at(row) + e) };
+                            let mixed = mixed.iter().map(|m| m * factors[i]);
+                            out.iter_mut().zip(mixed).for_each(|(out, m)| *out = m);
                         }
                     }
                 }
@@ -379,7 +393,7 @@ pub fn gradient(
                         let (count, end) = (block.len(), block.end);
                         let p = sized(&mut scratch.scores, count * end);
                         let own = sized(&mut scratch.own, count * later);
-                        h.weigh(&block, p, own);
+                        h.weigh(&block, true, p, own, &mut [0.0; BLOCK][..count]);
                         let down = h.rows(grad, &block);
                         let slopes = sized(&mut scratch.slopes, count * end);
                         products.multiply_packed(down, &values, false, slopes, end);

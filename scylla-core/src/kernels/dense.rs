@@ -157,6 +157,12 @@ impl<W: Element> Dense<W> {
         self.tiles.settle();
     }
 
+    /// The lines of a tile, one after the other.
+    pub(super) fn tile_lines(&self, tile: usize) -> impl Iterator<Item = &[W]> {
+        let first = tile * self.lines() * Self::LINE;
+        self.tiles[first..first + self.lines() * Self::LINE].chunks_exact(Self::LINE)
+    }
+
     /// Bytes of weights, the padding of the last tile not counted.
     pub(super) fn bytes(&self) -> usize {
         self.n * self.k * size_of::<W>()

@@ -2,11 +2,14 @@
 
 use std::borrow::Cow;
 use std::io::Read;
+use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 
 use super::dense::{self, Dense};
+use super::product::{ProductForm, Products, Right, View, units_mut};
 use super::quant::{self, Activations, BLOCK, Bits, BlockOf, Quant};
+use super::simd::Line;
 use super::{Pool, SharedOut, TILE};
 use crate::model::gguf_types;
 use crate::{Error, Result};
@@ -304,6 +307,28 @@ impl Weight {
         Self { n, k, form }
     }
 
+    /// The right side of bf16 products with many rows, where they are faster than this form's own; f32 stays f32.
+    fn right(&self, pool: &Pool) -> Option<Right> {
+        let shape = (self.n, self.k);
+        match &self.form {
+            _ if !ProductForm::widens() => None,
+            Form::F32(_) => None,
+            Form::Quant(w) => Some(Right::of_tiles(pool, shape, |tile, to| {
+                w.tile_pairs(tile, to)
+            })),
+            Form::Bf16(w) => Some(Right::of_tiles(pool, shape, |tile, to| {
+                let (lines, rest) = to.split_at_mut(self.k.div_ceil(2));
+                let units = units_mut(lines).as_chunks_mut::<TILE>().0;
+                for (to, line) in units.iter_mut().zip(w.tile_lines(tile)) {
+                    for (to, pair) in to.iter_mut().zip(line.as_chunks::<2>().0) {
+                        *to = u32::from(pair[0]) | u32::from(pair[1]) << 16;
+                    }
+                }
+                rest.fill(Line([0; 64]));
+            })),
+        }
+    }
+
     /// All weights, widened to f32, `[N, K]`.
     pub fn to_f32(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.n * self.k];
@@ -336,6 +361,8 @@ pub struct Scratch {
     activations: Activations,
     wide: Vec<f32>,
     pairs: Vec<[u16; 2]>,
+    /// A product that is to be added.
+    apart: Vec<f32>,
 }
 
 /// `y = x W^T + b` with `W` `[N, K]`. Several weights over the same input may stand behind one another.
@@ -420,6 +447,22 @@ impl Linear {
         &self.parts
     }
 
+    /// The number of rows, of sizes that fit.
+    fn rows(&self, x: &[f32], out: &[f32]) -> Result<usize> {
+        let rows = x.len().checked_div(self.k).unwrap_or(0);
+        let biased = self.bias.as_ref().map_or(self.n, Vec::len);
+        match x.len() == rows * self.k && out.len() == rows * self.n && biased == self.n {
+            true => Ok(rows),
+            false => Err(Error::Invalid(format!(
+                "{} values in and {} out, with {biased} biases, for a layer from {} to {}",
+                x.len(),
+                out.len(),
+                self.k,
+                self.n
+            ))),
+        }
+    }
+
     /// Writes `[M, N]` to `out` for `x` `[M, K]`.
     ///
     /// # Errors
@@ -431,17 +474,7 @@ impl Linear {
         scratch: &mut Scratch,
         out: &mut [f32],
     ) -> Result<()> {
-        let rows = x.len().checked_div(self.k).unwrap_or(0);
-        let biased = self.bias.as_ref().map_or(self.n, Vec::len);
-        if x.len() != rows * self.k || out.len() != rows * self.n || biased != self.n {
-            return Err(Error::Invalid(format!(
-                "{} values in and {} out, with {biased} biases, for a layer from {} to {}",
-                x.len(),
-                out.len(),
-                self.k,
-                self.n
-            )));
-        }
+        self.rows(x, out)?;
         let any = |of: fn(&Form) -> bool| self.parts.iter().any(|p| of(&p.form));
         if any(|f| matches!(f, Form::Quant(_))) {
             scratch.activations.fill(pool, x, self.k);
@@ -471,12 +504,88 @@ impl Linear {
     }
 }
 
+/// A linear layer for many rows, hundreds at least: its weights are widened to bf16 for as long as this lives, where the
+/// processor multiplies that faster. So rows round otherwise than in [`Linear::forward`]; how many there are still does not
+/// matter.
+pub struct Wide<'a> {
+    linear: &'a Linear,
+    /// Of all parts, or none.
+    sides: Vec<Right>,
+}
+
+impl<'a> Wide<'a> {
+    /// Widens the weights.
+    pub fn new(linear: &'a Linear, pool: &Pool) -> Self {
+        let sides: Option<_> = linear.parts.iter().map(|w| w.right(pool)).collect();
+        Self {
+            linear,
+            sides: sides.unwrap_or_default(),
+        }
+    }
+
+    /// `out = x W^T + b`, added to what is there where `add`: `x` `[M, K]`, `out` `[M, N]`.
+    ///
+    /// # Errors
+    /// If the sizes do not fit.
+    pub fn multiply(
+        &self,
+        pool: &Arc<Pool>,
+        x: &[f32],
+        add: bool,
+        scratch: &mut Scratch,
+        out: &mut [f32],
+    ) -> Result<()> {
+        let (n, k) = (self.linear.n, self.linear.k);
+        if self.sides.is_empty() {
+            if !add {
+                return self.linear.forward(pool, x, scratch, out);
+            }
+            let mut apart = std::mem::take(&mut scratch.apart);
+            apart.resize(out.len(), 0.0);
+            self.linear.forward(pool, x, scratch, &mut apart)?;
+            pool.rows([out], [n], 64, |rows, [out]| {
+                super::add(out, &apart[rows.start * n..rows.end * n]);
+            });
+            scratch.apart = apart;
+            return Ok(());
+        }
+        let m = self.linear.rows(x, out)?;
+        if m == 0 {
+            return Ok(());
+        }
+        let products = Products {
+            pool: Arc::clone(pool),
+            form: ProductForm::Bf16,
+        };
+        let mut first = 0;
+        for side in &self.sides {
+            let left = View::new(x, m, k);
+            products.multiply_packed(left, side, add, &mut out[first..], n);
+            first += side.shape().1;
+        }
+        if let Some(bias) = &self.linear.bias {
+            pool.rows([out], [n], 64, |_, [rows]| {
+                rows.chunks_exact_mut(n)
+                    .for_each(|row| super::add(row, bias));
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Wide<'_> {
+    fn drop(&mut self) {
+        self.sides.drain(..).for_each(Right::recycle);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use candle_core::quantized::QTensor;
     use candle_core::{Device, Tensor};
     use proptest::prelude::*;
+    use std::ops::Range;
 
     fn values(n: usize, seed: u64) -> Vec<f32> {
         let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
@@ -638,6 +747,67 @@ mod tests {
                 .iter()
                 .all(|v| v.abs() < 1e-30)
         );
+    }
+
+    /// Products with widened weights are those of both sides rounded to bf16, to what sums of f32 cost; where nothing is
+    /// widened they are those of few rows.
+    #[test]
+    fn many_rows_meet_weights_rounded_to_bf16() {
+        let pool = Arc::new(Pool::new(2));
+        let (m, n, k) = if cfg!(miri) {
+            (3, 18, 32)
+        } else {
+            (70, 75, 96)
+        };
+        let (w, x, bias) = (values(n * k, 1), values(m * k, 2), values(n, 3));
+        let begun = values(m * n, 4);
+        let round = |v: f32| half::bf16::from_f32(v).to_f64();
+        for (weight, _) in forms(&w, k) {
+            let (exact, form) = (weight.to_f32(), weight.form());
+            let linear = Linear::new(weight, Some(bias.clone()));
+            let wide = Wide::new(&linear, &pool);
+            assert_eq!(
+                wide.sides.is_empty(),
+                !ProductForm::widens() || form == "f32"
+            );
+            for add in [false, true] {
+                let run = |rows: Range<usize>| {
+                    let mut out = begun[rows.start * n..rows.end * n].to_vec();
+                    let x = &x[rows.start * k..rows.end * k];
+                    wide.multiply(&pool, x, add, &mut Scratch::default(), &mut out)
+                        .expect("multiply");
+                    out
+                };
+                let out = run(0..m);
+                assert_eq!(
+                    out[2 * n..3 * n],
+                    run(2..3),
+                    "{form}: rows depend on their company"
+                );
+                for (at, &found) in out.iter().enumerate() {
+                    let (r, c) = (at / n, at % n);
+                    if wide.sides.is_empty() {
+                        let mut few = vec![0.0; n];
+                        let row = &x[r * k..(r + 1) * k];
+                        linear
+                            .forward(&pool, row, &mut Scratch::default(), &mut few)
+                            .expect("forward");
+                        let first = if add { begun[at] } else { 0.0 };
+                        assert_eq!(found, first + few[c], "{form}");
+                        continue;
+                    }
+                    let of = |i| round(exact[c * k + i]) * round(x[r * k + i]);
+                    let first = if add { f64::from(begun[at]) } else { 0.0 };
+                    let rest = first + f64::from(bias[c]);
+                    let sum = (0..k).map(of).sum::<f64>() + rest;
+                    let size = (0..k).map(|i| of(i).abs()).sum::<f64>();
+                    let size = size + first.abs() + f64::from(bias[c]).abs();
+                    let room = size * (k + 3) as f64 * f64::from(f32::EPSILON);
+                    let off = (f64::from(found) - sum).abs();
+                    assert!(off <= room, "{form} [{r}, {c}]: off by {off}");
+                }
+            }
+        }
     }
 
     /// Q4_K keeps its 4 bits; Q5_K and Q6_K are rounded to 8.

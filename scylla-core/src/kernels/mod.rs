@@ -27,7 +27,7 @@ mod tiles;
 pub use attention::{AttentionRow, CacheForm, KvLayer, attention};
 pub use elementwise::{add, add_rms_norm, rms_norm, rope, swiglu};
 pub(crate) use linear::is_finite;
-pub use linear::{Linear, Scratch, Weight};
+pub use linear::{Linear, Scratch, Weight, Wide};
 pub use memory::{keep_freed_memory, zeros};
 pub use peak::{Operand, multiply_adds};
 pub use pool::Pool;

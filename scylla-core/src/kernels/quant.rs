@@ -11,6 +11,7 @@ use half::f16;
 
 use super::memory::Buffer;
 use super::pool::Pool;
+use super::product::{pair, units_mut};
 use super::simd::{InstructionSet, Line, Simd, dispatch, quantize};
 use super::tiles::{self, Part, Product};
 use super::{SharedOut, SharedValues, TILE};
@@ -252,6 +253,11 @@ impl Quant {
         }
     }
 
+    /// Writes a tile rounded to bf16: line by line a pair of neighbours of K of each column.
+    pub(super) fn tile_pairs(&self, tile: usize, to: &mut [Line]) {
+        dispatch!(InstructionSet::detect(), tile_pairs(self, tile, to): (w: &Quant, tile: usize, to: &mut [Line]) <>);
+    }
+
     /// Bytes of weights, the padding of the last tile not counted.
     pub(super) fn bytes(&self) -> usize {
         let scales = match self.bits {
@@ -378,6 +384,43 @@ impl Form for FourWithOffset {
     #[inline(always)]
     fn pair<S: Simd>(lines: &[Line]) -> [S::B; 2] {
         nibbles::<S>(&lines[0])
+    }
+}
+
+#[inline(always)]
+fn tile_pairs<S: Simd>(w: &Quant, tile: usize, to: &mut [Line]) {
+    let (blocks, lines) = (w.k / BLOCK, w.bits.lines());
+    let (bits, mask, bias) = match w.bits {
+        Bits::Eight => (8, 255, 128),
+        Bits::Four => (4, 15, 8),
+        Bits::FourWithOffset => (4, 15, 0),
+    };
+    for (block, to) in units_mut(to).chunks_exact_mut(BLOCK / 2 * TILE).enumerate() {
+        let at = tile * blocks + block;
+        let (mut scale, mut offset) = ([0.0; TILE], [0.0; TILE]);
+        S::store(S::widen(&w.scales[at]), &mut scale);
+        if let Some(offsets) = w.offsets.get(at) {
+            S::store(S::widen(offsets), &mut offset);
+        }
+        let stored = &w.lines[at * lines..(at + 1) * lines];
+        // Each group of four values becomes two pairs.
+        for (group, to) in to.chunks_exact_mut(2 * TILE).enumerate() {
+            let (line, low) = match bits {
+                8 => (w.bits.line(group), 0),
+                _ => (group % PAIRS, (group / PAIRS * 4) as u32),
+            };
+            let (bytes, _) = stored[line].0.as_chunks::<4>();
+            for (half, to) in to.chunks_exact_mut(TILE).enumerate() {
+                let first = low + 16 * half as u32;
+                for c in 0..TILE {
+                    let four = u32::from_le_bytes(bytes[c]);
+                    let value = |shift: u32| {
+                        ((four >> shift & mask) as i32 - bias) as f32 * scale[c] + offset[c]
+                    };
+                    to[c] = pair(value(first), value(first + 8));
+                }
+            }
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use super::files::Weights;
 use super::slots::StackRows;
 use super::spec::{AttentionInput, LayerSpec};
 use crate::kernels::Pool;
-use crate::plugin::{Matrix, Slot};
+use crate::plugin::{Matrix, PackedRows, Slot};
 use crate::{Error, Result};
 
 /// Bytes of weights by the form they are held in.
@@ -132,6 +132,27 @@ pub trait Stack: Send {
         beside: Option<&Matrix>,
         on_layer: &mut dyn FnMut(usize, &Matrix),
     ) -> Result<()>;
+    /// Runs whole documents, none of which sees another, through all layers, as [`Stack::forward`] does with a slot for each;
+    /// but no cache is read or written, and the values may round otherwise.
+    ///
+    /// # Errors
+    /// If a document is longer than a slot holds, or the first layer takes values beside.
+    fn packed(
+        &mut self,
+        rows: &PackedRows,
+        x: &mut Matrix,
+        on_layer: &mut dyn FnMut(usize, &Matrix),
+    ) -> Result<()>;
+}
+
+/// Refuses documents that are longer than a slot.
+pub(super) fn check_documents(rows: &PackedRows, capacity: usize) -> Result<()> {
+    match rows.documents.iter().map(|d| d.len()).max() {
+        Some(longest) if longest > capacity => Err(Error::Invalid(format!(
+            "a document of {longest} rows, where {capacity} positions are"
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// Refuses layers whose sizes do not fit together, whoever made them.

@@ -1,5 +1,6 @@
 //! Bookkeeping of slots that every transformer shares: lengths, waiting rows, and what each row sees.
 
+use super::executor::outside;
 use crate::plugin::{Slot, Step};
 use crate::{Error, Result};
 
@@ -245,14 +246,18 @@ fn check_rows(rows: &StackRows<'_>, len: usize, waiting: usize, capacity: usize)
     }
 }
 
+/// Refuses tokens that a vocabulary does not have.
+pub(super) fn check_tokens(tokens: &[u32], vocab: usize) -> Result<()> {
+    match tokens.iter().find(|&&t| t as usize >= vocab) {
+        Some(&token) => Err(outside(token, vocab)),
+        None => Ok(()),
+    }
+}
+
 /// The rows of a step, its tokens and wanted rows checked.
 pub(super) fn rows_of<'a>(step: &Step<'a>, vocab: usize) -> Result<Vec<StackRows<'a>>> {
     let rows = step.slots.iter().map(|s| {
-        if let Some(token) = s.tokens.iter().find(|&&t| t as usize >= vocab) {
-            return Err(Error::Invalid(format!(
-                "token {token} outside the vocabulary of {vocab}"
-            )));
-        }
+        check_tokens(s.tokens, vocab)?;
         s.want.of(s.tokens.len())?;
         Ok(StackRows {
             slot: s.slot,

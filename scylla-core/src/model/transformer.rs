@@ -5,9 +5,9 @@ use std::sync::Arc;
 use super::config::layer_prefix;
 use super::executor::{Executor, Forms, Stack};
 use super::files::{ModelFiles, Weights};
-use super::slots::rows_of;
+use super::slots::{check_tokens, rows_of};
 use super::{LoadOptions, ModelConfig, TokenLayers};
-use crate::plugin::{Forward, Matrix, Slot, Step, Tap, TargetModel, TargetShape};
+use crate::plugin::{Forward, Matrix, PackedRows, Slot, Step, Tap, TargetModel, TargetShape};
 use crate::{Error, Result};
 
 /// A language model on an executor.
@@ -93,6 +93,38 @@ impl Transformer {
         (forms, norms + self.config.hidden * 4)
     }
 
+    /// Runs tokens through the layers and the final norm, whose output is left in `normed`; returns the states tapped.
+    fn tapped(
+        &mut self,
+        tokens: &[u32],
+        taps: &[Tap],
+        run: impl FnOnce(&mut dyn Stack, &mut Matrix, &mut dyn FnMut(usize, &Matrix)) -> Result<()>,
+    ) -> Result<Vec<Matrix>> {
+        self.tokens.embed(tokens, &mut self.x)?;
+        let mut states: Vec<Option<Matrix>> = vec![None; taps.len()];
+        // No state is kept that nobody tapped.
+        let mut tap = |at: Tap, x: &Matrix| {
+            for (tap, state) in taps.iter().zip(&mut states) {
+                if *tap == at {
+                    *state = Some(x.snapshot());
+                }
+            }
+        };
+        run(&mut *self.stack, &mut self.x, &mut |i, x| {
+            tap(Tap::Input(i), x)
+        })?;
+        let eps = self.config.norm_eps;
+        self.executor
+            .rms_norm(&self.x, &self.norm, eps, &mut self.normed)?;
+        tap(Tap::Final, &self.normed);
+        let there = |(tap, state): (&Tap, Option<Matrix>)| {
+            let layers = self.config.layers.len();
+            let missing = || Error::Invalid(format!("tap {tap:?} of a model with {layers} layers"));
+            state.ok_or_else(missing)
+        };
+        taps.iter().zip(states).map(there).collect()
+    }
+
     /// The last state after the final norm is in `normed`; returns the logits asked for, slot by slot.
     fn logits(&mut self, step: &Step<'_>) -> Result<Vec<Matrix>> {
         let mut first = 0;
@@ -116,6 +148,9 @@ impl Transformer {
     }
 }
 
+/// Packed rows that run together.
+const TOGETHER: usize = 4096;
+
 impl TargetModel for Transformer {
     fn open(&mut self, slot: Slot) -> Result<()> {
         self.stack.open(slot)
@@ -128,31 +163,12 @@ impl TargetModel for Transformer {
     fn forward(&mut self, step: &Step<'_>) -> Result<Forward> {
         let rows = rows_of(step, self.config.vocab)?;
         let tokens: Vec<u32> = step.slots.iter().flat_map(|s| s.tokens).copied().collect();
-        self.tokens.embed(&tokens, &mut self.x)?;
-        let mut states: Vec<Option<Matrix>> = vec![None; step.taps.len()];
-        // No state is kept that nobody tapped.
-        let mut tap = |at: Tap, x: &Matrix| {
-            for (tap, state) in step.taps.iter().zip(&mut states) {
-                if *tap == at {
-                    *state = Some(x.snapshot());
-                }
-            }
-        };
-        self.stack
-            .forward(&rows, &mut self.x, None, &mut |i, x| tap(Tap::Input(i), x))?;
-        let eps = self.config.norm_eps;
-        self.executor
-            .rms_norm(&self.x, &self.norm, eps, &mut self.normed)?;
-        tap(Tap::Final, &self.normed);
+        let states = self.tapped(&tokens, step.taps, |stack, x, on_layer| {
+            stack.forward(&rows, x, None, on_layer)
+        })?;
         let counts: Vec<usize> = step.slots.iter().map(|s| s.tokens.len()).collect();
         let mut taps = vec![Vec::with_capacity(states.len()); counts.len()];
-        for (tap, state) in step.taps.iter().zip(states) {
-            let Some(state) = state else {
-                return Err(Error::Invalid(format!(
-                    "tap {tap:?} of a model with {} layers",
-                    self.config.layers.len()
-                )));
-            };
+        for state in states {
             for (taps, part) in taps.iter_mut().zip(state.split(&counts)?) {
                 taps.push(part);
             }
@@ -185,6 +201,20 @@ impl TargetModel for Transformer {
 
     fn trim(&mut self) {
         self.stack.trim();
+    }
+
+    fn states(&mut self, tokens: &[u32], rows: &PackedRows, taps: &[Tap]) -> Result<Vec<Matrix>> {
+        rows.check(tokens.len())?;
+        check_tokens(tokens, self.config.vocab)?;
+        let mut pieces = vec![Vec::new(); taps.len()];
+        for (start, piece) in rows.pieces(TOGETHER) {
+            let tokens = &tokens[start..start + piece.count()];
+            let found = self.tapped(tokens, taps, |stack, x, on_layer| {
+                stack.packed(&piece, x, on_layer)
+            })?;
+            pieces.iter_mut().zip(found).for_each(|(p, f)| p.push(f));
+        }
+        pieces.into_iter().map(Matrix::joined).collect()
     }
 
     fn shape(&self) -> TargetShape {

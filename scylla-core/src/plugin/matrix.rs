@@ -295,6 +295,62 @@ impl Matrix {
         Ok(())
     }
 
+    /// Matrices one below the other; neighbours in one memory stay there.
+    ///
+    /// # Errors
+    /// If their widths differ, or some are on a device.
+    pub fn joined(mut parts: Vec<Self>) -> Result<Self> {
+        if parts.len() <= 1 {
+            return Ok(parts.pop().unwrap_or_default());
+        }
+        let columns = parts[0].columns;
+        if let Some(other) = parts.iter().find(|p| p.columns != columns) {
+            return Err(Error::Invalid(format!(
+                "rows of {} values below rows of {columns}",
+                other.columns
+            )));
+        }
+        if parts.iter().any(Self::is_on_device) {
+            let all = parts.iter().map(|p| p.tensor().cloned());
+            return Self::device(cat(&all.collect::<Result<Vec<_>>>()?, 0)?);
+        }
+        let total = parts.iter().map(Self::rows).sum();
+        let follows = |w: &[Self]| match (&w[0].data, &w[1].data) {
+            (
+                Data::Host {
+                    values,
+                    first,
+                    rows,
+                },
+                Data::Host {
+                    values: next,
+                    first: then,
+                    ..
+                },
+            ) => Arc::ptr_eq(values, next) && first + rows * columns == *then,
+            _ => false,
+        };
+        if parts.windows(2).all(follows)
+            && let Data::Host { values, first, .. } = &parts[0].data
+        {
+            let (values, first) = (Arc::clone(values), *first);
+            let rows = total;
+            return Ok(Self {
+                columns,
+                data: Data::Host {
+                    values,
+                    first,
+                    rows,
+                },
+            });
+        }
+        let mut all = Vec::with_capacity(total * columns);
+        for part in &parts {
+            all.extend_from_slice(part.values()?);
+        }
+        Ok(Self::host(all, columns))
+    }
+
     /// Appends rows, each of which is the listed row of all `parts` side by side. A matrix without rows becomes one of
     /// their width, where they are.
     ///

@@ -5,12 +5,14 @@
 
 mod draft;
 mod matrix;
+mod packed;
 mod policy;
 mod rule;
 mod target;
 
 pub use draft::{Committed, DraftModel, Request};
 pub use matrix::{Matrix, TopRows};
+pub use packed::PackedRows;
 pub use policy::{BudgetPolicy, Drafting, Outlook};
 pub use rule::{Rules, TargetRows, Verdict, Verifier};
 pub use target::{Forward, SlotRows, Step, Tap, TargetModel, TargetShape, Want};

@@ -1,6 +1,6 @@
 //! The language model being accelerated.
 
-use super::{Matrix, Slot};
+use super::{Matrix, PackedRows, Slot};
 use crate::{Error, Result};
 
 /// A hidden state that a target hands out.
@@ -149,6 +149,61 @@ pub trait TargetModel: Send {
     }
     /// Gives back the memory that is kept of slots that were closed.
     fn trim(&mut self) {}
+    /// States of packed rows `[M, H]`, one matrix for each tap: documents none of which sees another, and of which nothing is
+    /// kept. What training learns from. The values may round otherwise than those of [`TargetModel::forward`], in favour of
+    /// speed; so nothing that is served is measured with them.
+    ///
+    /// As it stands here each document takes a slot, from 0 on, which must not be open.
+    ///
+    /// # Errors
+    /// If there are not as many tokens as rows, a document is longer than the context, or a tap is none of the model's.
+    fn states(&mut self, tokens: &[u32], rows: &PackedRows, taps: &[Tap]) -> Result<Vec<Matrix>> {
+        states_in_slots(self, tokens, rows, taps)
+    }
+}
+
+/// Documents that run at a time, and rows.
+const DOCUMENTS: usize = 256;
+const ROWS: usize = 2048;
+
+fn states_in_slots<T: TargetModel + ?Sized>(
+    target: &mut T,
+    tokens: &[u32],
+    rows: &PackedRows,
+    taps: &[Tap],
+) -> Result<Vec<Matrix>> {
+    rows.check(tokens.len())?;
+    let documents = &rows.documents;
+    let mut pieces: Vec<Vec<Matrix>> = vec![Vec::new(); taps.len()];
+    let mut first = 0;
+    while first < documents.len() {
+        let start = documents[first].start;
+        let fits = |end: &usize| *end - first < DOCUMENTS && documents[*end].end - start <= ROWS;
+        let end = (first + 1..documents.len()).take_while(fits).last();
+        let end = end.map_or(first + 1, |last| last + 1);
+        let slot = |(slot, d): (usize, &std::ops::Range<usize>)| SlotRows {
+            slot,
+            tokens: &tokens[d.clone()],
+            parents: &[],
+            want: Want::None,
+        };
+        let slots: Vec<_> = documents[first..end].iter().enumerate().map(slot).collect();
+        let count = slots.len();
+        let mut opened = 0;
+        let found = (0..count)
+            .try_for_each(|slot| {
+                target.open(slot)?;
+                opened = slot + 1;
+                Ok(())
+            })
+            .and_then(|()| target.forward(&Step { slots, taps }));
+        (0..opened).for_each(|slot| target.close(slot));
+        for found in found?.taps {
+            pieces.iter_mut().zip(found).for_each(|(p, f)| p.push(f));
+        }
+        first = end;
+    }
+    pieces.into_iter().map(Matrix::joined).collect()
 }
 
 /// The same model, borrowed or boxed.
@@ -181,6 +236,14 @@ macro_rules! forwarded {
             }
             fn trim(&mut self) {
                 (**self).trim();
+            }
+            fn states(
+                &mut self,
+                tokens: &[u32],
+                rows: &PackedRows,
+                taps: &[Tap],
+            ) -> Result<Vec<Matrix>> {
+                (**self).states(tokens, rows, taps)
             }
         }
     )+};

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::{Block, Target};
+use super::{Block, Part, Target};
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux", not(miri)))]
 mod tiles {
@@ -70,6 +70,25 @@ mod tiles {
     pub(super) unsafe fn release() {
         // SAFETY: no tile is in use behind this.
         unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    }
+
+    /// Asks for the lines of a block of 32 x 32 values, to be written: they come while it is computed.
+    ///
+    /// # Safety
+    /// Where [`available`]. Nothing is read or written.
+    pub(super) unsafe fn ask_for(out: *mut f32, stride: usize) {
+        for row in 0..32 {
+            let line = out.wrapping_byte_add(row * stride);
+            // SAFETY: a hint, which is ignored where there is no memory.
+            unsafe {
+                asm!(
+                    "prefetchw [{0}]",
+                    "prefetchw [{0} + 64]",
+                    in(reg) line,
+                    options(nostack, preserves_flags),
+                )
+            };
+        }
     }
 
     /// Adds the product of two tiles of rows and two of columns, over `steps` steps of 32 values, to a block of 32 x 32
@@ -150,71 +169,45 @@ pub(super) fn available() -> bool {
 }
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux", not(miri))))]
-pub(super) fn run(_: &Block<'_>, _: Range<usize>, _: Range<usize>, _: &Target<'_>) {
+pub(super) fn run(_: &Block<'_>, _: &Part<'_>, _: Range<usize>, _: &Target<'_>) {
     unreachable!("there is no AMX here")
 }
 
-/// Steps of 32 values of K that pass together, at most: two tiles of columns stay in the first cache.
-#[cfg(all(target_arch = "x86_64", target_os = "linux", not(miri)))]
-const STEPS: usize = 18;
+/// Lines of K that pass together, at most: eighteen steps of 32 values, of which a panel stays in the first cache while tiles
+/// of columns come from the second.
+pub(super) const LINES: usize = 18 * super::TILE;
 
-/// Computes the output of some panels of 32 rows and some tiles of columns.
+/// Computes the output of a part's panels of 32 rows and some tiles of columns.
 #[cfg(all(target_arch = "x86_64", target_os = "linux", not(miri)))]
-pub(super) fn run(
-    block: &Block<'_>,
-    panels: Range<usize>,
-    columns: Range<usize>,
-    target: &Target<'_>,
-) {
+pub(super) fn run(block: &Block<'_>, part: &Part<'_>, columns: Range<usize>, target: &Target<'_>) {
     assert!(available() && block.units.amx);
     // SAFETY: available; released below, and nothing between panics: what is indexed was checked when it was packed.
     unsafe { tiles::configure() };
-    let steps = block.lines / 16;
-    // In even parts, as each loads and stores the whole output.
-    let part = steps.div_ceil(steps.div_ceil(STEPS).max(1));
-    let mut start = 0;
-    while start < steps {
-        let count = part.min(steps - start);
-        let add = target.add || start > 0;
+    // Along the rows: the output's pages change least, and what is written next lies beside.
+    for panel in 0..part.panels {
         for tile in columns.clone().step_by(2) {
-            for panel in panels.clone() {
-                one(block, panel, tile, start..start + count, add, target);
-            }
+            one(block, part, panel, tile, target);
         }
-        start += count;
     }
     // SAFETY: available.
     unsafe { tiles::release() };
 }
 
-/// One panel of 32 rows and two tiles of columns over some steps.
+/// One panel of 32 rows and two tiles of columns.
 #[cfg(all(target_arch = "x86_64", target_os = "linux", not(miri)))]
 #[inline(always)]
-fn one(
-    block: &Block<'_>,
-    panel: usize,
-    tile: usize,
-    steps: Range<usize>,
-    add: bool,
-    target: &Target<'_>,
-) {
+fn one(block: &Block<'_>, part: &Part<'_>, panel: usize, tile: usize, target: &Target<'_>) {
     use super::super::TILE;
-    let side = |data: &[super::super::simd::Line], first: usize| {
-        data[first..first + steps.len() * TILE].as_ptr()
-    };
-    let left = [0, 1].map(|half| {
-        side(
-            block.left,
-            panel * block.room + half * block.room / 2 + steps.start * TILE,
-        )
-    });
+    let (count, add) = (part.lines.len(), part.add);
+    let side =
+        |data: &[super::super::simd::Line], first: usize| data[first..first + count].as_ptr();
+    let left = [0, 1].map(|half| side(part.left, panel * part.room + half * count));
     let right = [0, 1].map(|half| {
-        side(
-            &block.right.data,
-            (tile + half) * block.right.lines + steps.start * TILE,
-        )
+        let first = (tile + half) * block.right.lines;
+        side(&block.right.data, first + part.lines.start)
     });
-    let (row, column) = (panel * 32, tile * TILE);
+    let steps = count / TILE;
+    let (row, column) = ((part.panel + panel) * 32, tile * TILE);
     let (rows, wide) = ((block.m - row).min(32), (block.n - column).min(32));
     let at = row * target.stride + column;
     if rows == 32 && wide == 32 {
@@ -223,7 +216,8 @@ fn one(
             let last = at + 31 * target.stride + 31;
             let _ = target.values.part(last..last + 1);
             let out = target.values.data.add(at);
-            tiles::block(left, right, steps.len(), out, target.stride * 4, add);
+            tiles::ask_for(out, target.stride * 4);
+            tiles::block(left, right, steps, out, target.stride * 4, add);
         }
         return;
     }
@@ -237,16 +231,7 @@ fn one(
         }
     }
     // SAFETY: 32 rows of 128 bytes.
-    unsafe {
-        tiles::block(
-            left,
-            right,
-            steps.len(),
-            whole.as_mut_ptr().cast(),
-            128,
-            add,
-        )
-    };
+    unsafe { tiles::block(left, right, steps, whole.as_mut_ptr().cast(), 128, add) };
     for (r, found) in whole.iter().enumerate().take(rows) {
         // SAFETY: as above.
         unsafe { target.values.part(row_of(r)) }.copy_from_slice(&found[..wide]);

@@ -6,10 +6,10 @@ use super::super::TILE;
 use super::super::dense::Element;
 use super::super::simd::{InstructionSet, Line, Simd, dispatch};
 use super::pack::units;
-use super::{Block, ProductForm, Target};
+use super::{Block, Part, ProductForm, Target};
 
 /// Lines of K that pass together: three tiles of them fill half of the first cache.
-const LINES: usize = 128;
+pub(super) const LINES: usize = 128;
 
 /// Rows of a panel: with three tiles (AVX-512) or one (AVX2: two registers each) the sums fill the registers.
 pub(super) fn rows() -> usize {
@@ -21,19 +21,14 @@ pub(super) fn rows() -> usize {
 }
 
 /// Computes the output of some panels and tiles.
-pub(super) fn run(
-    block: &Block<'_>,
-    panels: Range<usize>,
-    tiles: Range<usize>,
-    target: &Target<'_>,
-) {
+pub(super) fn run(block: &Block<'_>, part: &Part<'_>, tiles: Range<usize>, target: &Target<'_>) {
     let level = InstructionSet::detect();
     match block.right.form {
         ProductForm::F32 => {
-            dispatch!(level, some(block, panels, tiles, target): (block: &Block<'_>, panels: Range<usize>, tiles: Range<usize>, target: &Target<'_>) <W: Element = f32>);
+            dispatch!(level, some(block, part, tiles, target): (block: &Block<'_>, part: &Part<'_>, tiles: Range<usize>, target: &Target<'_>) <W: Element = f32>);
         }
         ProductForm::Bf16 => {
-            dispatch!(level, some(block, panels, tiles, target): (block: &Block<'_>, panels: Range<usize>, tiles: Range<usize>, target: &Target<'_>) <W: Element = u16>);
+            dispatch!(level, some(block, part, tiles, target): (block: &Block<'_>, part: &Part<'_>, tiles: Range<usize>, target: &Target<'_>) <W: Element = u16>);
         }
     }
 }
@@ -41,64 +36,57 @@ pub(super) fn run(
 #[inline(always)]
 fn some<S: Simd, W: Element>(
     block: &Block<'_>,
-    panels: Range<usize>,
+    part: &Part<'_>,
     tiles: Range<usize>,
     target: &Target<'_>,
 ) {
     // As `rows` says; the other branches are not compiled in.
     if S::ROWS >= 8 {
-        task::<S, W, 8, 3>(block, panels, tiles, target);
+        task::<S, W, 8, 3>(block, part, tiles, target);
     } else if S::FMA {
-        task::<S, W, 6, 1>(block, panels, tiles, target);
+        task::<S, W, 6, 1>(block, part, tiles, target);
     } else {
-        task::<S, W, 4, 1>(block, panels, tiles, target);
+        task::<S, W, 4, 1>(block, part, tiles, target);
     }
 }
 
 #[inline(always)]
 fn task<S: Simd, W: Element, const R: usize, const T: usize>(
     block: &Block<'_>,
-    panels: Range<usize>,
+    part: &Part<'_>,
     tiles: Range<usize>,
     target: &Target<'_>,
 ) {
-    let mut start = 0;
-    while start < block.lines {
-        let lines = start..block.lines.min(start + LINES);
-        let add = target.add || start > 0;
-        let mut tile = tiles.start;
-        while tile < tiles.end {
-            let together = if tiles.end - tile >= T { T } else { 1 };
-            for panel in panels.clone() {
-                if together == T {
-                    one::<S, W, R, T>(block, panel, tile, lines.clone(), add, target);
-                } else {
-                    one::<S, W, R, 1>(block, panel, tile, lines.clone(), add, target);
-                }
+    let mut tile = tiles.start;
+    while tile < tiles.end {
+        let together = if tiles.end - tile >= T { T } else { 1 };
+        for panel in 0..part.panels {
+            if together == T {
+                one::<S, W, R, T>(block, part, panel, tile, target);
+            } else {
+                one::<S, W, R, 1>(block, part, panel, tile, target);
             }
-            tile += together;
         }
-        start += LINES;
+        tile += together;
     }
 }
 
-/// One panel and `T` tiles over some lines of K.
+/// One panel of a part and `T` tiles.
 #[inline(always)]
 fn one<S: Simd, W: Element, const R: usize, const T: usize>(
     block: &Block<'_>,
+    part: &Part<'_>,
     panel: usize,
     tile: usize,
-    lines: Range<usize>,
-    add: bool,
     target: &Target<'_>,
 ) {
+    let (lines, add) = (&part.lines, part.add);
     let of_tile = |t: usize| {
         let first = (tile + t) * block.right.lines;
         elements::<W>(&block.right.data[first + lines.start..first + lines.end])
     };
     let right: [&[W]; T] = std::array::from_fn(of_tile);
-    let left = &units(&block.left[panel * block.room..(panel + 1) * block.room])
-        [lines.start * R..lines.end * R];
+    let left = &units(&part.left[panel * part.room..(panel + 1) * part.room])[..lines.len() * R];
     let mut sums = [[S::zero(); T]; R];
     for (i, left) in left.as_chunks::<R>().0.iter().enumerate() {
         let columns: [W::Line<S>; T] = std::array::from_fn(|t| {
@@ -112,7 +100,7 @@ fn one<S: Simd, W: Element, const R: usize, const T: usize>(
         }
     }
     for (r, sums) in sums.into_iter().enumerate() {
-        let row = panel * R + r;
+        let row = (part.panel + panel) * R + r;
         if row >= block.m {
             break;
         }

@@ -1,9 +1,9 @@
 //! Products of large matrices, as training takes them: hundreds of rows on either side, either of them as it lies in memory
 //! or transposed.
 //!
-//! Both sides are packed first: the right one in tiles of sixteen columns, line by line of K (one value of each column in
-//! f32, a pair in bf16), the left one in panels of rows. A block of the output is then a few registers, or tiles of AMX,
-//! that pass K in parts which stay in the first cache. Each value is added up in the order of K by one thread, so results
+//! Both sides are packed: the right one first, in tiles of sixteen columns, line by line of K (one value of each column in
+//! f32, a pair in bf16); the left one in panels of rows, a part of K at a time, by the thread that multiplies it next. A block
+//! of the output is then a few registers, or tiles of AMX, that pass such a part. Each value is added up in the order of K by one thread, so results
 //! depend neither on threads nor on how blocks are cut.
 
 mod amx;
@@ -11,12 +11,14 @@ mod micro;
 mod pack;
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::pool::Pool;
 use super::simd::{InstructionSet, Line};
 use super::{SharedValues, TILE};
 use pack::Units;
+pub(super) use pack::{pair, units_mut};
 
 /// What products are computed in; sums are f32 either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +36,12 @@ impl ProductForm {
             InstructionSet::Avx512Bf16 => Self::Bf16,
             _ => Self::F32,
         }
+    }
+
+    /// Whether products of many rows with weights held in fewer bits are worth widening those to bf16: tiles of AMX multiply
+    /// several times as fast as registers.
+    pub(super) fn widens() -> bool {
+        amx::available()
     }
 
     /// The instructions that compute it here.
@@ -117,7 +125,7 @@ pub struct Right {
     n: usize,
     /// Lines of a tile: those of K, and zeros up to whole steps.
     lines: usize,
-    /// `[tiles, lines]`; the number of tiles is even.
+    /// `[tiles, lines]`, and perhaps more; the number of tiles is even.
     data: Vec<Line>,
 }
 
@@ -127,26 +135,71 @@ impl Right {
         Self::pack_into(pool, form, of, Vec::new())
     }
 
-    fn pack_into(pool: &Pool, form: ProductForm, of: View<'_>, mut data: Vec<Line>) -> Self {
-        let (k, n) = of.shape();
+    fn pack_into(pool: &Pool, form: ProductForm, of: View<'_>, data: Vec<Line>) -> Self {
+        let mut to = Self::empty(form, of.shape(), data);
+        to.fill(pool, |tiles, lines, to| {
+            pack::right(form, of, tiles, lines, to)
+        });
+        to
+    }
+
+    /// Takes memory for a side whose tiles are to be filled.
+    fn empty(form: ProductForm, (k, n): (usize, usize), data: Vec<Line>) -> Self {
         let lines = lines_of(form, k);
-        let tiles = n.div_ceil(TILE).next_multiple_of(2);
-        data.resize(tiles * lines, Line([0; 64]));
-        {
-            let to = SharedValues::new(&mut data[..]);
-            pool.shares(tiles, 2, |range| {
-                // SAFETY: shares are disjoint, and so are their tiles.
-                let to = unsafe { to.part(range.start * lines..range.end * lines) };
-                pack::right(form, of, range, lines, to);
-            });
-        }
-        Self {
+        let mut to = Self {
             form,
             k,
             n,
             lines,
             data,
+        };
+        let len = to.tiles() * lines;
+        if to.data.len() < len {
+            to.data.resize(len, Line([0; 64]));
         }
+        to
+    }
+
+    fn tiles(&self) -> usize {
+        self.n.div_ceil(TILE).next_multiple_of(2)
+    }
+
+    /// Fills all tiles: `pack` gets some of them, the lines of each, and where they lie.
+    fn fill(&mut self, pool: &Pool, pack: impl Fn(Range<usize>, usize, &mut [Line]) + Sync) {
+        let (tiles, lines) = (self.tiles(), self.lines);
+        let to = SharedValues::new(&mut self.data[..]);
+        pool.shares(tiles, 2, |range| {
+            // SAFETY: shares are disjoint, and so are their tiles.
+            let to = unsafe { to.part(range.start * lines..range.end * lines) };
+            pack(range, lines, to);
+        });
+    }
+
+    /// The right side `[K, N]` of bf16 products with a weight `[N, K]` that lies in tiles of its own: `pack` writes one of
+    /// those, sixteen lines for each 32 values of K. The memory is that of other sides, and goes back with
+    /// [`Right::recycle`].
+    pub(super) fn of_tiles(
+        pool: &Pool,
+        (n, k): (usize, usize),
+        pack: impl Fn(usize, &mut [Line]) + Sync,
+    ) -> Self {
+        let form = ProductForm::Bf16;
+        let room = n.div_ceil(TILE).next_multiple_of(2) * lines_of(form, k);
+        let mut to = Self::empty(form, (k, n), spare(room));
+        to.fill(pool, |tiles, lines, to| {
+            for (tile, to) in tiles.zip(to.chunks_exact_mut(lines)) {
+                match tile * TILE < n {
+                    true => pack(tile, to),
+                    false => to.fill(Line([0; 64])),
+                }
+            }
+        });
+        to
+    }
+
+    /// Gives its memory to the sides that come.
+    pub(super) fn recycle(self) {
+        give_back(self.data);
     }
 
     /// K and N.
@@ -156,7 +209,7 @@ impl Right {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        size_of_val(&self.data[..])
+        self.tiles() * self.lines * size_of::<Line>()
     }
 }
 
@@ -181,8 +234,18 @@ thread_local! {
     static SPARE: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
 }
 
-fn spare() -> Vec<Line> {
-    SPARE.with_borrow_mut(|spare| spare.pop().unwrap_or_default())
+/// Memory of at least so many lines, which may hold anything: the least that is there, or the largest, grown.
+fn spare(lines: usize) -> Vec<Line> {
+    let mut found = SPARE.with_borrow_mut(|spare| {
+        let enough = (0..spare.len()).filter(|&i| spare[i].len() >= lines);
+        let least = enough.min_by_key(|&i| spare[i].len());
+        let best = least.or_else(|| (0..spare.len()).max_by_key(|&i| spare[i].len()));
+        best.map(|i| spare.swap_remove(i)).unwrap_or_default()
+    });
+    if found.len() < lines {
+        found.resize(lines, Line([0; 64]));
+    }
+    found
 }
 
 fn give_back(data: Vec<Line>) {
@@ -204,8 +267,9 @@ impl Products {
     /// # Panics
     /// If the sizes do not fit.
     pub fn multiply(&self, left: View<'_>, right: View<'_>, add: bool, out: &mut [f32]) {
-        let n = right.shape().1;
-        let packed = Right::pack_into(&self.pool, self.form, right, spare());
+        let (k, n) = right.shape();
+        let room = n.div_ceil(TILE).next_multiple_of(2) * lines_of(self.form, k);
+        let packed = Right::pack_into(&self.pool, self.form, right, spare(room));
         self.multiply_packed(left, &packed, add, out, n);
         give_back(packed.data);
     }
@@ -242,80 +306,132 @@ impl Products {
             }
             return;
         }
-        let units = Units::of(self.form, amx::available());
-        let panels = m.div_ceil(units.rows);
-        let lines = lines_of(self.form, k);
-        let mut packed = spare();
-        // A panel of SIMD rows need not be whole lines; it begins on one.
-        let room = units.lines_of_panel(lines);
-        packed.resize(panels * room, Line([0; 64]));
-        {
-            let to = SharedValues::new(&mut packed[..]);
-            self.pool.shares(panels, 1, |range| {
-                // SAFETY: shares are disjoint, and so are their panels.
-                let to = unsafe { to.part(range.start * room..range.end * room) };
-                pack::left(self.form, left, range, units, lines, to);
-            });
-        }
         let target = Target {
             values: SharedValues::new(out),
             stride,
             add,
         };
         let block = Block {
-            left: &packed,
+            left,
             right,
-            units,
-            room,
-            lines,
+            units: Units::of(self.form, amx::available()),
+            lines: lines_of(self.form, k),
             m,
             n,
         };
         block.run(&self.pool, &target);
-        give_back(packed);
     }
 }
 
-/// Both sides packed.
+/// A product: the right side is packed, the left one is packed part by part where it is used.
 struct Block<'a> {
-    left: &'a [Line],
+    left: View<'a>,
     right: &'a Right,
     units: Units,
-    /// Lines of memory of a panel.
-    room: usize,
     /// Lines of K that count.
     lines: usize,
     m: usize,
     n: usize,
 }
 
-/// Rows, and tiles of columns, that one thread takes at a time: its part of the left side stays in the second cache.
-const ROWS: usize = 192;
+/// Rows that one thread takes at a time, at most and at least, and tiles of columns: parts of K of both stay in the second
+/// cache.
+const ROWS: usize = 256;
+const FEW_ROWS: usize = 128;
 const TILES: usize = 24;
 
+/// A part of K: its left side, packed for some panels, and where it lies.
+struct Part<'a> {
+    left: &'a [Line],
+    /// Lines of memory of a panel.
+    room: usize,
+    /// The first panel.
+    panel: usize,
+    panels: usize,
+    lines: Range<usize>,
+    /// Whether sums go on from what is there.
+    add: bool,
+}
+
 impl Block<'_> {
+    /// Shares the output: rows, as each thread packs its own; and columns too, where there are few rows for many of them.
     fn run(&self, pool: &Pool, target: &Target<'_>) {
-        let tiles = self.n.div_ceil(TILE);
         let panels = self.m.div_ceil(self.units.rows);
-        let rows = (ROWS / self.units.rows).max(1);
-        // Few rows: more of the columns, so that there is work for all.
-        let share = tiles.div_ceil(pool.threads() * 2).next_multiple_of(6);
-        let wide = match panels.div_ceil(rows) {
-            1 => share.min(TILES),
-            _ => TILES,
+        let tiles = self.n.div_ceil(TILE);
+        let rows = self.m.div_ceil(2 * pool.threads()).clamp(FEW_ROWS, ROWS);
+        let down = rows.div_ceil(self.units.rows);
+        let wide = match self.n >= 4 * self.m {
+            true => tiles.min(TILES),
+            false => tiles,
         };
         let across = tiles.div_ceil(wide);
-        pool.ranges(panels.div_ceil(rows) * across, 1, |range| {
-            for task in range {
-                let (row, column) = (task / across * rows, task % across * wide);
-                let panels = row..panels.min(row + rows);
-                let tiles = column..tiles.min(column + wide);
+        pool.shares(panels.div_ceil(down) * across, 1, |mut tasks| {
+            let mut packed = spare(0);
+            while !tasks.is_empty() {
+                // Neighbours in a row of tasks are one: they share a left side.
+                let row = tasks.start / across;
+                let end = tasks.end.min((row + 1) * across);
+                let columns = tasks.start % across * wide..tiles.min((end - row * across) * wide);
+                let panels = row * down..panels.min((row + 1) * down);
+                self.task(panels, columns, target, &mut packed);
+                tasks.start = end;
+            }
+            give_back(packed);
+        });
+    }
+
+    /// Some panels and tiles, over all of K.
+    fn task(
+        &self,
+        panels: Range<usize>,
+        columns: Range<usize>,
+        target: &Target<'_>,
+        packed: &mut Vec<Line>,
+    ) {
+        let most = match self.units.amx {
+            true => amx::LINES,
+            false => micro::LINES,
+        };
+        // In even parts, as each loads and stores the whole output; where there are tiles of AMX, in whole ones.
+        let parts = self.lines.div_ceil(most);
+        let mut each = self.lines.div_ceil(parts);
+        if self.units.amx {
+            each = each.next_multiple_of(TILE);
+        }
+        for start in (0..self.lines).step_by(each) {
+            let lines = start..self.lines.min(start + each);
+            let room = self.units.lines_of_panel(lines.len());
+            if packed.len() < panels.len() * room {
+                packed.resize(panels.len() * room, Line([0; 64]));
+            }
+            let to = &mut packed[..panels.len() * room];
+            let form = self.right.form;
+            pack::left(
+                form,
+                self.left,
+                panels.clone(),
+                self.units,
+                lines.clone(),
+                to,
+            );
+            let part = Part {
+                left: to,
+                room,
+                panel: panels.start,
+                panels: panels.len(),
+                lines,
+                add: target.add || start > 0,
+            };
+            let mut tile = columns.start;
+            while tile < columns.end {
+                let tiles = tile..columns.end.min(tile + TILES);
+                tile = tiles.end;
                 match self.units.amx {
-                    true => amx::run(self, panels, tiles, target),
-                    false => micro::run(self, panels, tiles, target),
+                    true => amx::run(self, &part, tiles, target),
+                    false => micro::run(self, &part, tiles, target),
                 }
             }
-        });
+        }
     }
 }
 

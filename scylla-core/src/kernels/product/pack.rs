@@ -40,7 +40,7 @@ pub(super) fn units(lines: &[Line]) -> &[u32] {
     unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * TILE) }
 }
 
-fn units_mut(lines: &mut [Line]) -> &mut [u32] {
+pub(in crate::kernels) fn units_mut(lines: &mut [Line]) -> &mut [u32] {
     // SAFETY: as above; the borrow is exclusive.
     unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * TILE) }
 }
@@ -56,16 +56,16 @@ pub(super) fn right(
     dispatch!(InstructionSet::detect(), right_tiles(form, of, tiles, lines, to): (form: ProductForm, of: View<'_>, tiles: Range<usize>, lines: usize, to: &mut [Line]) <>);
 }
 
-/// Packs some panels of a left side; `to` is theirs alone.
+/// Packs some lines of K of some panels of a left side.
 pub(super) fn left(
     form: ProductForm,
     of: View<'_>,
     panels: Range<usize>,
     how: Units,
-    lines: usize,
+    lines: Range<usize>,
     to: &mut [Line],
 ) {
-    dispatch!(InstructionSet::detect(), left_panels(form, of, panels, how, lines, to): (form: ProductForm, of: View<'_>, panels: Range<usize>, how: Units, lines: usize, to: &mut [Line]) <>);
+    dispatch!(InstructionSet::detect(), left_panels(form, of, panels, how, lines, to): (form: ProductForm, of: View<'_>, panels: Range<usize>, how: Units, lines: Range<usize>, to: &mut [Line]) <>);
 }
 
 /// Sixteen lanes (rows of the left side, columns of the right one) by sixteen units of K.
@@ -101,27 +101,31 @@ fn left_panels<S: Simd>(
     of: View<'_>,
     panels: Range<usize>,
     how: Units,
-    lines: usize,
+    lines: Range<usize>,
     to: &mut [Line],
 ) {
     let source = Source::new(form, of, of.transposed);
     let mut square: Square = [[0; TILE]; TILE];
+    let (begin, lines) = (lines.start, lines.len());
     let room = how.lines_of_panel(lines) * TILE;
     for (panel, to) in panels.zip(units_mut(to).chunks_exact_mut(room)) {
         if how.amx {
             // Two tiles of sixteen rows, each whole before the other.
             for (half, to) in to.chunks_exact_mut(room / 2).enumerate() {
                 let first = panel * how.rows + half * TILE;
-                for (i, to) in to.chunks_exact_mut(TILE * TILE).enumerate() {
-                    match source.lanes_side_by_side {
-                        false => {
-                            let (rows, _) = to.as_chunks_mut::<TILE>();
-                            for (lane, row) in rows.iter_mut().enumerate() {
-                                source.lane(first + lane, i * TILE, row);
+                match source.lanes_side_by_side {
+                    // Along each row, as it lies in memory.
+                    false => {
+                        let (rows, _) = to.as_chunks_mut::<TILE>();
+                        for lane in 0..TILE {
+                            for (i, row) in rows.iter_mut().skip(lane).step_by(TILE).enumerate() {
+                                source.lane(first + lane, begin + i * TILE, row);
                             }
                         }
-                        true => {
-                            source.by_lines(first, i * TILE, square.as_flattened_mut());
+                    }
+                    true => {
+                        for (i, to) in to.chunks_exact_mut(TILE * TILE).enumerate() {
+                            source.by_lines(first, begin + i * TILE, square.as_flattened_mut());
                             turn(&square, to);
                         }
                     }
@@ -131,9 +135,10 @@ fn left_panels<S: Simd>(
         }
         let rows = how.rows;
         for (i, to) in to[..rows * lines].chunks_mut(rows * TILE).enumerate() {
+            let first = begin + i * TILE;
             match source.lanes_side_by_side {
-                true => source.by_lines(panel * rows, i * TILE, square.as_flattened_mut()),
-                false => source.by_lanes(panel * rows, i * TILE, &mut square),
+                true => source.by_lines(panel * rows, first, square.as_flattened_mut()),
+                false => source.by_lanes(panel * rows, first, &mut square),
             }
             for (l, to) in to.chunks_exact_mut(rows).enumerate() {
                 for (r, to) in to.iter_mut().enumerate() {
@@ -237,26 +242,48 @@ impl<'a> Source<'a> {
     /// Up to sixteen lines, each of sixteen lanes.
     #[inline(always)]
     fn by_lines(&self, first_lane: usize, first: usize, to: &mut [u32]) {
+        let per = match self.form {
+            ProductForm::F32 => 1,
+            ProductForm::Bf16 => 2,
+        };
+        let lines = to.len() / TILE;
+        let inside = (first + lines) * per <= self.k && first_lane + TILE <= self.lanes;
         for (i, to) in to.chunks_exact_mut(TILE).enumerate() {
-            let line = first + i;
-            match self.form {
-                ProductForm::F32 => {
+            let line = (first + i) * per;
+            match (self.form, inside) {
+                (ProductForm::F32, true) => {
+                    let row = self.whole_row(line, first_lane);
+                    for lane in 0..TILE {
+                        to[lane] = row[lane].to_bits();
+                    }
+                }
+                (ProductForm::Bf16, true) => {
+                    let a = self.whole_row(line, first_lane);
+                    let b = self.whole_row(line + 1, first_lane);
+                    for lane in 0..TILE {
+                        to[lane] = pair(a[lane], b[lane]);
+                    }
+                }
+                (ProductForm::F32, false) => {
                     let row = self.row(line, first_lane);
                     for lane in 0..TILE {
                         to[lane] = row[lane].to_bits();
                     }
                 }
-                ProductForm::Bf16 => {
-                    let (a, b) = (
-                        self.row(2 * line, first_lane),
-                        self.row(2 * line + 1, first_lane),
-                    );
+                (ProductForm::Bf16, false) => {
+                    let (a, b) = (self.row(line, first_lane), self.row(line + 1, first_lane));
                     for lane in 0..TILE {
                         to[lane] = pair(a[lane], b[lane]);
                     }
                 }
             }
         }
+    }
+
+    /// Sixteen lanes of one row in memory, all of which are there.
+    #[inline(always)]
+    fn whole_row(&self, row: usize, first_lane: usize) -> &[f32] {
+        &self.values[row * self.stride + first_lane..][..TILE]
     }
 
     /// Sixteen lanes of one row in memory, zeros beyond the last.
@@ -275,6 +302,6 @@ impl<'a> Source<'a> {
 }
 
 #[inline(always)]
-fn pair(a: f32, b: f32) -> u32 {
+pub(in crate::kernels) fn pair(a: f32, b: f32) -> u32 {
     u32::from(to_bf16(a)) | u32::from(to_bf16(b)) << 16
 }

@@ -4,13 +4,13 @@ use candle_core::{DType, Tensor};
 use candle_nn::ops::{rms_norm, silu, softmax_last_dim};
 use candle_nn::rotary_emb::rope_thd;
 
-use super::super::executor::{Forms, Stack, WeightMatrix, check_input};
+use super::super::executor::{Forms, Stack, WeightMatrix, check_documents, check_input};
 use super::super::files::Weights;
 use super::super::rope::{Rope, occurring};
 use super::super::slots::{RowView, Slots, StackRows};
 use super::super::spec::{AttentionInput, LayerSpec};
 use super::{DeviceMatrix, OnDevice};
-use crate::plugin::{Matrix, Slot};
+use crate::plugin::{Matrix, PackedRows, Slot};
 use crate::{Error, Result};
 
 /// The weights of one decoder layer.
@@ -163,20 +163,13 @@ impl DeviceStack {
     }
 
     fn frame(&self, views: &[Vec<RowView>]) -> Result<Frame> {
-        let positions: Vec<u32> = views.iter().flatten().map(|v| v.position as u32).collect();
-        let positions = Tensor::new(positions, &self.on.device)?;
-        let of_rows = |a: &Angles| -> Result<_> {
-            Ok((
-                a.cos.index_select(&positions, 0)?,
-                a.sin.index_select(&positions, 0)?,
-            ))
-        };
+        let positions = views.iter().flatten().map(|v| v.position as u32).collect();
         let of_slot = |views: &Vec<RowView>| {
             let masks = self.windows.iter().map(|&window| self.mask(views, window));
             masks.collect::<Result<Vec<_>>>()
         };
         Ok(Frame {
-            angles: self.angles.iter().map(of_rows).collect::<Result<_>>()?,
+            angles: self.angles_at(positions)?,
             masks: views.iter().map(of_slot).collect::<Result<_>>()?,
         })
     }
@@ -219,28 +212,9 @@ impl DeviceStack {
         frame: &Frame,
         qkv: &Tensor,
     ) -> Result<Tensor> {
-        let Layer { spec, qk_norm, .. } = &self.layers[index];
-        let (heads, kv, e) = (spec.heads, spec.kv_heads, spec.head_dim);
-        let m = qkv.dim(0)?;
-        let qkv = qkv.reshape((m, heads + 2 * kv, e))?;
-        let unrotated = match qk_norm {
-            None => qkv.narrow(1, 0, heads + kv)?.contiguous()?,
-            Some([q_norm, k_norm]) => {
-                let part = |first, count, norm| -> Result<Tensor> {
-                    let part = qkv.narrow(1, first, count)?.contiguous()?;
-                    Ok(rms_norm(&part, norm, spec.eps)?)
-                };
-                let (q, k) = (part(0, heads, q_norm)?, part(heads, kv, k_norm)?);
-                Tensor::cat(&[q, k], 1)?
-            }
-        };
-        let (cos, sin) = &frame.angles[self.angles_of[index]];
-        let rotated = rope_thd(&unrotated.unsqueeze(0)?, cos, sin)?.squeeze(0)?;
-        let by_head = |t: &Tensor, first, count| t.narrow(1, first, count)?.transpose(0, 1);
-        // Scaled, which also lays it out by head: [A, M, E]
-        let q = (by_head(&rotated, 0, heads)? / f64::sqrt(e as f64))?;
-        let k = by_head(&rotated, heads, kv)?.contiguous()?; // [K, M, E]
-        let v = by_head(&qkv, heads + kv, kv)?.contiguous()?;
+        let spec = &self.layers[index].spec;
+        let kv = spec.kv_heads;
+        let [q, k, v] = self.by_head(index, &frame.angles, qkv)?;
         let mut mixed = Vec::with_capacity(rows.len());
         let mut row = 0;
         for ((slot, views), masks) in rows.iter().zip(views).zip(&frame.masks) {
@@ -265,6 +239,105 @@ impl DeviceStack {
             several => Ok(Tensor::cat(several, 0)?),
         }
     }
+
+    /// Queries, rotated and scaled, rotated keys, and values, of products `[M, .]`, by head `[., M, E]`; of each rope the
+    /// cosines and sines of the rows are given.
+    fn by_head(
+        &self,
+        index: usize,
+        angles: &[(Tensor, Tensor)],
+        qkv: &Tensor,
+    ) -> Result<[Tensor; 3]> {
+        let Layer { spec, qk_norm, .. } = &self.layers[index];
+        let (heads, kv, e) = (spec.heads, spec.kv_heads, spec.head_dim);
+        let m = qkv.dim(0)?;
+        let qkv = qkv.reshape((m, heads + 2 * kv, e))?;
+        let unrotated = match qk_norm {
+            None => qkv.narrow(1, 0, heads + kv)?.contiguous()?,
+            Some([q_norm, k_norm]) => {
+                let part = |first, count, norm| -> Result<Tensor> {
+                    let part = qkv.narrow(1, first, count)?.contiguous()?;
+                    Ok(rms_norm(&part, norm, spec.eps)?)
+                };
+                let (q, k) = (part(0, heads, q_norm)?, part(heads, kv, k_norm)?);
+                Tensor::cat(&[q, k], 1)?
+            }
+        };
+        let (cos, sin) = &angles[self.angles_of[index]];
+        let rotated = rope_thd(&unrotated.unsqueeze(0)?, cos, sin)?.squeeze(0)?;
+        let by_head = |t: &Tensor, first, count| t.narrow(1, first, count)?.transpose(0, 1);
+        // Scaled, which also lays it out by head: [A, M, E]
+        let q = (by_head(&rotated, 0, heads)? / f64::sqrt(e as f64))?;
+        let k = by_head(&rotated, heads, kv)?.contiguous()?; // [K, M, E]
+        let v = by_head(&qkv, heads + kv, kv)?.contiguous()?;
+        Ok([q, k, v])
+    }
+
+    /// Cosines and sines of rows' positions, for each rope.
+    fn angles_at(&self, positions: Vec<u32>) -> Result<Vec<(Tensor, Tensor)>> {
+        let positions = Tensor::new(positions, &self.on.device)?;
+        let of_rows = |a: &Angles| -> Result<_> {
+            Ok((
+                a.cos.index_select(&positions, 0)?,
+                a.sin.index_select(&positions, 0)?,
+            ))
+        };
+        self.angles.iter().map(of_rows).collect()
+    }
+
+    /// Runs rows through all layers: `attend` gets the layer's number and its products q, k and v.
+    fn run(
+        &mut self,
+        x: &mut Matrix,
+        mut beside: Option<&Tensor>,
+        on_layer: &mut dyn FnMut(usize, &Matrix),
+        mut attend: impl FnMut(&mut Self, usize, &Tensor) -> Result<Tensor>,
+    ) -> Result<()> {
+        let mut h = x.tensor()?.to_dtype(self.dtype)?.contiguous()?;
+        for index in 0..self.layers.len() {
+            *x = Matrix::device(h.clone())?;
+            on_layer(index, x);
+            let l = &self.layers[index];
+            let qkv = match (beside.take(), &l.attention_norm) {
+                (Some(beside), _) => multiply(&l.qkv, &beside.to_dtype(self.dtype)?.contiguous()?)?,
+                (_, Some(norm)) => multiply(&l.qkv, &rms_norm(&h, norm, l.spec.eps)?)?,
+                (_, None) => multiply(&l.qkv, &h)?,
+            };
+            let mixed = attend(self, index, &qkv)?;
+            let l = &self.layers[index];
+            h = (h + multiply(&l.output, &mixed)?)?;
+            let inner = multiply(&l.gate_up, &rms_norm(&h, &l.ffn_norm, l.spec.eps)?)?;
+            let half = |first| inner.narrow(1, first, l.spec.ffn);
+            let inner = (silu(&half(0)?)? * half(l.spec.ffn)?)?;
+            h = (h + multiply(&l.down, &inner)?)?;
+        }
+        *x = Matrix::device(h)?;
+        on_layer(self.layers.len(), x);
+        Ok(())
+    }
+}
+
+/// Softmax attention of packed rows, all lines at once: `q` `[A, M, E]`, scaled, `k` and `v` `[K, M, E]`, and the mask
+/// `[B, 1, S, S]`, into `[M, A E]`.
+fn mix_packed(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor) -> Result<Tensor> {
+    let ((heads, m, e), kv) = (q.dims3()?, k.dim(0)?);
+    let (lines, _, s, _) = mask.dims4()?;
+    let group = heads / kv;
+    // The group is folded into rows, so that keys are never repeated.
+    let q = q
+        .reshape((kv, group, lines, s, e))?
+        .permute((2, 0, 1, 3, 4))?;
+    let q = q.contiguous()?.reshape((lines * kv, group * s, e))?;
+    let of_lines = |t: &Tensor| -> Result<Tensor> {
+        let t = t.reshape((kv, lines, s, e))?.transpose(0, 1)?;
+        Ok(t.contiguous()?.reshape((lines * kv, s, e))?)
+    };
+    let (k, v) = (of_lines(k)?, of_lines(v)?);
+    let scores = q.matmul(&k.t()?)?.reshape((lines, heads, s, s))?;
+    let scores = scores.broadcast_add(mask)?;
+    let p = softmax_last_dim(&scores)?.reshape((lines * kv, group * s, s))?;
+    let mixed = p.matmul(&v)?.reshape((lines, heads, s, e))?;
+    Ok(mixed.transpose(1, 2)?.reshape((m, heads * e))?)
 }
 
 /// Softmax attention of one slot's scaled queries `[A, n, E]` over keys and values `[K, places, E]`, into `[n, A E]`.
@@ -393,27 +466,29 @@ impl Stack for DeviceStack {
         let m = views.iter().map(Vec::len).sum::<usize>();
         check_input(self.layers.first().map(|l| &l.spec), m, x, beside)?;
         let frame = self.frame(&views)?;
-        let mut beside = beside.map(Matrix::tensor).transpose()?;
-        let mut h = x.tensor()?.to_dtype(self.dtype)?.contiguous()?;
-        for index in 0..self.layers.len() {
-            *x = Matrix::device(h.clone())?;
-            on_layer(index, x);
-            let l = &self.layers[index];
-            let qkv = match (beside.take(), &l.attention_norm) {
-                (Some(beside), _) => multiply(&l.qkv, &beside.to_dtype(self.dtype)?.contiguous()?)?,
-                (_, Some(norm)) => multiply(&l.qkv, &rms_norm(&h, norm, l.spec.eps)?)?,
-                (_, None) => multiply(&l.qkv, &h)?,
-            };
-            let mixed = self.attend(index, rows, &views, &frame, &qkv)?;
-            let l = &self.layers[index];
-            h = (h + multiply(&l.output, &mixed)?)?;
-            let inner = multiply(&l.gate_up, &rms_norm(&h, &l.ffn_norm, l.spec.eps)?)?;
-            let half = |first| inner.narrow(1, first, l.spec.ffn);
-            let inner = (silu(&half(0)?)? * half(l.spec.ffn)?)?;
-            h = (h + multiply(&l.down, &inner)?)?;
-        }
-        *x = Matrix::device(h)?;
-        on_layer(self.layers.len(), x);
-        Ok(())
+        let beside = beside.map(Matrix::tensor).transpose()?;
+        self.run(x, beside, on_layer, |stack, index, qkv| {
+            stack.attend(index, rows, &views, &frame, qkv)
+        })
+    }
+
+    fn packed(
+        &mut self,
+        rows: &PackedRows,
+        x: &mut Matrix,
+        on_layer: &mut dyn FnMut(usize, &Matrix),
+    ) -> Result<()> {
+        check_documents(rows, self.slots.capacity)?;
+        let first = self.layers.first().map(|l| &l.spec);
+        check_input(first, rows.count(), x, None)?;
+        let angles = self.angles_at(rows.positions(0))?;
+        let mask = |&window: &Option<usize>| rows.mask(window, &self.on.device, self.dtype);
+        let masks = self.windows.iter().map(mask).collect::<Result<Vec<_>>>()?;
+        self.run(x, None, on_layer, |stack, index, qkv| {
+            let [q, k, v] = stack.by_head(index, &angles, qkv)?;
+            let window = stack.layers[index].spec.window;
+            let at = stack.windows.iter().position(|&w| w == window);
+            mix_packed(&q, &k, &v, &masks[at.unwrap_or(0)])
+        })
     }
 }

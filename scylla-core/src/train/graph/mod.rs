@@ -23,6 +23,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
+pub use crate::plugin::PackedRows;
 pub use attention::attention;
 pub use cross_entropy::{
     Compared, Head, LossSum, Teacher, cross_entropy, probabilities, probabilities_of,
@@ -30,7 +31,7 @@ pub use cross_entropy::{
 pub use linear::linear;
 pub use norm::rms_norm;
 pub use rotary::{Angles, rotary};
-pub use rows::{PackedRows, beside, columns};
+pub use rows::{beside, columns};
 pub use smooth_l1::smooth_l1;
 pub use stack::{GraphStack, Parameters, StepCache};
 pub use swiglu::swiglu;
