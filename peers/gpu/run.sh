@@ -108,6 +108,7 @@ train() {
     [ -d data ] || { echo "train: no data were packed, left out"; return 0; }
     ok=0
     for name in eagle2 eagle3 scylla; do
+        rm -rf "speed/$name"
         learn $name "speed/$name" --set stage.steps=25 --set stage.tokens=0 --set stage.schedule.shape=constant --set stage.schedule.warmup=0 \
             --set stage.schedule.cooldown=0 --set stage.data.tokens=400000 --set train.batch=8 --set evaluate.every=0 --set evaluate.count=1 \
             --set evaluate.max_new_tokens=8 >"$out/train-$name.txt" 2>&1 || { ok=1; tail -3 "$out/train-$name.txt"; }

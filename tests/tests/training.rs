@@ -13,8 +13,8 @@ use scylla_core::train::graph::{Compute, PackedRows, Parameters, Tape};
 use scylla_draft::checkpoint::{Checkpoint, Layout};
 use scylla_draft::network::{self, DraftHost, Network};
 use scylla_draft::recipe::{
-    Batch, BatchLoss, Eagle3Loss, Eagle3Recipe, EagleLoss, EagleRecipe, Normalise, Recipe,
-    TrainHost, parameters,
+    Batch, BatchLoss, Distance, Eagle3Loss, Eagle3Recipe, EagleLoss, EagleRecipe, Normalise,
+    Recipe, TrainHost, parameters,
 };
 use scylla_tests::{TINY, Tensors, TinyDraft, golden, gpu, ids, write_hf};
 use serde_json::{Value, json};
@@ -521,6 +521,276 @@ fn the_graph_computes_what_the_networks_that_serve_compute() {
             let pairs = found.iter().zip(&expected);
             let largest = pairs.fold(0.0f64, |m, (a, b)| m.max((a - f64::from(*b)).abs()));
             assert!(largest < 1e-4, "{name}, {compute}: off by {largest}");
+        }
+    }
+}
+
+/// Every distance, against plain sums in f64 over what the network and the target say.
+#[test]
+fn distances_are_those_of_plain_sums_over_what_both_say() {
+    let dir = tempfile::tempdir().expect("dir");
+    std::fs::create_dir(dir.path().join("target")).expect("folder");
+    write_hf(&TINY, &dir.path().join("target"), Dtype::F32, 1);
+    let mut target = target(&dir.path().join("target"));
+    let shape = target.model.shape();
+    let tokens: Vec<u32> = (0..24).map(|i| (i * 5 + i * i) % 13).collect();
+    let given = Given {
+        rows: PackedRows::new(1, 24, vec![0..15, 15..24]).expect("rows"),
+        mask: (0..24).map(|i| i % 5 != 2).collect(),
+        tokens: tokens.clone(),
+    };
+    let softmax = |logits: &[f64]| -> Vec<f64> {
+        let e: Vec<f64> = logits.iter().map(|l| l.exp()).collect();
+        let sum: f64 = e.iter().sum();
+        e.into_iter().map(|e| e / sum).collect()
+    };
+    // What the target says after each row.
+    let mut said = Vec::new();
+    for document in given.rows.documents.iter() {
+        target.model.open(0).expect("open");
+        let slot = SlotRows {
+            slot: 0,
+            tokens: &tokens[document.clone()],
+            parents: &[],
+            want: Want::All,
+        };
+        let step = Step {
+            slots: vec![slot],
+            taps: &[],
+        };
+        let found = target.model.forward(&step).expect("forward");
+        target.model.close(0);
+        let logits = numbers(&found.logits[0]);
+        said.extend(logits.chunks_exact(shape.vocab).map(<[f64]>::to_vec));
+    }
+    for (i, (family, layout)) in [("eagle", Layout::Eagle), ("eagle3", Layout::Eagle3)]
+        .into_iter()
+        .enumerate()
+    {
+        let to = dir.path().join(family);
+        TinyDraft::new(&TINY, family, json!({}), i as u64).write(&to);
+        let from = Checkpoint::open(&to, &[layout], &shape, WeightForm::AsIs).expect("draft");
+        for distance in [
+            Distance::Ce,
+            Distance::Kl,
+            Distance::Tv,
+            Distance::CeTv,
+            Distance::Lk,
+        ] {
+            let (recipe, listed): (Box<dyn Recipe>, Vec<usize>) = match layout {
+                Layout::Eagle => {
+                    let settings = EagleLoss {
+                        smooth_l1: 0.0,
+                        ce: 1.0,
+                        noise: 0.0,
+                        distance,
+                        ..Default::default()
+                    };
+                    let recipe = EagleRecipe::new(&from.config, &settings).expect("recipe");
+                    (Box::new(recipe), (0..shape.vocab).collect())
+                }
+                _ => {
+                    let settings = Eagle3Loss {
+                        unroll: 1,
+                        normalise: Normalise::Mask,
+                        distance,
+                        ..Default::default()
+                    };
+                    let ids = from.draft_ids(TINY.vocab).expect("ids");
+                    let listed = ids.targets().into_iter().map(|id| id as usize).collect();
+                    let recipe = Eagle3Recipe::new(&from.config, None, ids, &shape, &settings);
+                    (Box::new(recipe.expect("recipe")), listed)
+                }
+            };
+            let taps = target
+                .model
+                .states(&tokens, &given.rows, &recipe.taps())
+                .expect("states");
+            for (name, on) in computes().into_iter().filter(|(n, _)| n.starts_with('f')) {
+                let host = TrainHost::new(&on, &target.tokens).expect("host");
+                let named = parameters(&from, &on).expect("parameters");
+                let mut batch = given.batch(&taps, None);
+                batch.beyond = false;
+                let (loss, _) = run(recipe.as_ref(), &named, &host, &batch);
+                let (_, logits) = recipe
+                    .forward(&mut Parameters::new(&named), &host, &batch)
+                    .expect("forward");
+                let logits = numbers(&logits);
+                let (mut sum, mut count) = (0.0, 0);
+                for document in given.rows.documents.iter() {
+                    for row in document.start..document.end - 1 {
+                        let goal = &said[row + 1];
+                        let best = (0..shape.vocab).max_by(|&a, &b| goal[a].total_cmp(&goal[b]));
+                        if !given.mask[row] || !listed.contains(&best.expect("a token")) {
+                            continue;
+                        }
+                        let among: Vec<f64> = listed.iter().map(|&id| goal[id]).collect();
+                        let p = softmax(&among);
+                        let q = softmax(&logits[row * listed.len()..(row + 1) * listed.len()]);
+                        let pairs = || p.iter().zip(&q);
+                        let ce = -pairs().map(|(p, q)| p * q.ln()).sum::<f64>();
+                        let tv = 0.5 * pairs().map(|(p, q)| (p - q).abs()).sum::<f64>();
+                        sum += match distance {
+                            Distance::Ce => ce,
+                            Distance::Kl => pairs().map(|(p, q)| p * (p / q).ln()).sum::<f64>(),
+                            Distance::Tv => tv,
+                            Distance::CeTv => 0.1 * ce + 0.9 * tv,
+                            Distance::Lk => -pairs().map(|(p, q)| p.min(*q)).sum::<f64>().ln(),
+                        };
+                        count += 1;
+                    }
+                }
+                assert!(count > 4, "{family}: {count} rows");
+                let expected = sum / f64::from(count);
+                assert!(
+                    (loss.total - expected).abs() < 1e-4 * (1.0 + expected),
+                    "{family}, {distance:?}, {name}: {} for {expected}",
+                    loss.total
+                );
+            }
+        }
+    }
+}
+
+/// HASS, path by path: each row's drafted path is a text of its own, whose features are the target's up to the row and the
+/// network's own behind it, run from its beginning each time.
+#[test]
+fn hass_is_the_sum_over_paths_that_are_run_one_by_one() {
+    let dir = tempfile::tempdir().expect("dir");
+    std::fs::create_dir(dir.path().join("target")).expect("folder");
+    write_hf(&TINY, &dir.path().join("target"), Dtype::F32, 1);
+    let mut target = target(&dir.path().join("target"));
+    let shape = target.model.shape();
+    let h = shape.hidden;
+    let tokens: Vec<u32> = (0..21).map(|i| (i * 5 + i * i) % 13).collect();
+    let given = Given {
+        rows: PackedRows::new(1, 21, vec![0..12, 12..21]).expect("rows"),
+        mask: (0..21).map(|i| i % 4 != 2).collect(),
+        tokens: tokens.clone(),
+    };
+    let to = dir.path().join("draft");
+    TinyDraft::new(&TINY, "eagle", json!({}), 3).write(&to);
+    let from = Checkpoint::open(&to, &[Layout::Eagle], &shape, WeightForm::AsIs).expect("draft");
+    let settings = EagleLoss {
+        noise: 0.0,
+        decay: 0.7,
+        top_k: 5,
+        top_weight: 0.3,
+        ..EagleLoss::hass()
+    };
+    let recipe = EagleRecipe::new(&from.config, &settings).expect("recipe");
+    let taps = target
+        .model
+        .states(&tokens, &given.rows, &recipe.taps())
+        .expect("states");
+    let features = numbers(&taps[0]);
+    let wide = computes().swap_remove(0).1;
+    let host = TrainHost::new(&wide, &target.tokens).expect("host");
+    let named = parameters(&from, &wide).expect("parameters");
+    let softmax = |logits: &[f64]| -> Vec<f64> {
+        let e: Vec<f64> = logits.iter().map(|l| l.exp()).collect();
+        let sum: f64 = e.iter().sum();
+        e.into_iter().map(|e| e / sum).collect()
+    };
+    let head = |states: &[f64]| {
+        let states = wide
+            .matrix(states.iter().map(|&v| v as f32).collect(), h)
+            .expect("states");
+        numbers(&host.head.logits(&wide, &states).expect("logits"))
+    };
+    let (mut sums, mut counts) = (vec![0.0; settings.unroll], vec![0usize; settings.unroll]);
+    for document in given.rows.documents.iter() {
+        for row in document.clone() {
+            let own: Vec<f32> = features[document.start * h..(row + 1) * h]
+                .iter()
+                .map(|&v| v as f32)
+                .collect();
+            let mut path = own;
+            for step in 0..settings.unroll {
+                let goal = row + 1 + step;
+                if goal >= document.end {
+                    break;
+                }
+                // One more row, whose token the last one looks at.
+                let text = &tokens[document.start..=goal];
+                let mut all = path.clone();
+                all.resize(text.len() * h, 0.0);
+                let of_path = Given {
+                    rows: PackedRows::lines(1, text.len()).expect("rows"),
+                    mask: vec![true; text.len()],
+                    tokens: text.to_vec(),
+                };
+                let all = [Matrix::host(all, h)];
+                let (states, logits) = recipe
+                    .forward(
+                        &mut Parameters::new(&named),
+                        &host,
+                        &of_path.batch(&all, None),
+                    )
+                    .expect("forward");
+                let last = text.len() - 2;
+                let state = numbers(&states)[last * h..(last + 1) * h].to_vec();
+                path.extend(state.iter().map(|&v| v as f32));
+                if !given.mask[row + step] {
+                    continue;
+                }
+                let learnt = &features[goal * h..(goal + 1) * h];
+                let near = state.iter().zip(learnt).map(|(a, b)| {
+                    let off = (a - b).abs();
+                    if off < 1.0 {
+                        0.5 * off * off
+                    } else {
+                        off - 0.5
+                    }
+                });
+                let near = near.sum::<f64>() / h as f64;
+                let q = softmax(&numbers(&logits)[last * shape.vocab..(last + 1) * shape.vocab]);
+                let p = softmax(&head(learnt));
+                let mut order: Vec<usize> = (0..shape.vocab).collect();
+                order.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
+                let ce =
+                    |columns: &[usize]| -> f64 { columns.iter().map(|&c| -p[c] * q[c].ln()).sum() };
+                sums[step] += near + 0.1 * ce(&order) + 0.3 * ce(&order[..5]);
+                counts[step] += 1;
+            }
+        }
+    }
+    let of_step = |step: usize| sums[step] / counts[step] as f64;
+    let expected = of_step(0) + 0.7 * of_step(1) + 0.49 * of_step(2);
+    let mut gradients: Option<Named> = None;
+    for (name, on) in computes() {
+        if !name.starts_with('f') {
+            continue;
+        }
+        let host = TrainHost::new(&on, &target.tokens).expect("host");
+        let named = parameters(&from, &on).expect("parameters");
+        let (loss, grads) = run(&recipe, &named, &host, &given.batch(&taps, None));
+        let found: Vec<usize> = loss.steps.iter().map(|s| s.count).collect();
+        assert_eq!(found, counts);
+        // Paths carry their states in f32.
+        for (step, found) in loss.steps.iter().enumerate() {
+            let off = (found.loss / of_step(step) - 1.0).abs();
+            assert!(
+                off < 1e-4,
+                "{name}, step {step}: {} for {}",
+                found.loss,
+                of_step(step)
+            );
+        }
+        assert!(
+            (loss.total / expected - 1.0).abs() < 1e-4,
+            "{name}: {}",
+            loss.total
+        );
+        // Every form's gradients are those of f64, which comes first.
+        match &gradients {
+            None => gradients = Some(grads),
+            Some(wide) => {
+                for (parameter, grad) in &grads {
+                    let found = off(&numbers(grad), &numbers(&wide[parameter]));
+                    assert!(found < 1e-3, "{name}: {parameter} off by {found}");
+                }
+            }
         }
     }
 }

@@ -171,7 +171,7 @@ pub(super) struct Features {
     /// The target: `default`, a directory, a GGUF file, or a hub id
     #[arg(long, default_value = "default")]
     target: String,
-    /// Whose states: eagle2 and scylla read the final one, eagle3 three layers' inputs beside it
+    /// Whose states: eagle2, hass and scylla read the final one, eagle3 three layers' inputs beside it
     #[arg(long, default_value = "eagle3")]
     draft: String,
     /// Layers whose inputs are kept beside the final state [default: those of the draft]
@@ -194,13 +194,13 @@ impl Features {
     fn taps(&self, layers: usize) -> Result<Vec<Tap>> {
         let inputs = match (&self.taps, self.draft.as_str()) {
             (Some(taps), _) => taps.clone(),
-            (None, "eagle2" | "scylla") => Vec::new(),
+            (None, "eagle2" | "hass" | "scylla") => Vec::new(),
             (None, "eagle3") => default_taps(layers)?.to_vec(),
             (None, other) => {
                 return Err(scylla_core::Error::unknown(
                     "draft to train",
                     other,
-                    ["eagle2", "eagle3", "scylla"],
+                    ["eagle2", "eagle3", "hass", "scylla"],
                 )
                 .into());
             }

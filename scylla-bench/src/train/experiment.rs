@@ -42,7 +42,7 @@ pub struct TrainExperiment {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct TrainDraft {
-    /// `eagle2`, `eagle3` or `scylla`.
+    /// `eagle2`, `eagle3`, `hass` or `scylla`.
     pub name: String,
     /// A draft to begin with, in place of random parameters.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -303,9 +303,16 @@ impl TrainExperiment {
         }
     }
 
-    /// Settings of an EAGLE-1/2 or Scylla loss.
+    /// Settings of an EAGLE-1/2, HASS or Scylla loss.
     pub fn eagle_loss(&self) -> Result<EagleLoss> {
-        parse("loss", self.loss.clone())
+        let mut table = self.loss.clone();
+        if self.draft.name == "hass" {
+            let usual = Table::try_from(EagleLoss::hass());
+            for (key, value) in usual.map_err(|e| Error::Experiment(e.to_string()))? {
+                table.entry(key).or_insert(value);
+            }
+        }
+        parse("loss", table)
     }
 
     /// Settings of an EAGLE-3 loss.

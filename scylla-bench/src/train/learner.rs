@@ -72,7 +72,7 @@ pub fn recipe_of(
 /// Where a draft's weights may be read from, by its name.
 fn layouts(name: &str) -> &'static [Layout] {
     match name {
-        "eagle2" => &[Layout::Eagle],
+        "eagle2" | "hass" => &[Layout::Eagle],
         "scylla" => &[Layout::Scylla],
         _ => &[Layout::Eagle3],
     }

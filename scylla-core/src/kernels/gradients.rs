@@ -241,7 +241,7 @@ fn argmax_of<S: Simd>(row: &[f32]) -> usize {
 
 /// The first column of a value.
 #[inline(always)]
-fn place(row: &[f32], value: f32) -> usize {
+pub(super) fn place(row: &[f32], value: f32) -> usize {
     const RUN: usize = 256;
     for (i, run) in row.chunks(RUN).enumerate() {
         // Without an early end, so that it is done by registers.
@@ -254,7 +254,7 @@ fn place(row: &[f32], value: f32) -> usize {
 
 /// Exponentials relative to `reference`, in place, and their sum.
 #[inline(always)]
-fn exponentials<S: Simd>(row: &mut [f32], reference: f32) -> f32 {
+pub(super) fn exponentials<S: Simd>(row: &mut [f32], reference: f32) -> f32 {
     let mut sums = [0.0f32; 16];
     let (tiles, rest) = row.as_chunks_mut::<16>();
     for tile in tiles {

@@ -10,6 +10,7 @@
 mod attention;
 pub mod causal;
 mod dense;
+pub mod divergence;
 mod elementwise;
 mod exponential;
 pub mod gradients;

@@ -90,7 +90,7 @@ impl PackedRows {
 
     /// Whole lines of at most so many rows together, or one: each piece, and where its rows begin.
     pub fn pieces(&self, most: usize) -> Vec<(usize, Self)> {
-        let lines = (most / self.length).max(1);
+        let lines = (most / self.length.max(1)).max(1);
         let piece = |first: usize| {
             let batch = lines.min(self.batch - first);
             let (start, end) = (first * self.length, (first + batch) * self.length);

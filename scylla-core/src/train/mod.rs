@@ -4,9 +4,11 @@
 mod align;
 pub mod checkpoint;
 pub mod graph;
+mod muon;
 mod optimizer;
 mod schedule;
 
 pub use align::{AlignContext, AlignLoss, AlignNeeds, Aligner, AnswerLogits, Part};
+pub use muon::MuonSettings;
 pub use optimizer::{AdamW, AdamWSettings, Named, accumulate, norm, scale};
 pub use schedule::{Schedule, Shape};

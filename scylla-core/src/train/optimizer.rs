@@ -1,4 +1,4 @@
-//! AdamW with clipping: masters and moments in f32, whatever products are computed in.
+//! AdamW, and Muon for matrices where asked for, with clipping: masters and moments in f32, whatever products are computed in.
 
 use std::collections::BTreeMap;
 
@@ -6,6 +6,7 @@ use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::graph::Compute;
+use super::muon::{self, MuonSettings};
 use crate::kernels::gradients::{self, AdamFactors};
 use crate::plugin::Matrix;
 use crate::{Error, Result};
@@ -31,6 +32,9 @@ pub struct AdamWSettings {
     pub clip_norm: f64,
     /// Each value of a gradient is held within this, to either side; 0: not.
     pub clip_value: f64,
+    /// Muon, in place of AdamW, for matrices that are neither embedding nor head.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub muon: Option<MuonSettings>,
 }
 
 impl Default for AdamWSettings {
@@ -43,6 +47,7 @@ impl Default for AdamWSettings {
             weight_decay: 0.0,
             clip_norm: 0.5,
             clip_value: 0.0,
+            muon: None,
         }
     }
 }
@@ -79,11 +84,11 @@ impl AdamWSettings {
                 return bad(name, v, "0 or more");
             }
         }
-        Ok(())
+        self.muon.map_or(Ok(()), |muon| muon.check())
     }
 }
 
-/// The state of AdamW.
+/// The state of AdamW; of matrices that Muon steps the first moment is their momentum, and the second one rests.
 #[derive(Default)]
 pub struct AdamW {
     /// Steps done.
@@ -160,7 +165,18 @@ impl AdamW {
                     "parameter `{name}` has no moments or no gradient"
                 )));
             };
-            one(on, factors, value, [m, v], grad)?;
+            match &settings.muon {
+                Some(muon) if MuonSettings::takes(name, value) => {
+                    let step = muon::Step {
+                        rate,
+                        shrink: rate * settings.weight_decay,
+                        scale: factors.scale,
+                        limit: factors.limit,
+                    };
+                    muon::step(on, muon, step, value, m, grad)?;
+                }
+                _ => one(on, factors, value, [m, v], grad)?,
+            }
         }
         Ok(norm)
     }
@@ -357,6 +373,141 @@ mod tests {
                     .fold(0.0, f64::max);
                 assert!(off < 2e-6, "clip {clip_norm} {clip_value}: {off}");
             }
+        }
+    }
+
+    /// Muon as it is published, in f64: momentum of Nesterov, five iterations, the size of AdamW's steps.
+    fn muon_written_out(
+        s: &AdamWSettings,
+        rate: f64,
+        grads: &[Vec<f64>],
+        mut x: Vec<f64>,
+        [n, k]: [usize; 2],
+    ) -> Vec<f64> {
+        let Some(muon) = s.muon else { return x };
+        // Products of `[a, b]` and `[b, c]`.
+        let times = |l: &[f64], r: &[f64], [a, b, c]: [usize; 3]| -> Vec<f64> {
+            let of = |i: usize, j: usize| (0..b).map(|t| l[i * b + t] * r[t * c + j]).sum();
+            (0..a * c).map(|at| of(at / c, at % c)).collect()
+        };
+        let turned = |m: &[f64], [a, b]: [usize; 2]| -> Vec<f64> {
+            (0..a * b).map(|at| m[at % a * b + at / a]).collect()
+        };
+        let mut m = vec![0.0; n * k];
+        for g in grads {
+            let norm = g.iter().map(|g| g * g).sum::<f64>().sqrt();
+            let scale = if s.clip_norm > 0.0 && norm > s.clip_norm {
+                s.clip_norm / norm
+            } else {
+                1.0
+            };
+            let g: Vec<f64> = g.iter().map(|g| g * scale).collect();
+            let b = muon.momentum;
+            for (m, g) in m.iter_mut().zip(&g) {
+                *m = b * *m + (1.0 - b) * g;
+            }
+            let mut u: Vec<f64> = m
+                .iter()
+                .zip(&g)
+                .map(|(m, g)| b * m + (1.0 - b) * g)
+                .collect();
+            let size = u.iter().map(|u| u * u).sum::<f64>().sqrt() + 1e-7;
+            u.iter_mut().for_each(|u| *u /= size);
+            let tall = n > k;
+            let [r, c] = if tall { [k, n] } else { [n, k] };
+            if tall {
+                u = turned(&u, [n, k]);
+            }
+            for _ in 0..muon.iterations {
+                let a = times(&u, &turned(&u, [r, c]), [r, c, r]);
+                let aa = times(&a, &a, [r, r, r]);
+                let mix: Vec<f64> = a
+                    .iter()
+                    .zip(&aa)
+                    .map(|(a, aa)| -4.7750 * a + 2.0315 * aa)
+                    .collect();
+                let more = times(&mix, &u, [r, r, c]);
+                u = u.iter().zip(&more).map(|(u, m)| 3.4445 * u + m).collect();
+            }
+            if tall {
+                u = turned(&u, [k, n]);
+            }
+            let step = rate * 0.2 * (n.max(k) as f64).sqrt();
+            for (x, u) in x.iter_mut().zip(&u) {
+                *x = *x * (1.0 - rate * s.weight_decay) - step * u;
+            }
+        }
+        x
+    }
+
+    #[test]
+    fn muon_steps_matrices_as_it_is_published_and_leaves_the_rest_to_adamw() {
+        let settings = AdamWSettings {
+            weight_decay: 0.1,
+            clip_norm: 0.7,
+            muon: Some(MuonSettings::default()),
+            ..Default::default()
+        };
+        // Values that no small sum of products makes: full rank.
+        let value = |i: usize, t: usize| {
+            ((i * 7919 + t * 104_729 + i * i % 613) % 1009) as f64 / 504.5 - 1.0
+        };
+        for [n, k] in [[24, 40], [40, 24], [16, 16], [1, 40]] {
+            let begun: Vec<f64> = (0..n * k).map(|i| value(i, 9)).collect();
+            let grads: Vec<Vec<f64>> = (0..4)
+                .map(|t| (0..n * k).map(|i| value(i, t)).collect())
+                .collect();
+            for name in ["layers.0.mlp.up_proj.weight", "lm_head.weight"] {
+                let takes = n > 1 && name != "lm_head.weight";
+                let expected = match takes {
+                    true => muon_written_out(&settings, 1e-2, &grads, begun.clone(), [n, k]),
+                    false => written_out(&settings, &[1e-2; 4], &grads, begun.clone()),
+                };
+                let mut found: Vec<Vec<f32>> = Vec::new();
+                for on in computes() {
+                    let of = |x: &[f64]| -> Named {
+                        let values = x.iter().map(|&v| v as f32).collect();
+                        [(name.to_string(), on.matrix(values, k).expect("matrix"))].into()
+                    };
+                    let mut parameters = of(&begun);
+                    let mut adam = AdamW::new(&on, &parameters).expect("state");
+                    for grad in &grads {
+                        adam.step(&on, &settings, 1e-2, &mut parameters, &of(grad))
+                            .expect("step");
+                    }
+                    found.push(parameters[name].all().expect("values").into_owned());
+                }
+                assert_eq!(found[0], found[1], "by the number of threads");
+                for found in &found {
+                    let pairs = found.iter().zip(&expected);
+                    let off = pairs
+                        .map(|(a, b)| (f64::from(*a) - b).abs())
+                        .fold(0.0, f64::max);
+                    // Four steps of at most 0.01 x 0.2 sqrt(40) x 1.2 a value, which f32 follows to five digits.
+                    assert!(off < 2e-5, "{name} {n} x {k}: off by {off:.2e}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn muons_settings_are_checked() {
+        for muon in [
+            MuonSettings {
+                momentum: 1.0,
+                ..Default::default()
+            },
+            MuonSettings {
+                iterations: 0,
+                ..Default::default()
+            },
+        ] {
+            let settings = AdamWSettings {
+                muon: Some(muon),
+                ..Default::default()
+            };
+            let said = settings.check().expect_err("refused").to_string();
+            assert!(said.contains("optimizer.muon."), "{said}");
         }
     }
 

@@ -1,17 +1,21 @@
 //! EAGLE-1's loss (arXiv:2401.15077), which EAGLE-2 and Scylla (arXiv:2505.07858) share: row `t` pairs the target's final state
 //! `f_t` with token `x_{t+1}` and learns `f_{t+1}`, by SmoothL1, and what the head says of it, by cross entropy.
+//!
+//! HASS (arXiv:2408.15766) runs the same network several times, each time on the states of the time before, which are taken as
+//! given: row `t` of step `i` has token `x_{t+1+i}` and learns `f_{t+1+i}`. It sees the rows of step 0 up to itself, and of later
+//! steps itself alone, as a drafted path does. Beside these losses stands one over the target's most probable tokens.
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use scylla_core::plugin::{Matrix, Tap};
 use scylla_core::train::graph::{
-    Compared, GraphStack, Parameters, StepCache, Tape, Teacher, Value, beside, cross_entropy,
-    linear, rms_norm, smooth_l1,
+    Compared, GraphStack, Parameters, StepCache, Tape, Teacher, Value, beside, divergence, linear,
+    rms_norm, smooth_l1,
 };
 use scylla_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{Batch, BatchLoss, Recipe, StepLoss, TrainHost};
+use super::{Batch, BatchLoss, Distance, Recipe, StepLoss, TrainHost};
 use crate::checkpoint::{DraftConfig, layers};
 
 /// Settings of the loss.
@@ -20,8 +24,18 @@ use crate::checkpoint::{DraftConfig, layers};
 pub struct EagleLoss {
     /// Weight of SmoothL1 on features.
     pub smooth_l1: f64,
-    /// Weight of the cross entropy.
+    /// Weight of the distance between what the head says of both.
     pub ce: f64,
+    /// Which distance.
+    pub distance: Distance,
+    /// Times that the network runs, each on its own states of the time before.
+    pub unroll: usize,
+    /// Weight of each time, times that of the one before.
+    pub decay: f64,
+    /// Tokens of top-k distillation; 0: none.
+    pub top_k: usize,
+    /// Its weight.
+    pub top_weight: f64,
     /// Width of the uniform noise on features, for lines of 512 rows; it falls with their length.
     pub noise: f64,
 }
@@ -31,7 +45,23 @@ impl Default for EagleLoss {
         Self {
             smooth_l1: 1.0,
             ce: 0.1,
+            distance: Distance::default(),
+            unroll: 1,
+            decay: 1.0,
+            top_k: 0,
+            top_weight: 1.0,
             noise: 0.2,
+        }
+    }
+}
+
+impl EagleLoss {
+    /// As HASS trains: three times, with a loss over ten tokens.
+    pub fn hass() -> Self {
+        Self {
+            unroll: 3,
+            top_k: 10,
+            ..Self::default()
         }
     }
 }
@@ -67,12 +97,26 @@ impl EagleRecipe {
             ("smooth_l1", settings.smooth_l1),
             ("ce", settings.ce),
             ("noise", settings.noise),
+            ("top_weight", settings.top_weight),
         ] {
             if !(v.is_finite() && v >= 0.0) {
                 return Err(Error::Invalid(format!(
                     "loss.{name} {v}: expected 0 or more"
                 )));
             }
+        }
+        let decays = settings.decay > 0.0 && settings.decay <= 1.0;
+        if !decays || !(1..=64).contains(&settings.unroll) {
+            return Err(Error::Invalid(format!(
+                "loss.unroll {} and loss.decay {}: expected 1 to 64 times, and a share above 0",
+                settings.unroll, settings.decay
+            )));
+        }
+        if settings.top_k > 256 {
+            return Err(Error::Invalid(format!(
+                "loss.top_k {}: expected at most 256",
+                settings.top_k
+            )));
         }
         Ok(Self {
             settings: settings.clone(),
@@ -82,7 +126,7 @@ impl EagleRecipe {
         })
     }
 
-    /// The states that recur and those whose logits count.
+    /// The states that recur and those whose logits count, of as many times before as the cache holds.
     fn states(
         &self,
         tape: &mut Tape,
@@ -90,8 +134,9 @@ impl EagleRecipe {
         host: &TrainHost,
         batch: &Batch<'_>,
         features: Value,
+        cache: &mut StepCache,
     ) -> Result<(Value, Value)> {
-        let embedded = host.embed(&batch.ahead(1))?;
+        let embedded = host.embed(&batch.ahead(1 + cache.steps()))?;
         let joined = beside(tape, &embedded, &features)?;
         let weight = named.get(tape, "fc.weight")?;
         let bias = match named.has("fc.bias") {
@@ -101,7 +146,7 @@ impl EagleRecipe {
         let x = linear(tape, &joined, &weight, bias.as_ref(), None)?;
         let x = self
             .stack
-            .forward(tape, named, batch.rows, &mut StepCache::default(), &x, None)?;
+            .forward(tape, named, batch.rows, cache, &x, None)?;
         let Some(recurs_normed) = self.norm else {
             return Ok((x.clone(), x));
         };
@@ -140,46 +185,60 @@ impl Recipe for EagleRecipe {
         batch: &Batch<'_>,
     ) -> Result<BatchLoss> {
         batch.check(1)?;
+        let set = &self.settings;
         let goals = host.on.bring(&batch.taps[0])?;
-        let pairs: Vec<(usize, usize)> = batch
-            .rows
-            .shifted(1)
-            .into_iter()
-            .enumerate()
-            .filter_map(|(row, next)| Some((row, next.filter(|_| batch.mask[row])?)))
-            .collect();
-        let count = pairs.len() as f64 + LEAST;
-        let weighted = |weight: f64| -> Vec<Compared> {
-            let row = |&(row, goal): &(usize, usize)| Compared {
-                row,
-                goal,
-                weight: weight / count,
+        let mut features = Value::constant(self.noisy(host, &batch.taps[0], batch)?);
+        let mut cache = StepCache::default();
+        let mut loss = BatchLoss::default();
+        let (mut near_of_all, mut said_of_all, mut step_weight) = (0.0, 0.0, 1.0);
+        // What is said is weighted as a whole, so that its loss is shown without its weight; beside a part that has a weight
+        // of its own both stand in the distance.
+        let (mut mix, mut said_weight, mut name) =
+            (set.distance.mix(), set.ce, set.distance.name());
+        if set.top_k > 0 {
+            mix = mix.times(set.ce);
+            (mix.top, mix.k) = (set.top_weight, set.top_k);
+            (said_weight, name) = (1.0, "said");
+        }
+        for step in 0..set.unroll {
+            let masks = batch.rows.shifted(step).into_iter();
+            let asked = masks.map(|row| row.is_some_and(|row| batch.mask[row]));
+            let pairs: Vec<(usize, usize)> = asked
+                .zip(batch.rows.shifted(1 + step))
+                .enumerate()
+                .filter_map(|(row, (asked, next))| Some((row, next.filter(|_| asked)?)))
+                .collect();
+            let count = pairs.len() as f64 + LEAST;
+            let weighted = |weight: f64| -> Vec<Compared> {
+                let row = |&(row, goal): &(usize, usize)| Compared {
+                    row,
+                    goal,
+                    weight: step_weight * weight / count,
+                };
+                pairs.iter().map(row).collect()
             };
-            pairs.iter().map(row).collect()
-        };
-        let features = Value::constant(self.noisy(host, &batch.taps[0], batch)?);
-        let (recurs, heard) = self.states(tape, named, host, batch, features)?;
-        let near = smooth_l1(tape, &recurs, &goals, &weighted(self.settings.smooth_l1))? / count;
-        let teacher = Teacher::States(&goals, &host.head);
-        let said = cross_entropy(
-            tape,
-            &heard,
-            &host.head,
-            &teacher,
-            &weighted(self.settings.ce),
-        )?;
-        let ce = said.sum / count;
-        let total = self.settings.smooth_l1 * near + self.settings.ce * ce;
-        Ok(BatchLoss {
-            total,
-            total_by_mask: total,
-            steps: vec![StepLoss {
-                loss: total,
-                accuracy: said.correct as f64 / pairs.len().max(1) as f64,
+            let (recurs, heard) = self.states(tape, named, host, batch, features, &mut cache)?;
+            let near = smooth_l1(tape, &recurs, &goals, &weighted(set.smooth_l1))? / count;
+            let teacher = Teacher::States(&goals, &host.head);
+            let rows = weighted(said_weight);
+            let found = divergence(tape, &heard, &host.head, &teacher, &mix, &rows)?;
+            let said = found.sum / count;
+            let of_step = set.smooth_l1 * near + said_weight * said;
+            loss.total += step_weight * of_step;
+            near_of_all += step_weight * near;
+            said_of_all += step_weight * said;
+            loss.steps.push(StepLoss {
+                loss: of_step,
+                accuracy: found.correct as f64 / pairs.len().max(1) as f64,
                 count: pairs.len(),
-            }],
-            parts: vec![("smooth_l1", near), ("ce", ce)],
-        })
+            });
+            step_weight *= set.decay;
+            // What a later forward runs on is taken as given.
+            features = recurs.detached();
+        }
+        loss.total_by_mask = loss.total;
+        loss.parts = vec![("smooth_l1", near_of_all), (name, said_of_all)];
+        Ok(loss)
     }
 
     fn forward(
@@ -190,8 +249,9 @@ impl Recipe for EagleRecipe {
     ) -> Result<(Matrix, Matrix)> {
         batch.check(1)?;
         let features = Value::constant(host.on.bring(&batch.taps[0])?);
-        let (recurs, heard) =
-            self.states(&mut Tape::new(&host.on), named, host, batch, features)?;
+        let mut tape = Tape::new(&host.on);
+        let cache = &mut StepCache::default();
+        let (recurs, heard) = self.states(&mut tape, named, host, batch, features, cache)?;
         Ok((recurs.matrix, host.head.logits(&host.on, &heard.matrix)?))
     }
 }

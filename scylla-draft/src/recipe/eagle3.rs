@@ -7,12 +7,12 @@
 use scylla_core::plugin::{Matrix, Tap, TargetShape};
 use scylla_core::train::graph::{
     Compared, GraphStack, Head, Parameters, StepCache, Tape, Teacher, Value, beside, columns,
-    cross_entropy, linear, probabilities, probabilities_of, rms_norm,
+    divergence, linear, probabilities, probabilities_of, rms_norm,
 };
 use scylla_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{Batch, BatchLoss, Recipe, StepLoss, TrainHost, listed};
+use super::{Batch, BatchLoss, Distance, Recipe, StepLoss, TrainHost, listed};
 use crate::checkpoint::{DraftConfig, Eagle3Config, layer_prefix, layers};
 use crate::network::Ids;
 
@@ -37,6 +37,8 @@ pub struct Eagle3Loss {
     pub decay: f64,
     /// What the loss of a step is divided by.
     pub normalise: Normalise,
+    /// The distance from the target's distribution.
+    pub distance: Distance,
 }
 
 impl Default for Eagle3Loss {
@@ -45,6 +47,7 @@ impl Default for Eagle3Loss {
             unroll: 7,
             decay: 0.8,
             normalise: Normalise::default(),
+            distance: Distance::default(),
         }
     }
 }
@@ -272,7 +275,9 @@ impl Recipe for Eagle3Recipe {
             };
             rows.iter_mut()
                 .for_each(|row| row.weight = weight / divisor);
-            let found = cross_entropy(tape, &heard, &head, &Teacher::Probabilities(&p), &rows)?;
+            let teacher = Teacher::Probabilities(&p);
+            let mix = self.settings.distance.mix();
+            let found = divergence(tape, &heard, &head, &teacher, &mix, &rows)?;
             loss.total += weight * found.sum / divisor;
             loss.total_by_mask += weight * found.sum / count.max(1) as f64;
             loss.steps.push(StepLoss {

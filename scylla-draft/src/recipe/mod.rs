@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use scylla_core::model::WeightMatrix;
 use scylla_core::plugin::{Matrix, Tap};
-use scylla_core::train::graph::{Compute, Head, PackedRows, Parameters, Tape, Value};
+use scylla_core::train::graph::{Compute, Head, Mix, PackedRows, Parameters, Tape, Value};
 use scylla_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -99,6 +99,52 @@ impl TrainHost {
         let mut rows = Matrix::default();
         self.embedding.rows(tokens, &mut rows)?;
         Ok(Value::constant(self.on.bring(&rows)?))
+    }
+}
+
+/// How far a draft's distribution q is from the target's p.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Distance {
+    /// Cross entropy, `-sum p log q`.
+    #[default]
+    Ce,
+    /// `sum p log(p / q)`: the gradient of cross entropy, and a loss that ends at zero.
+    Kl,
+    /// Total variation, `sum |p - q| / 2`: the probability that a drafted token is refused.
+    Tv,
+    /// 0.1 of cross entropy and 0.9 of total variation.
+    CeTv,
+    /// The LK loss, `-log sum min(p, q)`.
+    Lk,
+}
+
+impl Distance {
+    /// Its name, as experiments spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ce => "ce",
+            Self::Kl => "kl",
+            Self::Tv => "tv",
+            Self::CeTv => "ce-tv",
+            Self::Lk => "lk",
+        }
+    }
+
+    /// Its parts.
+    pub fn mix(self) -> Mix {
+        let none = Mix { ce: 0.0, ..Mix::CE };
+        match self {
+            Self::Ce => Mix::CE,
+            Self::Kl => Mix { kl: 1.0, ..none },
+            Self::Tv => Mix { tv: 1.0, ..none },
+            Self::CeTv => Mix {
+                ce: 0.1,
+                tv: 0.9,
+                ..none
+            },
+            Self::Lk => Mix { lk: 1.0, ..none },
+        }
     }
 }
 

@@ -42,7 +42,7 @@ impl Default for DraftShape {
     }
 }
 
-/// The network of a draft by its name (`eagle2`, `eagle3` or `scylla`), for a target of this shape: a plain Llama layer with
+/// The network of a draft by its name (`eagle2`, `eagle3`, `hass` or `scylla`), for a target of this shape: a plain Llama layer with
 /// the target's sizes and rotary positions.
 ///
 /// # Errors
@@ -91,11 +91,11 @@ pub fn new_config(name: &str, shape: &DraftShape, target: &ModelConfig) -> Resul
         )));
     }
     match name {
-        "eagle2" if shape.layers != 1 => Err(Error::Invalid(format!(
+        "eagle2" | "hass" if shape.layers != 1 => Err(Error::Invalid(format!(
             "draft.layers {}: an EAGLE-1/2 network has one; several make it `scylla`",
             shape.layers
         ))),
-        "eagle2" => Ok(DraftConfig::Eagle(EagleConfig {
+        "eagle2" | "hass" => Ok(DraftConfig::Eagle(EagleConfig {
             backbone: backbone(AttentionInput::Bare),
         })),
         "scylla" => Ok(DraftConfig::Scylla(ScyllaConfig {
@@ -129,7 +129,7 @@ pub fn new_config(name: &str, shape: &DraftShape, target: &ModelConfig) -> Resul
         other => Err(Error::unknown(
             "draft to train",
             other,
-            ["eagle2", "eagle3", "scylla"],
+            ["eagle2", "eagle3", "hass", "scylla"],
         )),
     }
 }

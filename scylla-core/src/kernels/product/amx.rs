@@ -209,7 +209,7 @@ fn one(block: &Block<'_>, part: &Part<'_>, panel: usize, tile: usize, target: &T
     let steps = count / TILE;
     let (row, column) = ((part.panel + panel) * 32, tile * TILE);
     let (rows, wide) = ((block.m - row).min(32), (block.n - column).min(32));
-    let at = row * target.stride + column;
+    let at = target.at(row, column);
     if rows == 32 && wide == 32 {
         // SAFETY: this block's values are within the target (its last one is asked for) and written by this thread alone.
         unsafe {

@@ -107,7 +107,7 @@ fn one<S: Simd, W: Element, const R: usize, const T: usize>(
         for (t, sum) in sums.into_iter().enumerate() {
             let column = (tile + t) * TILE;
             let count = block.n.saturating_sub(column).min(TILE);
-            let at = row * target.stride + column;
+            let at = target.at(row, column);
             // SAFETY: blocks of rows and columns are handed out once, and each is written by the thread that took it.
             let out = unsafe { target.values.part(at..at + count) };
             let mut found = [0.0; TILE];

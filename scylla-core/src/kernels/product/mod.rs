@@ -9,6 +9,7 @@
 mod amx;
 mod micro;
 mod pack;
+mod select;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -227,6 +228,15 @@ struct Target<'a> {
     stride: usize,
     /// Whether it is added to what is there.
     add: bool,
+    /// Row and column of the product that come first there.
+    begin: (usize, usize),
+}
+
+impl Target<'_> {
+    /// Where a value of the product goes.
+    fn at(&self, row: usize, column: usize) -> usize {
+        (row - self.begin.0) * self.stride + column - self.begin.1
+    }
 }
 
 thread_local! {
@@ -310,16 +320,21 @@ impl Products {
             values: SharedValues::new(out),
             stride,
             add,
+            begin: (0, 0),
         };
-        let block = Block {
+        self.block(left, right, n).run(&self.pool, &target);
+    }
+
+    fn block<'a>(&self, left: View<'a>, right: &'a Right, n: usize) -> Block<'a> {
+        let (m, k) = left.shape();
+        Block {
             left,
             right,
             units: Units::of(self.form, amx::available()),
             lines: lines_of(self.form, k),
             m,
             n,
-        };
-        block.run(&self.pool, &target);
+        }
     }
 }
 
@@ -526,6 +541,41 @@ mod tests {
                         }
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_selected_is_what_the_whole_product_has() {
+        let (m, k, n) = match cfg!(miri) {
+            true => (5, 6, 40),
+            false => (300, 70, 1000),
+        };
+        let (a, mut b) = (values(m * k, 1), values(k * n, 2));
+        // Columns that are equal, in one block and across: the first of them counts.
+        for row in b.chunks_exact_mut(n) {
+            for column in [n / 3 + 1, n - 2] {
+                row[column] = row[n / 3];
+            }
+        }
+        let listed: Vec<u32> = [n - 1, 0, n / 3, 7, n - 1].map(|c| c as u32).to_vec();
+        for threads in [1, 3] {
+            for form in [ProductForm::F32, ProductForm::Bf16] {
+                let pool = Arc::new(Pool::new(threads));
+                let products = Products { pool, form };
+                let right = Right::pack(&products.pool, form, View::new(&b, k, n));
+                let mut all = vec![0.0; m * n];
+                products.multiply_packed(View::new(&a, m, k), &right, false, &mut all, n);
+                let (best, found) = products.select(View::new(&a, m, k), &right, &listed);
+                for (row, all) in all.chunks_exact(n).enumerate() {
+                    let largest = all.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                    let first = all.iter().position(|&v| v == largest);
+                    assert_eq!(Some(best[row] as usize), first, "{form:?}");
+                    for (i, &column) in listed.iter().enumerate() {
+                        assert_eq!(found[row * listed.len() + i], all[column as usize]);
+                    }
+                }
+                assert_eq!(products.select(View::new(&a, m, k), &right, &[]).0, best);
             }
         }
     }

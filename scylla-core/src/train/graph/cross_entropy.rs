@@ -5,13 +5,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{D, Tensor};
 
 use super::{Compute, Tape, Value};
+use crate::kernels::divergence::{self, Mix};
 use crate::kernels::gradients::{self, Goal, RowLoss};
 use crate::kernels::{Products, Right, View, zeros};
 use crate::plugin::Matrix;
 use crate::{Error, Result};
 
-/// Rows whose logits exist at a time.
+/// Rows whose logits exist at a time, of a vocabulary that is as wide as this or wider.
 const CHUNK: usize = 256;
+const WIDE: usize = 49_152;
 
 /// What turns states into logits: a weight `[V, H]`.
 #[derive(Clone)]
@@ -144,9 +146,24 @@ pub fn cross_entropy(
     teacher: &Teacher<'_>,
     rows: &[Compared],
 ) -> Result<LossSum> {
+    divergence(tape, states, head, teacher, &Mix::CE, rows)
+}
+
+/// The same of another distance, or of a sum of several.
+///
+/// # Errors
+/// As [`cross_entropy`].
+pub fn divergence(
+    tape: &mut Tape,
+    states: &Value,
+    head: &Head,
+    teacher: &Teacher<'_>,
+    mix: &Mix,
+    rows: &[Compared],
+) -> Result<LossSum> {
     match tape.on.clone() {
-        Compute::Kernels(p) => on_kernels(tape, &p, states, head, teacher, rows),
-        Compute::Tensors { .. } => on_tensors(tape, states, head, teacher, rows),
+        Compute::Kernels(p) => on_kernels(tape, &p, states, head, (teacher, mix), rows),
+        Compute::Tensors { .. } => on_tensors(tape, states, head, (teacher, mix), rows),
     }
 }
 
@@ -162,20 +179,21 @@ fn on_kernels(
     p: &Products,
     states: &Value,
     head: &Head,
-    teacher: &Teacher<'_>,
+    (teacher, mix): (&Teacher<'_>, &Mix),
     rows: &[Compared],
 ) -> Result<LossSum> {
     let (h, v) = (states.columns(), head.columns());
     let [down, up] = head.sides(tape, p)?;
     let values = states.matrix.values()?;
     let mut grad = vec![0.0; values.len()];
-    let chunk = CHUNK.min(rows.len());
+    // Of a small vocabulary more rows, so that the gradient of a trained head is not read and written for few of them.
+    let chunk = (CHUNK * WIDE / v.max(1)).max(CHUNK).min(rows.len());
     let (mut student, mut goals) = (zeros::<f32>(chunk * v), Vec::new());
     if let Teacher::States(..) = teacher {
         goals = zeros::<f32>(chunk * v);
     }
     let mut total = LossSum::default();
-    for rows in rows.chunks(CHUNK) {
+    for rows in rows.chunks(chunk.max(1)) {
         let n = rows.len();
         let x = gathered(values, h, rows.iter().map(|r| r.row));
         let student = &mut student[..n * v];
@@ -203,7 +221,7 @@ fn on_kernels(
                             let weight = rows[row].weight as f32;
                             keep(
                                 row,
-                                gradients::cross_entropy(student, Goal::Logits(goal), weight),
+                                divergence::divergence(student, Goal::Logits(goal), mix, weight),
                             );
                         }
                     },
@@ -215,7 +233,10 @@ fn on_kernels(
                     for (row, student) in range.zip(student.chunks_exact_mut(v)) {
                         let Compared { goal, weight, .. } = rows[row];
                         let goal = Goal::Probabilities(&all[goal * v..(goal + 1) * v]);
-                        keep(row, gradients::cross_entropy(student, goal, weight as f32));
+                        keep(
+                            row,
+                            divergence::divergence(student, goal, mix, weight as f32),
+                        );
                     }
                 });
             }
@@ -253,7 +274,7 @@ fn on_tensors(
     tape: &mut Tape,
     states: &Value,
     head: &Head,
-    teacher: &Teacher<'_>,
+    (teacher, mix): (&Teacher<'_>, &Mix),
     rows: &[Compared],
 ) -> Result<LossSum> {
     let on = tape.on.clone();
@@ -284,9 +305,24 @@ fn on_tensors(
         let e = s.exp()?;
         let sum = e.sum_keepdim(D::Minus1)?;
         let mass = p.sum_keepdim(D::Minus1)?;
-        let loss = mass
+        let ce = mass
             .mul(&sum.log()?)?
             .sub(&p.mul(&s)?.sum_keepdim(D::Minus1)?)?;
+        let q = e.broadcast_div(&sum)?;
+        let mut slopes = q.broadcast_mul(&mass)?.sub(&p)?;
+        let mut loss = ce.clone();
+        if *mix != Mix::CE {
+            let (more, by_q) = apart_on_tensors(&q, &p, &mass, mix)?;
+            loss = ((ce * (mix.ce + mix.kl))? + more)?;
+            let mean = q.mul(&by_q)?.sum_keepdim(D::Minus1)?;
+            let others = q.mul(&by_q.broadcast_sub(&mean)?)?;
+            slopes = ((slopes * (mix.ce + mix.kl))? + others)?;
+            if mix.top != 0.0 {
+                let (more, by_logits) = top_on_tensors(&s, &sum, &q, &p, mix.k)?;
+                loss = (loss + (more * mix.top)?)?;
+                slopes = (slopes + (by_logits * mix.top)?)?;
+            }
+        }
         total.sum += loss
             .to_dtype(candle_core::DType::F64)?
             .sum_all()?
@@ -298,8 +334,7 @@ fn on_tensors(
             .to_scalar::<f32>()? as usize;
         let weights: Vec<f64> = rows.iter().map(|r| r.weight).collect();
         let weights = Tensor::from_vec(weights, (rows.len(), 1), device)?.to_dtype(*dtype)?;
-        let q = e.broadcast_mul(&mass.div(&sum)?)?;
-        let slopes = q.sub(&p)?.broadcast_mul(&weights)?.to_dtype(*products)?;
+        let slopes = slopes.broadcast_mul(&weights)?.to_dtype(*products)?;
         if states.node.is_some() {
             let w = head.weight.matrix.tensor()?.to_dtype(*products)?;
             let ids: Vec<u32> = rows.iter().map(|r| r.row as u32).collect();
@@ -316,6 +351,44 @@ fn on_tensors(
     }
     tape.seed(states, Matrix::device(grad)?)?;
     Ok(total)
+}
+
+/// Cross entropy over the goal's `k` most probable columns, row by row, and its gradient by the logits `s`.
+fn top_on_tensors(
+    s: &Tensor,
+    sum: &Tensor,
+    q: &Tensor,
+    p: &Tensor,
+    k: usize,
+) -> Result<(Tensor, Tensor)> {
+    let (rows, columns) = p.dims2()?;
+    let best = Matrix::device(p.clone())?.top_log_probabilities(columns, k)?;
+    let ids = (0..rows).flat_map(|row| best.row(row).iter().map(|&(id, _)| id as u32));
+    let ids = Tensor::from_vec(ids.collect::<Vec<_>>(), (rows, k.min(columns)), p.device())?;
+    let goal = p.gather(&ids, 1)?;
+    let mass = goal.sum_keepdim(1)?;
+    let along = goal.mul(&s.gather(&ids, 1)?)?.sum_keepdim(1)?;
+    let loss = mass.mul(&sum.log()?)?.sub(&along)?;
+    let goals = p.zeros_like()?.scatter_add(&ids, &goal, 1)?;
+    Ok((loss, q.broadcast_mul(&mass)?.sub(&goals)?))
+}
+
+/// What a sum of distances holds beside cross entropy, row by row, and what it changes by with q.
+fn apart_on_tensors(q: &Tensor, p: &Tensor, mass: &Tensor, mix: &Mix) -> Result<(Tensor, Tensor)> {
+    let sum = |t: Tensor| -> Result<Tensor> { Ok(t.sum_keepdim(D::Minus1)?) };
+    // Where p is zero, p log p is: the logarithm is of one there.
+    let zero = p.le(0.0)?.to_dtype(p.dtype())?;
+    let own = sum(p.mul(&p.add(&zero)?.log()?)?)?;
+    let variation = (sum(p.sub(q)?.abs()?)? * 0.5)?;
+    // A goal without mass overlaps nothing: one stands for it, whose logarithm is zero.
+    let empty = mass.le(0.0)?.to_dtype(p.dtype())?;
+    let overlap = sum(p.minimum(q)?)?.add(&empty)?;
+    let below = q.lt(p)?.to_dtype(p.dtype())?;
+    let loss = ((own * mix.kl)? + (variation * mix.tv)?)?;
+    let loss = (loss - (overlap.log()? * mix.lk)?)?;
+    let by_q = (q.sub(p)?.sign()? * (0.5 * mix.tv))?;
+    let by_q = (by_q - (below.broadcast_div(&overlap)? * mix.lk)?)?;
+    Ok((loss, by_q))
 }
 
 fn softmax(logits: &Tensor) -> Result<Tensor> {
@@ -336,18 +409,20 @@ pub fn probabilities(
     head: &Head,
     listed: &[u32],
 ) -> Result<(Vec<u32>, Matrix)> {
+    if let (Compute::Kernels(p), false) = (on, states.is_on_device()) {
+        check_listed(listed, head.columns())?;
+        let [down, _] = head.sides(&mut Tape::new(on), p)?;
+        let x = View::new(states.values()?, states.rows(), states.columns);
+        let (best, mut all) = p.select(x, &down, listed);
+        p.pool.rows([&mut all], [listed.len()], 1, |_, [rows]| {
+            rows.chunks_exact_mut(listed.len())
+                .for_each(gradients::softmax);
+        });
+        return Ok((best, Matrix::host(all, listed.len())));
+    }
     among(on, states.rows(), head.columns(), listed, |rows| {
-        match (on, states.is_on_device()) {
-            (Compute::Kernels(_), false) => {
-                let (h, at) = (states.columns, rows.start * states.columns);
-                let part = states.values()?[at..at + rows.len() * h].to_vec();
-                head.logits(on, &Matrix::host(part, h))
-            }
-            _ => head.logits(
-                on,
-                &Matrix::device(states.tensor()?.narrow(0, rows.start, rows.len())?)?,
-            ),
-        }
+        let part = states.tensor()?.narrow(0, rows.start, rows.len())?;
+        head.logits(on, &Matrix::device(part)?)
     })
 }
 
@@ -372,6 +447,13 @@ pub fn probabilities_of(
     })
 }
 
+fn check_listed(listed: &[u32], v: usize) -> Result<()> {
+    match listed.iter().find(|&&id| id as usize >= v) {
+        Some(id) => Err(Error::Invalid(format!("column {id} of {v}"))),
+        None => Ok(()),
+    }
+}
+
 fn among(
     on: &Compute,
     m: usize,
@@ -380,9 +462,7 @@ fn among(
     logits: impl Fn(std::ops::Range<usize>) -> Result<Matrix>,
 ) -> Result<(Vec<u32>, Matrix)> {
     let n = listed.len();
-    if let Some(id) = listed.iter().find(|&&id| id as usize >= v) {
-        return Err(Error::Invalid(format!("column {id} of {v}")));
-    }
+    check_listed(listed, v)?;
     let chunks = |size: usize| {
         (0..m)
             .step_by(size)

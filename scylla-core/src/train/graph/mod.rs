@@ -23,10 +23,11 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
+pub use crate::kernels::divergence::Mix;
 pub use crate::plugin::PackedRows;
 pub use attention::attention;
 pub use cross_entropy::{
-    Compared, Head, LossSum, Teacher, cross_entropy, probabilities, probabilities_of,
+    Compared, Head, LossSum, Teacher, cross_entropy, divergence, probabilities, probabilities_of,
 };
 pub use linear::linear;
 pub use norm::rms_norm;

@@ -76,6 +76,13 @@ pub struct StepCache {
     layers: Vec<Vec<(Value, Value)>>,
 }
 
+impl StepCache {
+    /// Steps that it holds.
+    pub fn steps(&self) -> usize {
+        self.layers.first().map_or(0, Vec::len)
+    }
+}
+
 /// Decoder layers with the prefixes of their parameters' names.
 pub struct GraphStack {
     layers: Vec<(String, LayerSpec)>,
@@ -106,7 +113,7 @@ impl GraphStack {
         beside: Option<&Value>,
     ) -> Result<Value> {
         cache.layers.resize_with(self.layers.len(), Vec::new);
-        let step = cache.layers.first().map_or(0, Vec::len);
+        let step = cache.steps();
         let positions = rows.positions(step);
         let mut x = x.clone();
         let mut angles: Vec<(&LayerSpec, Angles)> = Vec::new();

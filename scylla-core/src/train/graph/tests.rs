@@ -362,6 +362,31 @@ fn losses() {
             Ok(cross_entropy(tape, &v[0], &head, &teacher, row)?.sum)
         })
     });
+    let none = Mix { ce: 0.0, ..Mix::CE };
+    for mix in [
+        Mix { kl: 1.0, ..none },
+        Mix { tv: 1.0, ..none },
+        Mix { lk: 1.0, ..none },
+        Mix {
+            ce: 0.1,
+            tv: 0.9,
+            lk: 0.2,
+            ..none
+        },
+    ] {
+        // Where p and q are nearly one, the slope of total variation and of LK turns with what products round.
+        check_within(&format!("{mix:?}"), &[(5, 6), (21, 6)], 0.5, &|tape, v| {
+            let mut random = Random(14);
+            let (on, states) = (tape.on.clone(), random.values((3, 4)));
+            let teacher = Head::frozen(&on, matrix(&on, &random.values((21, 4)), (21, 4)))?;
+            let states = matrix(&on, &states, (3, 4));
+            let head = Head::trained(&v[1]);
+            let teacher = Teacher::States(&states, &teacher);
+            each_row(&pairs, |row| {
+                Ok(divergence(tape, &v[0], &head, &teacher, &mix, row)?.sum)
+            })
+        });
+    }
     check("smooth_l1", &[(5, 7)], &|tape, v| {
         let on = tape.on.clone();
         // No difference lies near the kink.
