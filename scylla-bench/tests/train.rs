@@ -204,6 +204,16 @@ fn a_trained_draft_is_worth_more_and_serves_as_training_said() {
             &[&generate[..], &["--draft", &draft], &budget].concat(),
         );
         assert_eq!(plain["ids"], drafted["ids"]);
+        // A draft of another vocabulary is no beginning for this target.
+        let config = place.path("out/best/config.json");
+        let text = std::fs::read_to_string(&config).expect("config");
+        let mut fields: Value = serde_json::from_str(&text).expect("JSON");
+        fields["vocab_size"] = (fields["vocab_size"].as_u64().expect("V") + 1).into();
+        std::fs::write(&config, fields.to_string()).expect("config");
+        let again = ["train", "--config", "again.toml", "--output", "o3"];
+        let said = place.refused(&again);
+        assert!(said.contains("vocab"), "{name}: {said}");
+        assert!(!Path::new(&place.path("o3/best")).exists());
     }
 }
 
@@ -314,6 +324,61 @@ fn a_run_that_is_killed_again_and_again_ends_as_one_that_is_not() {
         metrics(&place.path("killed")),
     );
     assert_eq!(timeless(whole), timeless(killed));
+}
+
+/// Files longer than 64 KiB (128 in some shells) cannot be written, as on a full disk: checkpoints, that is.
+#[test]
+fn a_full_disk_loses_no_more_than_what_came_since_the_last_checkpoint() {
+    let place = place(EAGLE3, STAGE);
+    let settings = ["--set", "train.checkpoint=4", "--set", "evaluate.every=60"];
+    json(
+        &place,
+        &train(&[&["--output", "whole"], &settings[..]].concat()),
+    );
+    let args = train(&[&["--output", "full", "--resume"], &settings[..]].concat());
+    let path = place.path("full/checkpoint.safetensors");
+    let limited = || {
+        let like = place.command(&args);
+        let out = std::process::Command::new("sh")
+            .args(["-c", "trap '' XFSZ; ulimit -f 128; exec \"$0\" \"$@\""])
+            .arg(env!("CARGO_BIN_EXE_scylla"))
+            .args(&args)
+            .envs(
+                like.get_envs()
+                    .filter_map(|(key, value)| Some((key, value?))),
+            )
+            .current_dir(place.dir.path())
+            .output()
+            .expect("starts");
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        (out.status.success(), said)
+    };
+    // Before there is any checkpoint, and behind one.
+    let (done, said) = limited();
+    assert!(!done && said.contains("checkpoint"), "{said}");
+    assert!(!Path::new(&path).exists());
+    let mut child = place
+        .command(&args)
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .expect("starts");
+    while !Path::new(&path).exists() && child.try_wait().expect("waits").is_none() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().expect("SIGKILL");
+    child.wait().expect("ends");
+    let before = std::fs::read(&path).expect("checkpoint");
+    let (done, said) = limited();
+    // Unless the run had ended before it was killed.
+    assert!(done || said.contains("checkpoint"), "{said}");
+    assert!(std::fs::read(&path).expect("checkpoint") == before);
+    json(&place, &args);
+    assert!(bits(&place.path("whole")) == bits(&place.path("full")));
+    assert_eq!(
+        timeless(metrics(&place.path("whole"))),
+        timeless(metrics(&place.path("full")))
+    );
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The executor on this crate's CPU kernels.
 
+mod packed;
+
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::executor::{
@@ -9,10 +11,9 @@ use super::files::Weights;
 use super::rope::{Rope, occurring};
 use super::slots::{RowView, Slots, StackRows};
 use super::spec::{AttentionInput, LayerSpec};
-use crate::kernels::causal::{self, Packed};
 use crate::kernels::{
-    AttentionRow, CacheForm, KvLayer, Linear, Pool, ProductForm, Products, Scratch, Weight, Wide,
-    add, add_rms_norm, attention, rms_norm, rope, swiglu,
+    AttentionRow, CacheForm, KvLayer, Linear, Pool, Scratch, Weight, add, add_rms_norm, attention,
+    rms_norm, rope, swiglu,
 };
 use crate::plugin::{Matrix, PackedRows, Slot};
 use crate::{Error, Result};
@@ -423,97 +424,6 @@ impl CpuStack {
     }
 }
 
-/// Rows whose feed-forward part is computed together, so that what lies between its products stays near.
-const TOGETHER: usize = 512;
-
-/// Rows of a share of what lies between products.
-const SHARE: usize = 32;
-
-impl CpuStack {
-    /// One layer over packed rows, of which `positions` says where in their documents they are.
-    fn packed_layer(
-        &mut self,
-        layer: usize,
-        rows: &PackedRows,
-        positions: &[u32],
-        x: &mut [f32],
-    ) -> Result<()> {
-        let (l, b, pool) = (&self.layers[layer], &mut self.buffers, &self.pool);
-        let (spec, h, m) = (&l.spec, l.spec.hidden, positions.len());
-        let (ffn, eps) = (spec.ffn, spec.eps);
-        let Angles { cos, sin } = &self.angles[self.angles_of[layer]];
-        let (half, kv, q_len) = (spec.head_dim / 2, spec.kv_width(), spec.q_width());
-
-        let qkv = sized(&mut b.qkv, m * l.qkv.n);
-        let product = Wide::new(&l.qkv, pool);
-        match &l.attention_norm {
-            Some(norm) => {
-                self::norm(pool, x, h, norm, eps, sized(&mut b.normed, m * h));
-                product.multiply(pool, &b.normed, false, &mut b.scratch, qkv)?;
-            }
-            None => product.multiply(pool, x, false, &mut b.scratch, qkv)?,
-        }
-        drop(product);
-
-        let sides = [
-            sized(&mut b.q, m * q_len),
-            sized(&mut b.k, m * kv),
-            sized(&mut b.v, m * kv),
-        ];
-        let (qkv, width) = (&b.qkv, l.qkv.n);
-        pool.rows(sides, [q_len, kv, kv], SHARE, |range, [q, k, v]| {
-            let sides = q.chunks_exact_mut(q_len).zip(k.chunks_exact_mut(kv));
-            for ((row, (q, k)), v) in range.zip(sides).zip(v.chunks_exact_mut(kv)) {
-                let (queries, rest) = qkv[row * width..(row + 1) * width].split_at(q_len);
-                let (key, value) = rest.split_at(kv);
-                match &l.qk_norm {
-                    Some([q_norm, k_norm]) => {
-                        rms_norm(queries, q_norm, eps, q);
-                        rms_norm(key, k_norm, eps, k);
-                    }
-                    None => {
-                        q.copy_from_slice(queries);
-                        k.copy_from_slice(key);
-                    }
-                }
-                v.copy_from_slice(value);
-                let at = positions[row] as usize * half..(positions[row] as usize + 1) * half;
-                rope(q, &cos[at.clone()], &sin[at.clone()]);
-                rope(k, &cos[at.clone()], &sin[at]);
-            }
-        });
-        let products = Products {
-            pool: Arc::clone(pool),
-            form: match self.cache_form {
-                CacheForm::F32 => ProductForm::F32,
-                CacheForm::F16 => ProductForm::fastest(),
-            },
-        };
-        let shape = Packed {
-            heads: spec.heads,
-            kv_heads: spec.kv_heads,
-            head_dim: spec.head_dim,
-            documents: &rows.documents,
-            window: spec.window,
-        };
-        let mixed = sized(&mut b.mixed, m * q_len);
-        causal::attend(&products, &shape, &b.q, &[&b.k], &[&b.v], mixed);
-        Wide::new(&l.output, pool).multiply(pool, &b.mixed, true, &mut b.scratch, x)?;
-
-        let (gate_up, down) = (Wide::new(&l.gate_up, pool), Wide::new(&l.down, pool));
-        for x in x.chunks_mut(TOGETHER * h) {
-            let m = x.len() / h;
-            let normed = sized(&mut b.normed, m * h);
-            norm(pool, x, h, &l.ffn_norm, eps, normed);
-            let wide = sized(&mut b.gate_up, m * 2 * ffn);
-            gate_up.multiply(pool, &b.normed, false, &mut b.scratch, wide)?;
-            gated(pool, &b.gate_up, ffn, sized(&mut b.inner, m * ffn));
-            down.multiply(pool, &b.inner, true, &mut b.scratch, x)?;
-        }
-        Ok(())
-    }
-}
-
 /// Makes the cache of a slot, of which no page is there yet.
 fn new_cache(
     layers: &[LayerWeights],
@@ -526,6 +436,9 @@ fn new_cache(
         layers.iter().map(layer).collect()
     }
 }
+
+/// Rows of a share of what lies between products.
+const SHARE: usize = 32;
 
 /// Norms rows of `width` values, or the pieces of them that are as long as `weight`.
 fn norm(pool: &Pool, x: &[f32], width: usize, weight: &[f32], eps: f32, out: &mut [f32]) {
