@@ -242,6 +242,17 @@ fn timeless(lines: Vec<Value>) -> Vec<Value> {
     lines.into_iter().map(without).collect()
 }
 
+/// Two runs end with the same parameters, moments and best draft, bit for bit, and the same metrics.
+fn end_alike(place: &Place, one: &str, other: &str, about: &str) {
+    let (one, other) = (place.path(one), place.path(other));
+    assert!(bits(&one) == bits(&other), "{about}");
+    assert_eq!(
+        timeless(metrics(&one)),
+        timeless(metrics(&other)),
+        "{about}"
+    );
+}
+
 #[test]
 fn a_run_that_is_killed_again_and_again_ends_as_one_that_is_not() {
     // Two stages, two batches a step, features with noise: all that a checkpoint has to remember.
@@ -315,15 +326,12 @@ fn a_run_that_is_killed_again_and_again_ends_as_one_that_is_not() {
         }
     }
     eprintln!("killed {kills} times");
-    assert!(
-        bits(&place.path("whole")) == bits(&place.path("killed")),
-        "killed {kills} times, seed {seed}"
+    end_alike(
+        &place,
+        "whole",
+        "killed",
+        &format!("killed {kills} times, seed {seed}"),
     );
-    let (whole, killed) = (
-        metrics(&place.path("whole")),
-        metrics(&place.path("killed")),
-    );
-    assert_eq!(timeless(whole), timeless(killed));
 }
 
 /// Files longer than 64 KiB (128 in some shells) cannot be written, as on a full disk: checkpoints, that is.
@@ -374,11 +382,7 @@ fn a_full_disk_loses_no_more_than_what_came_since_the_last_checkpoint() {
     assert!(done || said.contains("checkpoint"), "{said}");
     assert!(std::fs::read(&path).expect("checkpoint") == before);
     json(&place, &args);
-    assert!(bits(&place.path("whole")) == bits(&place.path("full")));
-    assert_eq!(
-        timeless(metrics(&place.path("whole"))),
-        timeless(metrics(&place.path("full")))
-    );
+    end_alike(&place, "whole", "full", "a full disk");
 }
 
 #[test]

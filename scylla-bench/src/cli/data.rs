@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use clap::{Args, Subcommand};
 use scylla_core::plugin::Tap;
 use scylla_core::text::Tokenizer;
-use scylla_draft::checkpoint::default_taps;
+use scylla_draft::checkpoint::{Layout, default_taps};
 use serde::Serialize;
 
 use super::{ModelOptions, Progress, open_session, print_json, print_text, say};
@@ -192,18 +192,12 @@ pub(super) struct Features {
 
 impl Features {
     fn taps(&self, layers: usize) -> Result<Vec<Tap>> {
-        let inputs = match (&self.taps, self.draft.as_str()) {
-            (Some(taps), _) => taps.clone(),
-            (None, "eagle2" | "hass" | "scylla") => Vec::new(),
-            (None, "eagle3") => default_taps(layers)?.to_vec(),
-            (None, other) => {
-                return Err(scylla_core::Error::unknown(
-                    "draft to train",
-                    other,
-                    ["eagle2", "eagle3", "hass", "scylla"],
-                )
-                .into());
-            }
+        let inputs = match &self.taps {
+            Some(taps) => taps.clone(),
+            None => match Layout::of_name(&self.draft, "draft to train")? {
+                [Layout::Eagle | Layout::Scylla, ..] => Vec::new(),
+                _ => default_taps(layers)?.to_vec(),
+            },
         };
         if let Some(tap) = inputs.iter().find(|&&t| t > layers) {
             return Err(Error::Experiment(format!(

@@ -298,33 +298,28 @@ fn write_listing(dir: &Path, index: &Index) -> Result<()> {
     Ok(files::write(&dir.join(LISTING), &text)?)
 }
 
-/// States of the first pieces, as many as run together: for each a row of values for each tap.
-fn states_of(
-    session: &mut Session,
-    pieces: &[Document],
-    taps: &[Tap],
-) -> Result<Vec<Vec<Vec<f32>>>> {
-    const ROWS: usize = 2048;
+/// Rows that run together, at most.
+const TOGETHER: usize = 2048;
+
+/// States of the first pieces, as many as run together: for each a matrix for each tap.
+fn states_of(session: &mut Session, pieces: &[Document], taps: &[Tap]) -> Result<Vec<Vec<Matrix>>> {
     let (mut tokens, mut documents) = (Vec::new(), Vec::new());
     for piece in pieces {
-        if !tokens.is_empty() && tokens.len() + piece.tokens.len() > ROWS {
+        if !tokens.is_empty() && tokens.len() + piece.tokens.len() > TOGETHER {
             break;
         }
         documents.push(tokens.len()..tokens.len() + piece.tokens.len());
         tokens.extend_from_slice(&piece.tokens);
     }
-    let rows = PackedRows::new(1, tokens.len(), documents.clone())?;
-    let states = session.target.model.states(&tokens, &rows, taps)?;
-    let states = states
-        .iter()
-        .map(|s| Ok((s.columns, s.all()?)))
-        .collect::<Result<Vec<_>>>()?;
-    let of = |d: &std::ops::Range<usize>| {
-        let part =
-            |(h, s): &(usize, std::borrow::Cow<'_, [f32]>)| s[d.start * h..d.end * h].to_vec();
-        states.iter().map(part).collect()
-    };
-    Ok(documents.iter().map(of).collect())
+    let counts: Vec<usize> = documents.iter().map(|d| d.len()).collect();
+    let rows = PackedRows::new(1, tokens.len(), documents)?;
+    let mut all = vec![Vec::with_capacity(taps.len()); counts.len()];
+    for state in session.target.model.states(&tokens, &rows, taps)? {
+        for (own, part) in all.iter_mut().zip(state.split(&counts)?) {
+            own.push(part);
+        }
+    }
+    Ok(all)
 }
 
 fn write_shard(
@@ -335,14 +330,17 @@ fn write_shard(
     path: &Path,
 ) -> Result<()> {
     let mut held: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
-    let mut known = Vec::new();
+    let mut known = Vec::new().into_iter();
     for (i, piece) in pieces.iter().enumerate() {
         let n = piece.tokens.len();
-        if known.is_empty() {
-            known = states_of(session, &pieces[i..], taps)?;
-            known.reverse();
+        if known.len() == 0 {
+            known = states_of(session, &pieces[i..], taps)?.into_iter();
         }
-        let states = known.pop().unwrap_or_default();
+        let states = known.next().unwrap_or_default();
+        let states = states
+            .iter()
+            .map(Matrix::all)
+            .collect::<scylla_core::Result<Vec<_>>>()?;
         let mut bytes =
             Vec::with_capacity(n * states.iter().map(|s| s.len()).sum::<usize>() / n.max(1) * 2);
         for row in 0..n {

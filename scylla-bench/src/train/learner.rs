@@ -69,15 +69,6 @@ pub fn recipe_of(
     })
 }
 
-/// Where a draft's weights may be read from, by its name.
-fn layouts(name: &str) -> &'static [Layout] {
-    match name {
-        "eagle2" | "hass" => &[Layout::Eagle],
-        "scylla" => &[Layout::Scylla],
-        _ => &[Layout::Eagle3],
-    }
-}
-
 impl Learner {
     /// The network that an experiment names, before anything is counted or read.
     ///
@@ -151,12 +142,9 @@ impl Learner {
         host: &TrainHost,
     ) -> Result<(DraftConfig, Option<Vec<u32>>, Named)> {
         let shape = session.target.model.shape();
-        let from = Checkpoint::open(
-            dir,
-            layouts(&experiment.draft.name),
-            &shape,
-            WeightForm::AsIs,
-        )?;
+        // The first of a name's layouts is what training writes.
+        let layouts = Layout::of_name(&experiment.draft.name, "draft to train")?;
+        let from = Checkpoint::open(dir, &layouts[..1], &shape, WeightForm::AsIs)?;
         if !experiment.draft.shape.is_empty() {
             return Err(Error::Experiment(
                 "draft.start names a draft, whose shape is its own: no other settings of [draft] beside it".into(),

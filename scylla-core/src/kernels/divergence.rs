@@ -133,17 +133,17 @@ fn apart<S: Simd>(student: &mut [f32], p: &[f32], mix: &Mix, weight: f32) -> Row
         loss += mix.kl * sum(student, p, |_, p| own(p));
     }
     // q (v - sum q v), with v what the loss changes by with q.
-    let variation = 0.5 * sum(student, p, |q, p| (p - q).abs());
-    let overlap = sum(student, p, |q, p| if q < p { q } else { p });
-    let unlike = 0.5 * sum(student, p, |q, p| q * sign(q - p));
-    let short = sum(student, p, |q, p| q * below(q, p));
-    let lk = match mass > 0.0 {
-        true => mix.lk / overlap,
-        false => 0.0,
-    };
-    loss += mix.tv * variation + mix.top * (mass_of_top * total.ln() - along_top);
-    if lk != 0.0 {
+    loss += mix.top * (mass_of_top * total.ln() - along_top);
+    let (mut unlike, mut short, mut lk) = (0.0, 0.0, 0.0);
+    if mix.tv != 0.0 {
+        loss += mix.tv * 0.5 * sum(student, p, |q, p| (p - q).abs());
+        unlike = 0.5 * sum(student, p, |q, p| q * sign(q - p));
+    }
+    if mix.lk != 0.0 && mass > 0.0 {
+        let overlap = sum(student, p, |q, p| if q < p { q } else { p });
+        short = sum(student, p, |q, p| q * below(q, p));
         loss -= mix.lk * overlap.ln();
+        lk = mix.lk / overlap;
     }
     let scale = f64::from(weight);
     let near = (scale * (mix.ce + mix.kl)) as f32;

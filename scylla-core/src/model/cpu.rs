@@ -5,7 +5,7 @@ mod packed;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::executor::{
-    Executor, Forms, Stack, WeightMatrix, check_documents, check_input, check_specs, outside,
+    Executor, Forms, Stack, WeightMatrix, check_input, check_packed, check_specs, outside,
 };
 use super::files::Weights;
 use super::rope::{Rope, occurring};
@@ -551,8 +551,8 @@ impl Stack for CpuStack {
         x: &mut Matrix,
         on_layer: &mut dyn FnMut(usize, &Matrix),
     ) -> Result<()> {
-        check_documents(rows, self.slots.capacity)?;
-        check_input(self.layers.first().map(|l| &l.spec), rows.count(), x, None)?;
+        let first = self.layers.first().map(|l| &l.spec);
+        check_packed(first, rows, self.slots.capacity, x)?;
         let positions = rows.positions(0);
         for layer in 0..self.layers.len() {
             on_layer(layer, x);

@@ -145,8 +145,14 @@ pub trait Stack: Send {
     ) -> Result<()>;
 }
 
-/// Refuses documents that are longer than a slot.
-pub(super) fn check_documents(rows: &PackedRows, capacity: usize) -> Result<()> {
+/// Checks packed rows, and what a stack's first layer is given for them: no document is longer than a slot.
+pub(super) fn check_packed(
+    first: Option<&LayerSpec>,
+    rows: &PackedRows,
+    capacity: usize,
+    x: &Matrix,
+) -> Result<()> {
+    check_input(first, rows.count(), x, None)?;
     match rows.documents.iter().map(|d| d.len()).max() {
         Some(longest) if longest > capacity => Err(Error::Invalid(format!(
             "a document of {longest} rows, where {capacity} positions are"

@@ -15,7 +15,7 @@ use scylla_core::train::graph::{
 use scylla_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{Batch, BatchLoss, Distance, Recipe, StepLoss, TrainHost};
+use super::{Batch, BatchLoss, Distance, Recipe, StepLoss, TrainHost, check_unroll};
 use crate::checkpoint::{DraftConfig, layers};
 
 /// Settings of the loss.
@@ -105,13 +105,7 @@ impl EagleRecipe {
                 )));
             }
         }
-        let decays = settings.decay > 0.0 && settings.decay <= 1.0;
-        if !decays || !(1..=64).contains(&settings.unroll) {
-            return Err(Error::Invalid(format!(
-                "loss.unroll {} and loss.decay {}: expected 1 to 64 times, and a share above 0",
-                settings.unroll, settings.decay
-            )));
-        }
+        check_unroll(settings.unroll, settings.decay)?;
         if settings.top_k > 256 {
             return Err(Error::Invalid(format!(
                 "loss.top_k {}: expected at most 256",

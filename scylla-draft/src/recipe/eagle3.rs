@@ -12,7 +12,7 @@ use scylla_core::train::graph::{
 use scylla_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{Batch, BatchLoss, Distance, Recipe, StepLoss, TrainHost, listed};
+use super::{Batch, BatchLoss, Distance, Recipe, StepLoss, TrainHost, check_unroll};
 use crate::checkpoint::{DraftConfig, Eagle3Config, layer_prefix, layers};
 use crate::network::Ids;
 
@@ -81,19 +81,13 @@ impl Eagle3Recipe {
                 "EAGLE-3's recipe for another network".into(),
             ));
         };
-        let decays = settings.decay > 0.0 && settings.decay <= 1.0;
-        if !decays || !(1..=64).contains(&settings.unroll) {
-            return Err(Error::Invalid(format!(
-                "loss.unroll {} and loss.decay {}: expected 1 to 64 steps, and a share above 0",
-                settings.unroll, settings.decay
-            )));
-        }
+        check_unroll(settings.unroll, settings.decay)?;
         Ok(Self {
             settings: settings.clone(),
             first: layer_prefix(config.layout(), 0),
             stack: GraphStack::new(layers(config))?,
             taps: c.taps(taps, target)?,
-            listed: listed(&ids),
+            listed: ids.targets(),
             ids,
             config: c.clone(),
         })

@@ -22,8 +22,6 @@ pub use eagle3::{Eagle3Loss, Eagle3Recipe, Normalise};
 pub use held::{held, parameters};
 pub use start::{DraftShape, frequent, new_config, start};
 
-use crate::network::Ids;
-
 /// A batch of packed rows, `M` of them, with what the target said.
 pub struct Batch<'a> {
     /// Documents and lines.
@@ -234,7 +232,12 @@ pub trait Recipe: Send + Sync {
     }
 }
 
-/// The ids among which a draft's logits are.
-fn listed(ids: &Ids) -> Vec<u32> {
-    ids.targets()
+/// Checks how often a network runs on its own states, and what each time weighs beside the one before.
+fn check_unroll(unroll: usize, decay: f64) -> Result<()> {
+    match (1..=64).contains(&unroll) && decay > 0.0 && decay <= 1.0 {
+        true => Ok(()),
+        false => Err(Error::Invalid(format!(
+            "loss.unroll {unroll} and loss.decay {decay}: expected 1 to 64 steps, and a share above 0"
+        ))),
+    }
 }

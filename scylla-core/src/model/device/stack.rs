@@ -4,7 +4,7 @@ use candle_core::{DType, Tensor};
 use candle_nn::ops::{rms_norm, silu, softmax_last_dim};
 use candle_nn::rotary_emb::rope_thd;
 
-use super::super::executor::{Forms, Stack, WeightMatrix, check_documents, check_input};
+use super::super::executor::{Forms, Stack, WeightMatrix, check_input, check_packed};
 use super::super::files::Weights;
 use super::super::rope::{Rope, occurring};
 use super::super::slots::{RowView, Slots, StackRows};
@@ -478,9 +478,8 @@ impl Stack for DeviceStack {
         x: &mut Matrix,
         on_layer: &mut dyn FnMut(usize, &Matrix),
     ) -> Result<()> {
-        check_documents(rows, self.slots.capacity)?;
         let first = self.layers.first().map(|l| &l.spec);
-        check_input(first, rows.count(), x, None)?;
+        check_packed(first, rows, self.slots.capacity, x)?;
         let angles = self.angles_at(rows.positions(0))?;
         let mask = |&window: &Option<usize>| rows.mask(window, &self.on.device, self.dtype);
         let masks = self.windows.iter().map(mask).collect::<Result<Vec<_>>>()?;

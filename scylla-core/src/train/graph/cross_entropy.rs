@@ -308,15 +308,18 @@ fn on_tensors(
         let ce = mass
             .mul(&sum.log()?)?
             .sub(&p.mul(&s)?.sum_keepdim(D::Minus1)?)?;
-        let q = e.broadcast_div(&sum)?;
-        let mut slopes = q.broadcast_mul(&mass)?.sub(&p)?;
-        let mut loss = ce.clone();
+        let mut slopes = e.broadcast_mul(&mass.div(&sum)?)?.sub(&p)?;
+        let mut loss = ce;
         if *mix != Mix::CE {
-            let (more, by_q) = apart_on_tensors(&q, &p, &mass, mix)?;
-            loss = ((ce * (mix.ce + mix.kl))? + more)?;
-            let mean = q.mul(&by_q)?.sum_keepdim(D::Minus1)?;
-            let others = q.mul(&by_q.broadcast_sub(&mean)?)?;
-            slopes = ((slopes * (mix.ce + mix.kl))? + others)?;
+            let q = e.broadcast_div(&sum)?;
+            loss = (loss * (mix.ce + mix.kl))?;
+            slopes = (slopes * (mix.ce + mix.kl))?;
+            if [mix.kl, mix.tv, mix.lk].iter().any(|&part| part != 0.0) {
+                let (more, by_q) = apart_on_tensors(&q, &p, &mass, mix)?;
+                loss = (loss + more)?;
+                let mean = q.mul(&by_q)?.sum_keepdim(D::Minus1)?;
+                slopes = (slopes + q.mul(&by_q.broadcast_sub(&mean)?)?)?;
+            }
             if mix.top != 0.0 {
                 let (more, by_logits) = top_on_tensors(&s, &sum, &q, &p, mix.k)?;
                 loss = (loss + (more * mix.top)?)?;
