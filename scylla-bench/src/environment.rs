@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// What a number depends on beside the experiment.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Environment {
     /// Version of this software.
     pub commit: String,

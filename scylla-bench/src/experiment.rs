@@ -222,7 +222,10 @@ impl BudgetSpec {
     }
 
     /// Checks ranges, and that a table is there where one is asked for, and only there.
-    fn check(&self) -> Result<()> {
+    ///
+    /// # Errors
+    /// Names what is wrong.
+    pub fn check(&self) -> Result<()> {
         if self.policy == PolicyKind::Table {
             self.by_batch()?;
         } else if !self.table.is_empty() {
@@ -266,8 +269,28 @@ pub struct Run {
     pub ignore_eos: bool,
     /// Texts that end a sequence.
     pub stop: Vec<String>,
+    /// What is recorded beside cycles and steps.
+    #[serde(skip_serializing_if = "TraceKind::is_light")]
+    pub trace: TraceKind,
     /// Where results go; empty takes the next free `runs/bench-NNN`.
     pub output: PathBuf,
+}
+
+/// What is recorded of a run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum TraceKind {
+    /// Cycles and steps.
+    #[default]
+    Light,
+    /// Also what each draft could have proposed at every place of the target's own text ([`crate::trace`]).
+    Dense,
+}
+
+impl TraceKind {
+    fn is_light(&self) -> bool {
+        *self == Self::Light
+    }
 }
 
 impl Default for Run {
@@ -286,6 +309,7 @@ impl Default for Run {
             kept: 0,
             ignore_eos: false,
             stop: Vec::new(),
+            trace: TraceKind::Light,
             output: PathBuf::new(),
         }
     }

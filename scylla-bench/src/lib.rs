@@ -28,6 +28,7 @@ pub mod runs;
 mod session;
 pub mod stats;
 mod terminal;
+pub mod trace;
 pub mod train;
 
 pub use context::{AlignerContext, DraftContext, parse as parse_settings};

@@ -93,21 +93,37 @@ pub fn quantiles(values: &[f64]) -> Option<Quantiles> {
 ///
 /// Offered means that the tree had a node that deep. Of a cycle that ended its sequence only the accepted depths
 /// count: what was cut off was neither accepted nor rejected.
-pub fn alpha<'a>(cycles: impl Iterator<Item = &'a Cycle> + Clone) -> Vec<Option<f64>> {
-    let deepest = cycles.clone().map(|c| c.depth).max().unwrap_or(0);
-    let rate = |depth: usize| {
-        let offered = cycles.clone().filter(|c| {
-            let reached = c.accepted >= depth && c.depth > depth;
-            reached && !(c.cut && c.accepted == depth)
-        });
-        let (mut tried, mut accepted) = (0usize, 0usize);
-        for c in offered {
-            tried += 1;
-            accepted += usize::from(c.accepted > depth);
+pub fn alpha<'a>(cycles: impl Iterator<Item = &'a Cycle>) -> Vec<Option<f64>> {
+    let mut counts = AlphaCounts::default();
+    cycles.for_each(|c| counts.add(c));
+    counts.rates()
+}
+
+/// What [`alpha`] counts: how often each depth was offered, and how often accepted.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AlphaCounts(Vec<(u64, u64)>);
+
+impl AlphaCounts {
+    /// Counts a cycle.
+    pub fn add(&mut self, c: &Cycle) {
+        if self.0.len() < c.depth {
+            self.0.resize(c.depth, (0, 0));
         }
-        (tried > 0).then(|| accepted as f64 / tried as f64)
-    };
-    (0..deepest).map(rate).collect()
+        for (depth, (tried, accepted)) in self.0.iter_mut().enumerate() {
+            if c.accepted < depth || c.depth <= depth || (c.cut && c.accepted == depth) {
+                break;
+            }
+            *tried += 1;
+            *accepted += u64::from(c.accepted > depth);
+        }
+    }
+
+    /// The rates.
+    pub fn rates(&self) -> Vec<Option<f64>> {
+        let rate =
+            |&(tried, accepted): &(u64, u64)| (tried > 0).then(|| accepted as f64 / tried as f64);
+        self.0.iter().map(rate).collect()
+    }
 }
 
 /// Share of visits to a node of depth `d` (the root's 0) in which its child of rank `r` was the one accepted, of those

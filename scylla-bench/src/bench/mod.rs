@@ -13,12 +13,13 @@ use scylla_core::text::ChatTemplate;
 use serde::{Deserialize, Serialize};
 
 use crate::environment::{Environment, peak_resident};
-use crate::experiment::{self, BudgetSpec, Experiment};
+use crate::experiment::{self, BudgetSpec, Experiment, TraceKind};
 use crate::prompts::{self, Prompt};
 use crate::registry::Registry;
 use crate::runs::{self, CycleRow, StepRow};
-use crate::session::Session;
+use crate::session::{Composed, Session};
 use crate::stats::{Interval, Quantiles, Spread};
+use crate::trace::{Recorder, Writer};
 use crate::{Error, Result};
 use converse::{Talk, converse, opening, warm_up};
 
@@ -178,6 +179,12 @@ pub fn run(
     let run = &experiment.run;
     let mut decoders = Vec::new();
     for spec in &specs {
+        if run.trace == TraceKind::Dense && !spec.sampling.is_greedy() {
+            return Err(Error::Experiment(format!(
+                "a dense trace is of greedy text; sampling.temperature is {}",
+                spec.sampling.temperature
+            )));
+        }
         let mut composed = session.compose(registry, spec)?;
         // What can be refused is refused before anything is paid for.
         let request = session.request(spec, &composed, Vec::new(), 0);
@@ -195,7 +202,13 @@ pub fn run(
     let groups: Vec<Vec<Vec<Talk>>> = batches.iter().map(|&b| groups(&prompts, b, run)).collect();
     let (mut done, mut walls) = (Vec::new(), Vec::new());
     let units: usize = groups.iter().map(Vec::len).sum();
-    let total = run.repeats * units * decoders.len();
+    let traced: Vec<usize> = match run.trace {
+        TraceKind::Light => Vec::new(),
+        TraceKind::Dense => (0..specs.len())
+            .filter(|&d| decoders[d].draft.is_some())
+            .collect(),
+    };
+    let total = run.repeats * units * decoders.len() + traced.len() * prompts.len();
     let mut finished = 0;
     // Pages and caches are warmed by short sequences that are not counted.
     let most = batches.iter().copied().max().unwrap_or(1);
@@ -256,6 +269,30 @@ pub fn run(
         }
     }
     cut_to_the_shortest(&mut done);
+    let mut unwritten = Vec::new();
+    for d in traced {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let path = output.join(format!("dense-{d}.jsonl"));
+        let mut told = || {
+            finished += 1;
+            on_step(finished, total);
+        };
+        match record(
+            session,
+            &mut decoders[d],
+            &specs[d],
+            &prompts,
+            &path,
+            stop,
+            &mut told,
+        ) {
+            Ok(more) => skipped.extend(more),
+            Err(Error::Interrupted(_)) => break,
+            Err(e) => unwritten.push(e.to_string()),
+        }
+    }
     let mut resolved = experiment.clone();
     let template = session.tokenizer.as_ref().and_then(|t| t.template());
     if template.is_some_and(ChatTemplate::uses_date) {
@@ -269,11 +306,40 @@ pub fn run(
         rows: rows::rows(&specs, &decoders, &prompts, &done, &walls),
         interrupted: stop.load(Ordering::Relaxed),
         skipped,
-        unwritten: Vec::new(),
+        unwritten,
         output,
     };
-    summary.unwritten = write(&summary, &resolved, &prompts, &done, &walls);
+    let files = write(&summary, &resolved, &prompts, &done, &walls);
+    summary.unwritten.extend(files);
     Ok(summary)
+}
+
+/// Writes the dense trace of one decoder's draft.
+fn record(
+    session: &mut Session,
+    decoder: &mut Composed,
+    spec: &Experiment,
+    prompts: &[Prompt],
+    path: &Path,
+    stop: &AtomicBool,
+    told: &mut dyn FnMut(),
+) -> Result<Vec<Skipped>> {
+    let Some(draft) = &mut decoder.draft else {
+        return Ok(Vec::new());
+    };
+    let mut recorder = Recorder {
+        session,
+        draft,
+        name: decoder.name.clone(),
+        spec,
+    };
+    let mut writer = Writer::new(path, recorder.header()?)?;
+    let done = recorder.run(prompts, &mut writer, stop, told);
+    if done.is_err() && writer.texts == 0 {
+        // There is nothing in it.
+        let _ = std::fs::remove_file(path);
+    }
+    done
 }
 
 /// The task of all conversations of a group, where it is one.

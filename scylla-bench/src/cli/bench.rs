@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use clap::Args;
 
 use super::{ModelOptions, Progress, open_session, print_json, print_text, say, warn};
-use crate::experiment::{Experiment, Override};
+use crate::experiment::{Experiment, Override, TraceKind};
 use crate::{Error, Registry, Result, bench, terminal};
 
 #[derive(Args)]
@@ -19,6 +19,10 @@ pub(super) struct Bench {
     /// Conversations that begin in a second, at random times; without it another begins when one ends
     #[arg(long, value_name = "R", allow_negative_numbers = true)]
     rate: Option<f64>,
+    /// `dense` also records what each draft could have proposed, at every place of the target's own text: `scylla replay`
+    /// then tells what other budgets and trees would have done
+    #[arg(long, value_enum, value_name = "KIND")]
+    trace: Option<TraceKind>,
     /// Override any field of the experiment
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
@@ -37,6 +41,9 @@ impl Bench {
             overrides.push(Override::new("run.batches", batches));
         }
         overrides.extend(self.rate.map(|rate| Override::new("run.rate", rate)));
+        if let Some(TraceKind::Dense) = self.trace {
+            overrides.push(Override::new("run.trace", "dense"));
+        }
         overrides.extend(Override::parse_all(&self.set)?);
         let experiment = Experiment::load(self.experiment.as_deref(), &overrides)?;
         let mut session = open_session(&experiment)?;

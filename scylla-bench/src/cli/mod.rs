@@ -11,6 +11,7 @@ mod inspect;
 mod loss;
 mod prove;
 mod quality;
+mod replay;
 mod tau;
 mod train;
 mod tree;
@@ -42,6 +43,8 @@ enum Command {
     Generate(generate::Generate),
     /// Compare decoders on a prompt set.
     Bench(bench::Bench),
+    /// Decode again from a dense trace with other budgets and trees, without target and draft.
+    Replay(replay::Replay),
     /// Prove a rule: the law of one cycle by enumeration, against the target's.
     Prove(prove::Prove),
     /// Compute an alignment loss between a teacher's and a student's answers, and its gradient
@@ -121,6 +124,7 @@ pub fn run(registry: &Registry, args: impl IntoIterator<Item = OsString>) -> i32
     let done = match cli.command {
         Command::Generate(c) => c.run(registry, &stop),
         Command::Bench(c) => c.run(registry, &stop),
+        Command::Replay(c) => c.run(registry),
         Command::Prove(c) => c.run(registry, &stop),
         Command::Align(c) => c.run(registry),
         Command::Train(c) => c.run(&stop),

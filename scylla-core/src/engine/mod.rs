@@ -22,7 +22,7 @@ pub use admit::Prefixes;
 pub use record::{Accepted, Cycle, Finish, Output, Phases, Step, Waited, tau};
 pub use request::{Request, RequestId};
 pub use rows::LogitRows;
-pub use walk::{Walk, walk};
+pub use walk::{Walk, walk, walk_each};
 
 use admit::Memory;
 use request::Settled;

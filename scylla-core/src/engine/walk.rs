@@ -19,6 +19,17 @@ pub struct Walk<'a> {
     pub context: usize,
 }
 
+impl Walk<'_> {
+    /// What a tree may have whose root is the token at a place of the text, as an engine asks: a cycle adds the bonus too, so
+    /// drafting the last token would be wasted.
+    pub fn budget_at(&self, root: usize) -> Budget {
+        let left = self.max_new_tokens.saturating_sub(root + 1 - self.prompt);
+        let room = self.context.saturating_sub(root + 1);
+        self.budget
+            .within(left.min(room).saturating_sub(1), room + 1)
+    }
+}
+
 /// Walks cycles along a text: each proposes a tree at its root, follows the text's own tokens through it as far as they are
 /// there, and the next begins where it ended, behind the bonus. `propose(root, budget)` gives the tree whose root is the
 /// token at place `root` of the text.
@@ -50,16 +61,24 @@ pub fn walk(
     along: &Walk<'_>,
     propose: &mut dyn FnMut(usize, Budget) -> Result<Tree>,
 ) -> Result<Vec<Cycle>> {
-    let Walk { text, prompt, .. } = *along;
     let mut cycles = Vec::new();
-    let mut root = prompt;
+    walk_each(along, propose, &mut |cycle, _| cycles.push(cycle))?;
+    Ok(cycles)
+}
+
+/// The same for texts of any length: each cycle is told, with its tree, when it ends.
+///
+/// # Errors
+/// If a proposal fails.
+pub fn walk_each(
+    along: &Walk<'_>,
+    propose: &mut dyn FnMut(usize, Budget) -> Result<Tree>,
+    told: &mut dyn FnMut(Cycle, &Tree),
+) -> Result<()> {
+    let Walk { text, prompt, .. } = *along;
+    let (mut root, mut step) = (prompt, 0);
     while root + 1 < text.len() {
-        let left = along.max_new_tokens.saturating_sub(root + 1 - prompt);
-        let room = along.context.saturating_sub(root + 1);
-        // As an engine asks: a cycle adds the bonus too, so drafting the last token would be wasted.
-        let budget = along
-            .budget
-            .within(left.min(room).saturating_sub(1), room + 1);
+        let budget = along.budget_at(root);
         let tree = match budget.levels() {
             0 => Tree::root(text[root]),
             _ => propose(root, budget)?,
@@ -78,8 +97,8 @@ pub fn walk(
         }
         let committed = (accepted + 1).min(text.len() - root - 1);
         root += committed;
-        cycles.push(Cycle {
-            step: cycles.len() as u64,
+        let cycle = Cycle {
+            step,
             nodes: tree.len(),
             depth: tree.depth(),
             accepted: accepted.min(committed),
@@ -87,7 +106,9 @@ pub fn walk(
             ranks,
             offered,
             cut: root + 1 >= text.len(),
-        });
+        };
+        told(cycle, &tree);
+        step += 1;
     }
-    Ok(cycles)
+    Ok(())
 }

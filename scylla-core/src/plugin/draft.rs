@@ -1,9 +1,11 @@
 //! The model or method that proposes.
 
+use std::ops::Range;
+
 use super::{Chance, Matrix, Slot, Tap};
-use crate::Result;
 use crate::sampling::Sampling;
 use crate::tree::{Budget, Drawing, Tree};
+use crate::{Error, Result};
 
 /// What became final in a slot since the draft last heard of it.
 ///
@@ -33,6 +35,64 @@ pub struct Request<'a> {
     pub sampling: &'a Sampling,
     /// The slot's random stream.
     pub chance: &'a mut dyn Chance,
+}
+
+/// What a draft could propose below a root: all that its trees within some limits are chosen from.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Candidates {
+    /// `[N]`, the root's first; parents before children, and the children of a node side by side, best first.
+    pub tokens: Vec<u32>,
+    /// Log-probability of each given its parent `[N]`, the root's 0: multiples of [`Candidates::UNIT`].
+    pub logs: Vec<f64>,
+    /// Children of each node that the draft was asked about; `None` of others `[N]`.
+    pub children: Vec<Option<Range<usize>>>,
+    /// Children that a node has at most: tokens that the draft can propose.
+    pub most: usize,
+}
+
+impl Candidates {
+    /// What log-probabilities are counted in, so that their sums are exact and a path's score does not depend on the order
+    /// in which it is added up.
+    pub const UNIT: f64 = 1.0 / (1u64 << 30) as f64;
+
+    /// The root alone.
+    pub fn root(token: u32, most: usize) -> Self {
+        Self {
+            tokens: vec![token],
+            logs: vec![0.0],
+            children: vec![None],
+            most,
+        }
+    }
+
+    /// A log-probability as the nearest multiple of [`Candidates::UNIT`], at least -2^20.
+    pub fn counted(log: f64) -> f64 {
+        (log.max(-1048576.0) / Self::UNIT).round() * Self::UNIT
+    }
+
+    /// Adds the children of a node, best first.
+    pub fn expand(&mut self, node: usize, children: impl IntoIterator<Item = (u32, f64)>) {
+        let first = self.tokens.len();
+        for (token, log) in children {
+            self.tokens.push(token);
+            self.logs.push(log);
+            self.children.push(None);
+        }
+        self.children[node] = Some(first..self.tokens.len());
+    }
+
+    /// The child of a node that has a token.
+    pub fn child(&self, node: usize, token: u32) -> Option<usize> {
+        let children = self.children[node].clone()?;
+        children.into_iter().find(|&c| self.tokens[c] == token)
+    }
+
+    /// The node that tokens below the root lead to.
+    pub fn at(&self, below: &[u32]) -> Option<usize> {
+        below
+            .iter()
+            .try_fold(0, |node, &token| self.child(node, token))
+    }
 }
 
 /// The model or method that proposes.
@@ -87,6 +147,19 @@ pub trait DraftModel: Send {
     /// Proposes one tree per request, within its budget, rooted at its root. Where it fails for several it is asked again
     /// for each of them alone, so that one slot's error stays its own.
     fn propose(&mut self, requests: &mut [Request<'_>]) -> Result<Vec<Tree>>;
+    /// All that trees within the request's limits, or any smaller ones, would be chosen from, whether they are re-ranked or of
+    /// a fixed shape of most probable children; `follows` is what the target says next, and so what such a tree is followed
+    /// along. Asking changes nothing.
+    ///
+    /// # Errors
+    /// Where a draft has no such candidates.
+    fn candidates(&mut self, _request: &mut Request<'_>, _follows: &[u32]) -> Result<Candidates> {
+        Err(Error::Invalid(
+            "this draft proposes without saying what else it could have proposed: only drafts that grow trees with a network \
+             can be traced densely"
+                .into(),
+        ))
+    }
     /// Opens slot `to` as if it had seen these tokens, which slot `from` begins with, and the features of all of them but
     /// the last. False, and nothing is opened, where a draft cannot; one that wants no taps is told the tokens instead.
     fn fork(&mut self, _from: Slot, _to: Slot, _tokens: &[u32]) -> Result<bool> {
@@ -121,6 +194,9 @@ macro_rules! forwarded {
             }
             fn propose(&mut self, requests: &mut [Request<'_>]) -> Result<Vec<Tree>> {
                 (**self).propose(requests)
+            }
+            fn candidates(&mut self, request: &mut Request<'_>, follows: &[u32]) -> Result<Candidates> {
+                (**self).candidates(request, follows)
             }
             fn fork(&mut self, from: Slot, to: Slot, tokens: &[u32]) -> Result<bool> {
                 (**self).fork(from, to, tokens)

@@ -12,18 +12,11 @@ use super::{Growth, Level, Shape};
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Dynamic;
 
-/// What scores are compared by: those that differ by the rounding of their sums are equal.
-fn key(score: f64) -> f64 {
-    (score * 1e9).round()
-}
-
-/// Indices of the `n` best scores among nodes `from..`, best first; ties go to the earlier node.
-fn best(scores: &[f64], from: usize, n: usize) -> Vec<usize> {
+/// Indices of the `n` best scores among nodes `from..`, best first; ties go to the earlier node. Scores are sums without
+/// rounding, so two of the same terms are equal.
+pub(super) fn best(scores: &[f64], from: usize, n: usize) -> Vec<usize> {
     let mut nodes: Vec<usize> = (from..scores.len()).collect();
-    let order = |a: &usize, b: &usize| {
-        let keys = key(scores[*b]).total_cmp(&key(scores[*a]));
-        keys.then(a.cmp(b))
-    };
+    let order = |a: &usize, b: &usize| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b));
     if n < nodes.len() {
         nodes.select_nth_unstable_by(n, order);
         nodes.truncate(n);
@@ -52,8 +45,8 @@ impl Shape for Dynamic {
             // Children score no higher than their parent: below the least score that is kept already, none of
             // them will be proposed.
             if let Some(&least) = best(&growth.scores, 1, budget.total - 1).get(budget.total - 2) {
-                let (scores, least) = (&growth.scores, key(growth.scores[least]));
-                growth.frontier.retain(|&node| key(scores[node]) >= least);
+                let (scores, least) = (&growth.scores, growth.scores[least]);
+                growth.frontier.retain(|&node| scores[node] >= least);
             }
         }
         Ok(())
@@ -69,82 +62,13 @@ impl Shape for Dynamic {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
-
     use proptest::prelude::*;
     use scylla_core::chance::Seeded;
-    use scylla_core::plugin::{Committed, DraftModel, Matrix, Request, Slot, Tap};
+    use scylla_core::plugin::{Candidates, DraftModel, Request};
 
     use super::*;
-    use crate::network::{Ids, Network, Nodes};
+    use crate::tree::table::{Table, VOCAB, logits};
     use crate::tree::{TreeDraft, TreeSettings};
-
-    const VOCAB: usize = 7;
-
-    /// Logits after the tokens below the root: any function of them that has ties now and then.
-    fn logits(path: &[u32], seed: u64) -> Vec<f32> {
-        let mut state = seed;
-        for &t in path {
-            state = (state ^ u64::from(t + 1)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-            state ^= state >> 29;
-        }
-        (0..VOCAB)
-            .map(|i| {
-                let mixed = (state ^ i as u64).wrapping_mul(0xBF58_476D_1CE4_E5B9) >> 40;
-                (mixed % 9) as f32 / 2.0
-            })
-            .collect()
-    }
-
-    /// A network that is such a function.
-    struct Table {
-        seed: u64,
-        ids: Ids,
-        /// Tokens below the root of each node forwarded, by slot.
-        nodes: HashMap<Slot, Vec<Vec<u32>>>,
-    }
-
-    impl Network for Table {
-        fn taps(&self) -> Vec<Tap> {
-            Vec::new()
-        }
-        fn ids(&self) -> &Ids {
-            &self.ids
-        }
-        fn step_bytes(&self) -> usize {
-            0
-        }
-        fn open(&mut self, _: Slot) -> Result<()> {
-            Ok(())
-        }
-        fn close(&mut self, _: Slot) {}
-        fn observe(&mut self, _: &Committed<'_>) -> Result<()> {
-            Ok(())
-        }
-        fn room(&self, _: Slot) -> Option<usize> {
-            Some(1000)
-        }
-        fn start(&mut self, slots: &[Slot], out: &mut Matrix) -> Result<()> {
-            self.nodes = slots.iter().map(|&s| (s, Vec::new())).collect();
-            let rows = slots.iter().flat_map(|_| logits(&[], self.seed));
-            *out = Matrix::host(rows.collect(), VOCAB);
-            Ok(())
-        }
-        fn expand(&mut self, nodes: &[Nodes<'_>], out: &mut Matrix) -> Result<()> {
-            let mut rows = Vec::new();
-            for n in nodes {
-                let known = self.nodes.entry(n.slot).or_default();
-                for (&token, &parent) in n.tokens.iter().zip(n.parents) {
-                    let mut path = parent.map_or(Vec::new(), |p| known[p].clone());
-                    path.push(token);
-                    rows.extend(logits(&path, self.seed));
-                    known.push(path);
-                }
-            }
-            *out = Matrix::host(rows, VOCAB);
-            Ok(())
-        }
-    }
 
     /// EAGLE-2's tree as the paper says it, nothing left out: (tokens below the root, score) of what is proposed.
     fn naive(seed: u64, budget: Budget) -> Vec<(Vec<u32>, f64)> {
@@ -156,14 +80,14 @@ mod tests {
             order.truncate(budget.width);
             let child = |&i: &usize| {
                 let longer = [&path[..], &[i as u32]].concat();
-                (longer, score + f64::from(row[i]) - sum.ln())
+                let log = Candidates::counted(f64::from(row[i]) - sum.ln());
+                (longer, score + log)
             };
             order.iter().map(child).collect()
         };
         let best = |nodes: &[(Vec<u32>, f64)], n: usize| -> Vec<usize> {
             let mut order: Vec<usize> = (0..nodes.len()).collect();
-            let key = |i: &usize| key(nodes[*i].1);
-            order.sort_by(|a, b| key(b).total_cmp(&key(a)).then(a.cmp(b)));
+            order.sort_by(|&a, &b| nodes[b].1.total_cmp(&nodes[a].1).then(a.cmp(&b)));
             order.truncate(n);
             order
         };
@@ -188,8 +112,7 @@ mod tests {
             seed in 0u64..100_000, total in 2usize..30, width in 1usize..9, depth in 0usize..5,
         ) {
             let budget = Budget { total, width, depth };
-            let table = Table { seed, ids: Ids::same(VOCAB, VOCAB), nodes: HashMap::new() };
-            let mut draft = TreeDraft::new(table, &TreeSettings::default()).expect("draft");
+            let mut draft = TreeDraft::new(Table::new(seed), &TreeSettings::default()).expect("draft");
             draft.open(0).expect("open");
             let sampling = Sampling::default();
             let request = Request { slot: 0, root: 3, budget, sampling: &sampling, chance: &mut Seeded::new(0, 0) };

@@ -1,19 +1,23 @@
 //! How trees grow, apart from the networks they grow with.
 
+mod candidates;
 mod dynamic;
 mod fixed;
 mod optimal;
 mod settings;
 mod stop;
+#[cfg(test)]
+mod table;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use scylla_core::Result;
-use scylla_core::plugin::{Committed, DraftModel, Matrix, Request, Slot, Tap, TopRows};
+use scylla_core::plugin::{Candidates, Committed, DraftModel, Matrix, Request, Slot, Tap, TopRows};
 use scylla_core::sampling::{Sampling, top_log_probabilities};
 use scylla_core::tree::{Budget, Drawing, Tree};
+use scylla_core::{Error, Result};
 
+pub use candidates::regrow;
 pub use dynamic::Dynamic;
 pub use fixed::{EAGLE1, Fixed, Growing, StaticTree};
 pub use optimal::{MOST as MOST_OPTIMAL, expected_tokens, optimal};
@@ -43,20 +47,26 @@ pub struct Growth {
 
 impl Growth {
     fn new(root: u32, drawing: Drawing, ids: &Ids, room: usize) -> Self {
-        let mut tree = Tree::root(root);
-        tree.drawing = drawing;
+        let mut growth = Self::of_points(root);
+        growth.room = room;
+        growth.tree.drawing = drawing;
         if drawing != Drawing::Deterministic {
-            tree.draft_to_target = ids.map();
+            growth.tree.draft_to_target = ids.map();
         }
+        growth
+    }
+
+    /// One of point masses, whose nodes are not forwarded.
+    fn of_points(root: u32) -> Self {
         Self {
-            tree,
+            tree: Tree::root(root),
             scores: vec![0.0],
             places: vec![0],
             frontier: vec![0],
             level: 0,
             rows: vec![None],
             forwarded: 0,
-            room,
+            room: 0,
         }
     }
 
@@ -83,8 +93,22 @@ impl Growth {
     }
 }
 
-/// What a shape sees of one slot and level: the logits after each node of the frontier.
+/// What a shape sees of one slot and level: the logits after each node of the frontier, or what is known of them.
 pub struct Level<'a, 'r> {
+    source: Source<'a>,
+    request: &'a mut Request<'r>,
+}
+
+/// Where children come from.
+enum Source<'a> {
+    /// The network.
+    Logits(Logits<'a>),
+    /// Candidates that were told before.
+    Known(candidates::Known<'a>),
+}
+
+/// Logits that a network has written.
+struct Logits<'a> {
     /// Those of all slots; this slot's begin at row `first`.
     logits: &'a Matrix,
     first: usize,
@@ -93,7 +117,6 @@ pub struct Level<'a, 'r> {
     ids: &'a Ids,
     /// Draft ids that occurred, each once.
     seen: &'a [u32],
-    request: &'a mut Request<'r>,
     scratch: &'a mut Vec<f64>,
 }
 
@@ -103,10 +126,37 @@ impl Level<'_, '_> {
         self.request.budget
     }
 
+    /// The `k` most probable children of the `i`-th node of the frontier: target id and log-probability, the latter a
+    /// multiple of [`Candidates::UNIT`].
+    pub fn top(&mut self, i: usize, tree: &Tree, node: usize, k: usize) -> Result<Vec<(u32, f64)>> {
+        match &mut self.source {
+            Source::Logits(logits) => logits.top(self.request.sampling, i, tree, node, k),
+            Source::Known(known) => known.top(tree, node, k),
+        }
+    }
+
+    /// The distribution after the `i`-th node of the frontier, through the same transform as the target's.
+    pub fn q(&mut self, i: usize, tree: &Tree, node: usize) -> Result<Arc<[f64]>> {
+        match &mut self.source {
+            Source::Logits(logits) => logits.q(self.request.sampling, i, tree, node),
+            Source::Known(_) => Err(Error::Invalid(
+                "children drawn at random cannot be told from the most probable ones".into(),
+            )),
+        }
+    }
+}
+
+impl Logits<'_> {
     /// The logits after the `i`-th node of the frontier, penalised as the target's are.
-    fn row(&self, i: usize, tree: &Tree, node: usize) -> Result<std::borrow::Cow<'_, [f32]>> {
+    fn row(
+        &self,
+        sampling: &Sampling,
+        i: usize,
+        tree: &Tree,
+        node: usize,
+    ) -> Result<std::borrow::Cow<'_, [f32]>> {
         let row = self.logits.row(self.first + i)?;
-        if self.request.sampling.repetition_penalty == 1.0 {
+        if sampling.repetition_penalty == 1.0 {
             return Ok(row);
         }
         let mut row = row.into_owned();
@@ -114,17 +164,23 @@ impl Level<'_, '_> {
         let path = path[1..].iter();
         let drafted = path.filter_map(|&t| Some(self.ids.draft(t)? as u32));
         let seen = self.seen.iter().copied().chain(drafted);
-        self.request.sampling.penalise(&mut row, seen);
+        sampling.penalise(&mut row, seen);
         Ok(row.into())
     }
 
-    /// The `k` most probable children of the `i`-th node of the frontier: target id and log-probability.
-    pub fn top(&mut self, i: usize, tree: &Tree, node: usize, k: usize) -> Result<Vec<(u32, f64)>> {
+    fn top(
+        &mut self,
+        sampling: &Sampling,
+        i: usize,
+        tree: &Tree,
+        node: usize,
+        k: usize,
+    ) -> Result<Vec<(u32, f64)>> {
         let (ids, limit) = (self.ids, self.ids.limit);
-        let target = |&(id, log): &(usize, f64)| (ids.target(id), log);
-        let is_plain = self.request.sampling.repetition_penalty == 1.0;
+        let target = |&(id, log): &(usize, f64)| (ids.target(id), Candidates::counted(log));
+        let is_plain = sampling.repetition_penalty == 1.0;
         if !(self.logits.is_on_device() && is_plain) {
-            let row = self.row(i, tree, node)?;
+            let row = self.row(sampling, i, tree, node)?;
             return Ok(top_log_probabilities(&row, limit, k)?
                 .iter()
                 .map(target)
@@ -142,11 +198,9 @@ impl Level<'_, '_> {
         Ok(best)
     }
 
-    /// The distribution after the `i`-th node of the frontier, through the same transform as the target's.
-    pub fn q(&mut self, i: usize, tree: &Tree, node: usize) -> Result<Arc<[f64]>> {
+    fn q(&mut self, sampling: &Sampling, i: usize, tree: &Tree, node: usize) -> Result<Arc<[f64]>> {
         let mut scratch = std::mem::take(self.scratch);
-        let sampling = self.request.sampling;
-        let row = self.row(i, tree, node);
+        let row = self.row(sampling, i, tree, node);
         let done = row.and_then(|row| sampling.distribution(&row, self.ids.limit, &mut scratch));
         let q = done.map(|()| Arc::from(&scratch[..]));
         *self.scratch = scratch;
@@ -251,13 +305,15 @@ impl TreeDraft {
             }
             let seen = self.seen.get(&request.slot);
             let mut level = Level {
-                logits: &self.logits,
-                first,
-                top: &mut top,
-                ids,
-                seen: seen.map_or(&[], |s| &s.ids[..]),
+                source: Source::Logits(Logits {
+                    logits: &self.logits,
+                    first,
+                    top: &mut top,
+                    ids,
+                    seen: seen.map_or(&[], |s| &s.ids[..]),
+                    scratch: &mut self.scratch,
+                }),
                 request,
-                scratch: &mut self.scratch,
             };
             self.shape.grow(growth, &mut level)?;
             first += count;
@@ -330,6 +386,10 @@ impl DraftModel for TreeDraft {
     fn propose(&mut self, requests: &mut [Request<'_>]) -> Result<Vec<Tree>> {
         let scored = self.propose_scored(requests)?;
         Ok(scored.into_iter().map(|s| s.tree).collect())
+    }
+
+    fn candidates(&mut self, request: &mut Request<'_>, follows: &[u32]) -> Result<Candidates> {
+        self.all_candidates(request, follows)
     }
 }
 
