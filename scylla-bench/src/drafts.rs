@@ -31,6 +31,9 @@ struct WeightSettings {
     head_size: Option<usize>,
 }
 
+/// The file of a truncated head's tokens in a draft's folder.
+pub(crate) const HEAD: &str = "head.txt";
+
 const KEYS: [&str; 4] = ["weights", "taps", "head", "head_size"];
 
 /// Takes a draft's own settings out of its table; the rest is the tree's.
@@ -65,7 +68,10 @@ fn weights_of(context: &DraftContext<'_>, name: &str) -> Result<PathBuf> {
 /// The ids of a truncated head.
 fn head(context: &DraftContext<'_>, own: &WeightSettings) -> Result<Option<Arc<[u32]>>> {
     let known = context.session.known_tokens();
-    let mut ids: Vec<u32> = match (&own.head, own.head_size) {
+    // What training leaves beside a draft with a truncated head.
+    let beside = context.dir.as_ref().map(|dir| dir.join(HEAD));
+    let beside = beside.filter(|path| path.is_file());
+    let mut ids: Vec<u32> = match (own.head.as_ref().or(beside.as_ref()), own.head_size) {
         (None, None) => return Ok(None),
         (Some(path), _) => read_ids(path)?,
         // Byte-level vocabularies list their merges by frequency; the ends of sequences are proposed too.
@@ -90,7 +96,7 @@ fn head(context: &DraftContext<'_>, own: &WeightSettings) -> Result<Option<Arc<[
 }
 
 /// Reads ids, one per line; what follows an id on its line (a count) is not looked at.
-fn read_ids(path: &Path) -> Result<Vec<u32>> {
+pub(crate) fn read_ids(path: &Path) -> Result<Vec<u32>> {
     let text = read_text(path)?;
     let lines = text
         .lines()

@@ -11,36 +11,8 @@ use rand::{RngExt, SeedableRng};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-/// A place with a model that talks, text that repeats itself, and an experiment.
 fn place(draft: &str, more: &str) -> Place {
-    let place = Place::new();
-    place.talking("talker", |_| {});
-    let mut random = StdRng::seed_from_u64(5);
-    let words: Vec<String> = (0..12)
-        .map(|_| {
-            (0..random.random_range(2..5))
-                .map(|_| (b'a' + random.random_range(0..26)) as char)
-                .collect()
-        })
-        .collect();
-    let mut texts = String::new();
-    for _ in 0..80 {
-        let count = random.random_range(10..40);
-        let line: Vec<&str> = (0..count)
-            .map(|_| &*words[random.random_range(0..words.len())])
-            .collect();
-        texts += &format!("{}\n<|endoftext|>\n", line.join(" "));
-    }
-    std::fs::write(place.path("texts.txt"), texts).expect("texts");
-    let prompts = "{\"id\": 1, \"prompt\": \"abc\"}\n{\"id\": 2, \"prompt\": \"hello there\"}\n{\"id\": 3, \"prompt\": \"x y z\"}\n";
-    std::fs::write(place.path("prompts.jsonl"), prompts).expect("prompts");
-    let text = format!(
-        "target = {{ model = 'talker' }}\n{draft}\ntrain = {{ length = 48, batch = 3, products = 'f32' }}\n\
-         evaluate = {{ every = 60, max_new_tokens = 24, prompts = {{ set = 'prompts.jsonl', part = 'all' }}, \
-         budget = {{ total = 6, width = 2, depth = 2 }} }}\nrun = {{ threads = 2 }}\n{more}\n"
-    );
-    std::fs::write(place.path("train.toml"), text).expect("experiment");
-    place
+    Place::training(draft, more)
 }
 
 const STAGE: &str = "[[stage]]\nname = 'train'\nsteps = 120\ndata = { files = ['texts.txt'] }\noptimizer = { lr = 4e-3 }\n";

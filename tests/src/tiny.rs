@@ -381,6 +381,28 @@ pub fn byte_level_tokenizer(special: &[&str]) -> serde_json::Value {
     })
 }
 
+/// Writes the tiny model that was trained on this project's own files (`fixtures/make_letters_model.py`), with its tokenizer:
+/// 7 layers of 64, 97 tokens, context 512. What it says is to be learned, unlike what random models say.
+pub fn write_letters(dir: &Path) {
+    let config = serde_json::json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": LETTERS, "hidden_size": 64,
+        "intermediate_size": 96, "num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 512, "tie_word_embeddings": false,
+        "hidden_act": "silu", "torch_dtype": "bfloat16", "attention_bias": false, "mlp_bias": false
+    });
+    let weights = include_bytes!("../fixtures/letters.safetensors");
+    for (name, bytes) in [
+        ("config.json", config.to_string().as_bytes()),
+        (
+            "tokenizer.json",
+            byte_level_tokenizer(&[]).to_string().as_bytes(),
+        ),
+        ("model.safetensors", weights),
+    ] {
+        std::fs::write(dir.join(name), bytes).expect("written");
+    }
+}
+
 /// Writes a GGUF file that holds only a small SentencePiece tokenizer beside a model's shape.
 pub fn write_sentencepiece_gguf(path: &Path) {
     let mut tokens: Vec<(String, f32, i32)> = vec![

@@ -195,8 +195,8 @@ impl Loss {
             // What is inspected is repeated: features without noise, unless it is asked for.
             quiet.loss.insert("noise".into(), 0.0.into());
         }
-        let recipe = recipe_of(&quiet, &checkpoint.config, ids.as_deref(), &session)?;
         let on = self.compute(&session)?;
+        let recipe = recipe_of(&quiet, &checkpoint.config, ids.as_deref(), &session, &on)?;
         let taps = self.states(&given, &mut session, &recipe.taps())?;
         let logits = given
             .logits

@@ -4,6 +4,7 @@ mod align;
 mod assets;
 mod bench;
 mod data;
+mod doctor;
 mod export;
 mod frequencies;
 mod generate;
@@ -12,6 +13,7 @@ mod loss;
 mod prove;
 mod quality;
 mod replay;
+mod sweep;
 mod tau;
 mod train;
 mod tree;
@@ -51,6 +53,10 @@ enum Command {
     Align(align::Align),
     /// Train a draft for a target, and watch what it is worth when served.
     Train(train::Train),
+    /// Train a grid of drafts: resumable runs that share trunks and the target's pass.
+    Sweep(sweep::Sweep),
+    /// Why a draft accepts so little: its files against its target, and tau with each usual mistake undone.
+    Doctor(doctor::Doctor),
     /// Look at what drafts are trained on.
     #[command(subcommand)]
     Data(data::Data),
@@ -127,7 +133,9 @@ pub fn run(registry: &Registry, args: impl IntoIterator<Item = OsString>) -> i32
         Command::Replay(c) => c.run(registry),
         Command::Prove(c) => c.run(registry, &stop),
         Command::Align(c) => c.run(registry),
+        Command::Sweep(c) => c.run(&stop),
         Command::Train(c) => c.run(&stop),
+        Command::Doctor(c) => c.run(registry, &stop),
         Command::Data(c) => c.run(registry, &stop),
         Command::Export(c) => c.run(),
         Command::Inspect(c) => c.run(registry, &stop),

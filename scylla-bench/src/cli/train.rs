@@ -36,14 +36,22 @@ pub(super) struct Train {
 }
 
 /// A line for each step on a terminal, overwritten; elsewhere for some of them.
-struct Lines {
+pub(super) struct Lines {
     terminal: bool,
     several: bool,
     said: std::time::Instant,
 }
 
 impl Lines {
-    fn told(&mut self, told: Told<'_>) {
+    pub(super) fn new(several: bool) -> Self {
+        Self {
+            terminal: std::io::stderr().is_terminal(),
+            several,
+            said: std::time::Instant::now(),
+        }
+    }
+
+    pub(super) fn told(&mut self, told: Told<'_>) {
         match told {
             Told::Note(note) => self.line(&note),
             Told::Data(documents, tokens) => {
@@ -85,7 +93,7 @@ impl Lines {
             m.step,
             m.loss,
             accuracy.join(" "),
-            m.tokens_per_s,
+            m.times.map_or(0.0, |t| t.tokens_per_s),
             duration(left)
         );
         if let Some(tau) = m.tau {
@@ -146,11 +154,7 @@ impl Train {
 
     pub(super) fn run(self, stop: &AtomicBool) -> Result<()> {
         let experiments = self.experiments()?;
-        let mut lines = Lines {
-            terminal: std::io::stderr().is_terminal(),
-            several: experiments.len() > 1,
-            said: std::time::Instant::now(),
-        };
+        let mut lines = Lines::new(experiments.len() > 1);
         let serving = experiments[0].0.serving();
         let mut session = with_download(|p| Session::open(&serving, p))?;
         session

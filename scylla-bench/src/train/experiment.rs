@@ -161,6 +161,13 @@ pub struct RunSpec {
     pub threads: usize,
     /// `cpu`, `cuda` or `cuda:n`.
     pub device: String,
+    /// Whether metrics and summary say times and memory. Without them the same run leaves the same bytes.
+    #[serde(skip_serializing_if = "is_true")]
+    pub times: bool,
+}
+
+fn is_true(flag: &bool) -> bool {
+    *flag
 }
 
 impl Default for RunSpec {
@@ -169,6 +176,7 @@ impl Default for RunSpec {
             seed: 0,
             threads: 0,
             device: "cpu".into(),
+            times: true,
         }
     }
 }

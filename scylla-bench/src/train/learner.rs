@@ -1,24 +1,28 @@
 //! One draft that is being trained: parameters, recipe and optimizer, and what it is exported as.
 
 use std::path::Path;
+use std::sync::Arc;
 
-use scylla_core::model::{ModelConfig, WeightForm, Weights};
+use scylla_core::model::{ModelConfig, ModelFiles, WeightForm, Weights};
 use scylla_core::plugin::{DraftModel, Matrix, Tap};
-use scylla_core::train::graph::{Parameters, Tape};
+use scylla_core::train::graph::{Compute, Head, Parameters, Tape};
 use scylla_core::train::{AdamW, AdamWSettings, Named};
 use scylla_draft::checkpoint::{
     Checkpoint, DraftConfig, Export, Format, Layout, Precision, Written, export,
 };
-use scylla_draft::network::{self, DraftHost, Ids};
+use scylla_draft::network::{self, Body, DraftHost, Feature, Ids};
 use scylla_draft::recipe::{
-    Batch, BatchLoss, DraftShape, Eagle3Recipe, EagleRecipe, Recipe, TrainHost, held, new_config,
-    parameters, start,
+    Batch, BatchLoss, DraftShape, Eagle3Recipe, EagleRecipe, Recipe, TrainHost, begin_as_target,
+    held, new_config, parameters, start,
 };
 use scylla_draft::tree::{TreeDraft, TreeSettings};
+
+use scylla_core::files;
 
 use super::experiment::TrainExperiment;
 use super::feed::Taught;
 use crate::context::parse;
+use crate::drafts::HEAD;
 use crate::session::Session;
 use crate::{Error, Result};
 
@@ -46,10 +50,21 @@ pub fn recipe_of(
     config: &DraftConfig,
     ids: Option<&[u32]>,
     session: &Session,
+    on: &Compute,
 ) -> Result<Box<dyn Recipe>> {
     Ok(match config {
         DraftConfig::Eagle(_) | DraftConfig::Scylla(_) => {
-            Box::new(EagleRecipe::new(config, &experiment.eagle_loss()?)?)
+            let recipe = EagleRecipe::new(config, &experiment.eagle_loss()?)?;
+            match ids {
+                None => Box::new(recipe),
+                Some(ids) => {
+                    let mut rows = Matrix::default();
+                    session.target.tokens.head.rows(ids, &mut rows)?;
+                    let head = Head::frozen(on, on.bring(&rows)?)?;
+                    let ids = Ids::mapped(ids.to_vec(), session.target.config.vocab)?;
+                    Box::new(recipe.with_head(head, ids))
+                }
+            }
         }
         DraftConfig::Eagle3(c) => {
             let known = session.known_tokens();
@@ -101,7 +116,13 @@ impl Learner {
                     session.target.tokens.head.rows(&ids, &mut rows)?;
                     Ok(rows.all()?.into_owned())
                 };
-                let named = start(&config, experiment.run.seed, &host.on, head)?;
+                let mut named = start(&config, experiment.run.seed, &host.on, head)?;
+                let shape: DraftShape = parse("draft", experiment.draft.shape.clone())?;
+                if !shape.from_layers.is_empty() {
+                    let files = ModelFiles::open(&session.path)?;
+                    let weights = files.weights(WeightForm::AsIs);
+                    begin_as_target(&mut named, &config, &shape.from_layers, &weights, &host.on)?;
+                }
                 (config, ids, named)
             }
         };
@@ -123,7 +144,7 @@ impl Learner {
         optimizer: AdamW,
     ) -> Result<Self> {
         // A vocabulary and taps that are not there are known by now.
-        let recipe = recipe_of(experiment, &config, ids.as_deref(), session)?;
+        let recipe = recipe_of(experiment, &config, ids.as_deref(), session, &host.on)?;
         Ok(Self {
             taps: Vec::new(),
             recipe,
@@ -226,6 +247,14 @@ impl Learner {
         Ok(())
     }
 
+    /// Tokens of its truncated head, where it has one.
+    pub fn head(&self) -> Option<Arc<[u32]>> {
+        match self.config {
+            DraftConfig::Eagle3(_) => None,
+            _ => self.ids.clone().map(Into::into),
+        }
+    }
+
     /// The draft as it is exported: rounded to bf16, in memory.
     ///
     /// # Errors
@@ -269,6 +298,11 @@ impl Learner {
             let from = checkpoint.find("embed_tokens.weight", &shape)?;
             Ok(from.weight()?.to_f32())
         };
+        if let Some(head) = self.head() {
+            std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+            let ids: String = head.iter().map(|id| format!("{id}\n")).collect();
+            files::write(&dir.join(HEAD), ids.as_bytes())?;
+        }
         Ok(export(
             &Export {
                 checkpoint: &checkpoint,
@@ -291,29 +325,60 @@ impl Learner {
     /// # Errors
     /// If the tree does not fit.
     pub fn draft(&self, session: &Session, tree: &TreeSettings) -> Result<Box<dyn DraftModel>> {
-        serving(&self.checkpoint(session)?, session, tree)
+        let head = self.head();
+        serving(
+            &self.checkpoint(session)?,
+            &Fed {
+                head,
+                ..Fed::default()
+            },
+            session,
+            tree,
+        )
     }
+}
+
+/// What a checkpoint does not say.
+#[derive(Default)]
+pub(crate) struct Fed<'a> {
+    /// Other taps than its own for an EAGLE-3 draft.
+    pub(crate) taps: Option<&'a [usize]>,
+    /// Tokens of a truncated head.
+    pub(crate) head: Option<Arc<[u32]>>,
+    /// Whether a row gets the token before its own.
+    pub(crate) delayed: bool,
 }
 
 /// A checkpoint's network, grown into trees.
 ///
 /// # Errors
 /// If the tree does not fit.
-pub(super) fn serving(
+pub(crate) fn serving(
     from: &Checkpoint,
+    fed: &Fed<'_>,
     session: &Session,
     tree: &TreeSettings,
 ) -> Result<Box<dyn DraftModel>> {
     let host = DraftHost {
         known: session.known_tokens(),
+        head: fed.head.clone(),
         ..DraftHost::of(&session.target)
     };
     Ok(match from.config.layout() {
-        Layout::Eagle => Box::new(TreeDraft::new(network::eagle_of(from, &host)?, tree)?),
-        Layout::Scylla => Box::new(TreeDraft::new(network::scylla_of(from, &host)?, tree)?),
-        _ => Box::new(TreeDraft::new(
-            network::eagle3_of(from, None, &host)?,
-            tree,
-        )?),
+        Layout::Eagle => grown(network::eagle_of(from, &host)?, fed, tree)?,
+        Layout::Scylla => grown(network::scylla_of(from, &host)?, fed, tree)?,
+        _ => grown(network::eagle3_of(from, fed.taps, &host)?, fed, tree)?,
     })
+}
+
+fn grown(
+    network: Feature<impl Body + 'static>,
+    fed: &Fed<'_>,
+    tree: &TreeSettings,
+) -> Result<Box<dyn DraftModel>> {
+    let network = match fed.delayed {
+        true => network.delayed(),
+        false => network,
+    };
+    Ok(Box::new(TreeDraft::new(network, tree)?))
 }

@@ -14,7 +14,10 @@ mod trainer;
 
 pub use experiment::{EvaluateSpec, RunSpec, Stage, TrainDraft, TrainExperiment, TrainSpec};
 pub use feed::{Feed, Taught, teach};
+pub(crate) use learner::{Fed, serving};
 pub use learner::{Learner, recipe_of};
-pub use run::{BEST, Best, CHECKPOINT, METRICS, Metrics, Outcome};
-pub use tau::{Answer, Tau, Tester};
+pub use run::{BEST, Best, CHECKPOINT, METRICS, Metrics, Outcome, Times};
+pub use tau::{Answer, PromptTau, Tau, Tester};
+pub(crate) use tau::{SLOT, states_of};
 pub use trainer::{OnTold, Report, Told, Trainer, compute};
+pub(crate) use trainer::{branch, fork_name};

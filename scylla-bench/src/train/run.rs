@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 use scylla_core::train::graph::Compute;
 use scylla_core::train::{accumulate, checkpoint, norm};
 use scylla_draft::checkpoint::DraftConfig;
-use scylla_draft::recipe::{BatchLoss, StepLoss, TrainHost, frequent};
+use scylla_draft::recipe::{BatchLoss, DraftShape, StepLoss, TrainHost, frequent};
 use serde::{Deserialize, Serialize};
 
 use super::experiment::{Stage, TrainExperiment};
 use super::feed::Taught;
 use super::learner::Learner;
-use super::tau::Tau;
+use super::tau::{PromptTau, Tau};
+use crate::context::parse;
 use crate::data::documents::Documents;
 use crate::data::features::Features;
 use crate::data::packing::Position;
@@ -50,15 +51,23 @@ pub struct Metrics {
     pub grad_norm: f64,
     /// Learning rate.
     pub lr: f64,
+    /// What it took; not said in runs whose files shall be the same each time.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub times: Option<Times>,
+    /// Where it was evaluated behind this step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tau: Option<Tau>,
+}
+
+/// What a step took.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Times {
     /// Rows a second, the target's pass included.
     pub tokens_per_s: f64,
     /// Milliseconds of the target's pass, shared by all drafts that are trained.
     pub target_ms: f64,
     /// Milliseconds of the draft's own part.
     pub draft_ms: f64,
-    /// Where it was evaluated behind this step.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tau: Option<Tau>,
 }
 
 /// The best draft until now.
@@ -98,6 +107,9 @@ pub(super) struct State {
     pub(super) pending: Option<Metrics>,
     /// Hash of the prompts that tau is measured on.
     pub(super) prompts: String,
+    /// The last evaluation, prompt by prompt.
+    #[serde(default)]
+    pub(super) by_prompt: Vec<PromptTau>,
 }
 
 const VERSION: u32 = 1;
@@ -189,7 +201,15 @@ impl Run {
                 DraftConfig::Eagle3(c) if c.draft_vocab != c.backbone.vocab => {
                     Some(frequent(&counts(data, c.backbone.vocab), c.draft_vocab)?)
                 }
-                _ => None,
+                config => {
+                    let shape: DraftShape = parse("draft", experiment.draft.shape.clone())?;
+                    let vocab = config.backbone().vocab;
+                    match shape.head {
+                        0 => None,
+                        head if head == vocab => None,
+                        head => Some(frequent(&counts(data, vocab), head)?),
+                    }
+                }
             },
         };
         let learner = Learner::begin(experiment, session, host, ids)?;
@@ -210,6 +230,7 @@ impl Run {
                 metrics: 0,
                 pending: None,
                 prompts: String::new(),
+                by_prompt: Vec::new(),
             },
             experiment: experiment.clone(),
             dir: dir.to_path_buf(),
@@ -274,6 +295,50 @@ impl Run {
             learner,
             state,
         })
+    }
+
+    /// Lets a run go on from a step of another one that did the same until then: what may differ is how many steps there are,
+    /// and how the rate moves behind that step. Its folder gets the checkpoint and the metrics until there.
+    ///
+    /// # Errors
+    /// If the other one was of another experiment, or a file cannot be read or written.
+    pub(super) fn fork(
+        trunk: &Path,
+        checkpoint_of: &Path,
+        experiment: &TrainExperiment,
+        dir: &Path,
+        on: &Compute,
+    ) -> Result<u64> {
+        let (parameters, optimizer, mut state): (_, _, State) =
+            checkpoint::load(checkpoint_of, on)?;
+        let bare = |e: &TrainExperiment| {
+            let mut e = e.clone();
+            for stage in &mut e.stage {
+                let warmup = stage.schedule.warmup;
+                (stage.steps, stage.tokens) = (1, 0);
+                stage.schedule = Default::default();
+                stage.schedule.warmup = warmup;
+            }
+            e
+        };
+        if let Some(key) = differing(&bare(&state.experiment), &bare(experiment))? {
+            return Err(Error::file(
+                checkpoint_of,
+                format!("was trained by another experiment: they differ in `{key}`"),
+            ));
+        }
+        state.experiment = experiment.clone();
+        std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+        let from = trunk.join(METRICS);
+        let mut metrics = std::fs::read(&from).map_err(Error::io(&from))?;
+        if (metrics.len() as u64) < state.metrics {
+            return Err(Error::file(&from, "is shorter than its checkpoint says"));
+        }
+        metrics.truncate(state.metrics as usize);
+        scylla_core::files::write(&dir.join(METRICS), &metrics)?;
+        let to = dir.join(CHECKPOINT);
+        checkpoint::save(&to, &parameters, &optimizer, &state)?;
+        Ok(state.step)
     }
 
     /// The loss over all batches of a step, and the step.
@@ -353,9 +418,11 @@ impl Run {
                 .collect(),
             grad_norm: norm,
             lr: rate,
-            tokens_per_s: self.experiment.rows() as f64 / (target_ms + draft_ms) * 1e3,
-            target_ms,
-            draft_ms,
+            times: self.experiment.run.times.then(|| Times {
+                tokens_per_s: self.experiment.rows() as f64 / (target_ms + draft_ms) * 1e3,
+                target_ms,
+                draft_ms,
+            }),
             tau: None,
         }
     }

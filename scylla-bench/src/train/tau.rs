@@ -25,6 +25,7 @@ use sha2::{Digest, Sha256};
 use super::experiment::{EvaluateSpec, TrainExperiment};
 use crate::prompts;
 use crate::session::Session;
+use crate::stats::alpha;
 use crate::{Error, Result};
 
 /// The target's own answer to a prompt.
@@ -47,8 +48,23 @@ pub struct Tau {
     pub real: f64,
 }
 
+/// What a draft is worth on one prompt.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PromptTau {
+    /// The prompt's id.
+    pub id: String,
+    /// Mean tokens per cycle, decoded with the draft.
+    pub tau: f64,
+    /// Tokens and cycles that it is the ratio of.
+    pub tokens: usize,
+    /// See above.
+    pub cycles: usize,
+    /// Acceptance by depth given the depth above.
+    pub alpha: Vec<Option<f64>>,
+}
+
 /// The slot that texts are walked in: no engine runs meanwhile.
-const SLOT: usize = 0;
+pub(crate) const SLOT: usize = 0;
 
 /// Dev prompts with the target's own answers, and how decoders are run on them.
 pub struct Tester {
@@ -284,7 +300,8 @@ impl Tester {
         Ok(all)
     }
 
-    fn along(
+    /// The cycles of a draft along one answer, from the target's states of its text.
+    pub(crate) fn along(
         &self,
         draft: &mut Box<dyn DraftModel>,
         answer: &Answer,
@@ -338,17 +355,43 @@ impl Tester {
         draft: &mut Box<dyn DraftModel>,
         stop: &AtomicBool,
     ) -> Result<Tau> {
+        Ok(self.judge(session, draft, stop)?.0)
+    }
+
+    /// Both numbers, and the real one prompt by prompt.
+    ///
+    /// # Errors
+    /// As [`Tester::test`].
+    pub fn judge(
+        &self,
+        session: &mut Session,
+        draft: &mut Box<dyn DraftModel>,
+        stop: &AtomicBool,
+    ) -> Result<(Tau, Vec<PromptTau>)> {
         let simulated = self.simulated(session, draft, stop)?.concat();
-        let real = self.real(session, draft, stop)?.concat();
-        Ok(Tau {
+        let real = self.real(session, draft, stop)?;
+        let of = |(answer, cycles): (&Answer, &Vec<Cycle>)| PromptTau {
+            id: answer.id.clone(),
+            tau: tau(cycles).unwrap_or(1.0),
+            tokens: cycles.iter().map(|c| c.committed).sum(),
+            cycles: cycles.len(),
+            alpha: alpha(cycles.iter()),
+        };
+        let by_prompt = self.answers.iter().zip(&real).map(of).collect();
+        let both = Tau {
             simulated: tau(&simulated).unwrap_or(1.0),
-            real: tau(&real).unwrap_or(1.0),
-        })
+            real: tau(&real.concat()).unwrap_or(1.0),
+        };
+        Ok((both, by_prompt))
     }
 }
 
 /// The target's states of a whole text, as the engine computes them, one matrix a tap.
-fn states_of(target: &mut Box<dyn TargetModel>, text: &[u32], taps: &[Tap]) -> Result<Vec<Matrix>> {
+pub(crate) fn states_of(
+    target: &mut Box<dyn TargetModel>,
+    text: &[u32],
+    taps: &[Tap],
+) -> Result<Vec<Matrix>> {
     const ROWS: usize = 256;
     let mut states = vec![Matrix::default(); taps.len()];
     target.open(SLOT)?;

@@ -10,15 +10,15 @@ use scylla_core::files;
 use scylla_core::kernels::{Pool, ProductForm, Products, keep_freed_memory};
 use scylla_core::plugin::Tap;
 use scylla_core::train::graph::Compute;
-use scylla_draft::checkpoint::{Checkpoint, Layout};
+use scylla_draft::checkpoint::{Checkpoint, DraftConfig, Layout};
 use scylla_draft::recipe::TrainHost;
 use serde::{Deserialize, Serialize};
 
 use super::experiment::TrainExperiment;
 use super::feed::{Feed, Taught, teach};
-use super::learner::{Learner, serving};
+use super::learner::{Fed, Learner, serving};
 use super::run::{BEST, Best, CHECKPOINT, Metrics, Outcome, Run, Source};
-use super::tau::{Tau, Tester};
+use super::tau::{PromptTau, Tau, Tester};
 use crate::data::documents;
 use crate::data::features::Features;
 use crate::data::packing::{Lines, Position};
@@ -66,6 +66,8 @@ pub struct Trainer<'s> {
     taps: Vec<Tap>,
     runs: Vec<Run>,
     tester: Tester,
+    /// Steps behind which the state is kept aside, for other runs to go on from.
+    forks: Vec<u64>,
     /// Of the target's pass and the drafts' parts, per step, lately; and of an evaluation.
     step_s: f64,
     evaluation_s: f64,
@@ -218,6 +220,7 @@ impl<'s> Trainer<'s> {
             taps,
             runs,
             tester,
+            forks: Vec::new(),
             step_s: 0.0,
             evaluation_s: 0.0,
         })
@@ -234,11 +237,41 @@ impl<'s> Trainer<'s> {
         first.stage.iter().map(|s| first.steps(s)).sum()
     }
 
+    /// Trains what other runs branch off from: the state behind each of these steps is kept aside, and nothing is evaluated.
+    ///
+    /// # Errors
+    /// As [`Trainer::run`].
+    pub fn trunk(&mut self, forks: &[u64], stop: &AtomicBool, told: OnTold<'_>) -> Result<()> {
+        self.forks = forks.to_vec();
+        for run in &self.runs {
+            // Killed between the two.
+            if forks.contains(&run.state.step) {
+                keep_aside(run)?;
+            }
+        }
+        self.all_stages(stop, told)
+    }
+
+    /// What each draft was worth at its last evaluation, prompt by prompt.
+    pub fn by_prompt(&self) -> Vec<&[PromptTau]> {
+        self.runs.iter().map(|r| &r.state.by_prompt[..]).collect()
+    }
+
+    /// What each draft's network is.
+    pub fn networks(&self) -> Vec<&DraftConfig> {
+        self.runs.iter().map(|r| &r.learner.config).collect()
+    }
+
     /// Trains to the end.
     ///
     /// # Errors
     /// If the loss is not a number, a file cannot be written, or the user broke off (the state is kept then).
     pub fn run(&mut self, stop: &AtomicBool, told: OnTold<'_>) -> Result<Report> {
+        self.all_stages(stop, told)?;
+        self.report()
+    }
+
+    fn all_stages(&mut self, stop: &AtomicBool, told: OnTold<'_>) -> Result<()> {
         for run in &self.runs {
             std::fs::create_dir_all(&run.dir).map_err(Error::io(&run.dir))?;
             let text = run.experiment.to_toml()?;
@@ -252,7 +285,7 @@ impl<'s> Trainer<'s> {
             first_step = steps.end;
             self.stage(&Leg { index, steps }, stop, told)?;
         }
-        self.report()
+        Ok(())
     }
 
     /// Makes the evaluations that a break came before.
@@ -370,10 +403,13 @@ impl<'s> Trainer<'s> {
         self.step_s = smoothed(self.step_s, begun.elapsed().as_secs_f64());
         let done = step + 1;
         let every = self.runs[0].experiment.evaluate.every;
-        let evaluate = done == steps.end || (every > 0 && done.is_multiple_of(every));
+        let trunk = !self.forks.is_empty();
+        let evaluate = !trunk && (done == steps.end || (every > 0 && done.is_multiple_of(every)));
+        let aside = self.forks.contains(&done);
         let checkpoint = self.runs[0].experiment.train.checkpoint;
         let stopped = stop.load(Ordering::Relaxed);
-        let save = evaluate || stopped || (checkpoint > 0 && done.is_multiple_of(checkpoint));
+        let save =
+            evaluate || aside || stopped || (checkpoint > 0 && done.is_multiple_of(checkpoint));
         for (i, mut metrics) in learned {
             if save {
                 self.runs[i]
@@ -402,6 +438,9 @@ impl<'s> Trainer<'s> {
         if save || stopped {
             for run in self.runs.iter_mut().filter(|r| r.state.step == done) {
                 run.save()?;
+                if aside {
+                    keep_aside(run)?;
+                }
             }
         }
         match stopped {
@@ -439,8 +478,9 @@ impl<'s> Trainer<'s> {
             .learner
             .draft(self.session, &run.experiment.evaluate.tree)?;
         self.tester.limit(run.experiment.evaluate.budget.limits());
-        let tau = self.tester.test(self.session, &mut draft, stop)?;
+        let (tau, by_prompt) = self.tester.judge(self.session, &mut draft, stop)?;
         let run = &mut self.runs[index];
+        run.state.by_prompt = by_prompt;
         run.state.last = Some(tau);
         if run.state.best.is_none_or(|best| tau.real > best.tau.real) {
             run.learner.export(self.session, &run.dir.join(BEST))?;
@@ -464,7 +504,7 @@ impl<'s> Trainer<'s> {
                 "run": outcome,
                 "environment": report.environment,
                 "products": report.products,
-                "peak_bytes": report.peak_bytes,
+                "peak_bytes": report.peak_bytes.filter(|_| run.experiment.run.times),
             });
             let text = serde_json::to_vec_pretty(&summary)
                 .map_err(|e| Error::Experiment(e.to_string()))?;
@@ -501,7 +541,11 @@ impl<'s> Trainer<'s> {
             let layouts = [Layout::Eagle, Layout::Eagle3, Layout::Scylla];
             let form = scylla_core::model::WeightForm::AsIs;
             let from = Checkpoint::open(&to, &layouts, &self.session.target.model.shape(), form)?;
-            let mut draft = serving(&from, self.session, &run.experiment.evaluate.tree)?;
+            let fed = Fed {
+                head: run.learner.head(),
+                ..Fed::default()
+            };
+            let mut draft = serving(&from, &fed, self.session, &run.experiment.evaluate.tree)?;
             let begun = Instant::now();
             self.tester.limit(run.experiment.evaluate.budget.limits());
             let tau = self.tester.test(self.session, &mut draft, stop)?;
@@ -534,6 +578,37 @@ impl<'s> Trainer<'s> {
             peak_bytes: peak_resident(),
         })
     }
+}
+
+/// Name of the state of a trunk behind a step.
+pub(crate) fn fork_name(step: u64) -> String {
+    format!("fork-{step}.safetensors")
+}
+
+/// Keeps a run's checkpoint aside under the name of its step.
+fn keep_aside(run: &Run) -> Result<()> {
+    let from = run.dir.join(CHECKPOINT);
+    let bytes = std::fs::read(&from).map_err(Error::io(&from))?;
+    Ok(files::write(
+        &run.dir.join(fork_name(run.state.step)),
+        &bytes,
+    )?)
+}
+
+/// Lets a run begin where a trunk was behind a step, or the trunk itself go on to more steps than it was begun with; returns
+/// the step.
+///
+/// # Errors
+/// If the trunk was trained by another experiment, or a file cannot be read or written.
+pub(crate) fn branch(
+    session: &Session,
+    trunk: &Path,
+    checkpoint: &Path,
+    experiment: &TrainExperiment,
+    dir: &Path,
+) -> Result<u64> {
+    let on = compute(session, experiment.form()?)?;
+    Run::fork(trunk, checkpoint, experiment, dir, &on)
 }
 
 fn smoothed(mean: f64, new: f64) -> f64 {

@@ -3,6 +3,8 @@
 
 use std::process::{Command, Output};
 
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use safetensors::Dtype;
 use scylla_tests::{LETTERS, Tiny, byte_level_tokenizer, write_hf};
 use serde_json::{Value, json};
@@ -23,6 +25,38 @@ impl Place {
         std::fs::create_dir(&model).expect("create");
         write_hf(&Tiny::default(), &model, Dtype::F32, 1);
         Self { dir }
+    }
+
+    /// A place with a model that talks, text that repeats itself, and an experiment in `train.toml`.
+    pub fn training(draft: &str, more: &str) -> Self {
+        let place = Self::new();
+        place.talking("talker", |_| {});
+        let mut random = StdRng::seed_from_u64(5);
+        let words: Vec<String> = (0..12)
+            .map(|_| {
+                (0..random.random_range(2..5))
+                    .map(|_| (b'a' + random.random_range(0..26)) as char)
+                    .collect()
+            })
+            .collect();
+        let mut texts = String::new();
+        for _ in 0..80 {
+            let count = random.random_range(10..40);
+            let line: Vec<&str> = (0..count)
+                .map(|_| &*words[random.random_range(0..words.len())])
+                .collect();
+            texts += &format!("{}\n<|endoftext|>\n", line.join(" "));
+        }
+        std::fs::write(place.path("texts.txt"), texts).expect("texts");
+        let prompts = "{\"id\": 1, \"prompt\": \"abc\"}\n{\"id\": 2, \"prompt\": \"hello there\"}\n{\"id\": 3, \"prompt\": \"x y z\"}\n";
+        std::fs::write(place.path("prompts.jsonl"), prompts).expect("prompts");
+        let text = format!(
+            "target = {{ model = 'talker' }}\n{draft}\ntrain = {{ length = 48, batch = 3, products = 'f32' }}\n\
+             evaluate = {{ every = 60, max_new_tokens = 24, prompts = {{ set = 'prompts.jsonl', part = 'all' }}, \
+             budget = {{ total = 6, width = 2, depth = 2 }} }}\nrun = {{ threads = 2 }}\n{more}\n"
+        );
+        std::fs::write(place.path("train.toml"), text).expect("experiment");
+        place
     }
 
     /// A path in it.

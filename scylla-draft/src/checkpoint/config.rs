@@ -171,7 +171,7 @@ impl DraftConfig {
         Ok(config)
     }
 
-    fn backbone_mut(&mut self) -> &mut Backbone {
+    pub(super) fn backbone_mut(&mut self) -> &mut Backbone {
         match self {
             Self::Eagle(c) => &mut c.backbone,
             Self::Eagle3(c) => &mut c.backbone,

@@ -5,7 +5,7 @@ use scylla_core::plugin::{Tap, TargetShape};
 use scylla_core::{Error, Result};
 use serde_json::Value;
 
-use super::{Checkpoint, DraftConfig, Eagle3Config};
+use super::{Checkpoint, DraftConfig, Eagle3Config, MapForm};
 use crate::network::Ids;
 
 /// The layers whose inputs EAGLE-3 reads of a target of `n` layers: 2, n/2 and n-3.
@@ -126,11 +126,15 @@ impl Checkpoint {
             .map_err(|e| self.wrong("d2t", "a different token for each id".into(), e.to_string()))
     }
 
-    /// The target id of each draft id, by the offsets of `d2t`.
+    /// The target id of each draft id, by `d2t`.
     fn mapped(&self) -> Result<Vec<u32>> {
         let vocab = self.config.backbone().vocab;
         let target = |(i, offset): (usize, i64)| {
-            let target = (i as i64)
+            let first = match self.map {
+                MapForm::Offsets => i as i64,
+                MapForm::Ids => 0,
+            };
+            let target = first
                 .checked_add(offset)
                 .and_then(|t| u32::try_from(t).ok());
             target.filter(|&t| (t as usize) < vocab).ok_or_else(|| {

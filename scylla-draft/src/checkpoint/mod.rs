@@ -7,6 +7,7 @@ mod config;
 mod eagle3;
 mod export;
 mod layout;
+mod variants;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -24,6 +25,7 @@ pub use export::{Export, Format, Precision, Written, export};
 use layout::passed_over_in;
 pub use layout::{Entry, Layout, entries};
 pub(crate) use layout::{layer_prefix, layers};
+pub use variants::{Pairing, Reading, Variant, rope_said, said, variants};
 
 /// A tensor in memory, as a file would store it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +36,16 @@ pub struct HeldTensor {
     pub shape: Vec<usize>,
     /// Its elements, row by row.
     pub bytes: Vec<u8>,
+}
+
+/// What the numbers of a vocabulary map `d2t` mean.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum MapForm {
+    /// Target id less draft id, as EAGLE-3's files have it.
+    #[default]
+    Offsets,
+    /// Target ids: a usual mistake.
+    Ids,
 }
 
 /// Where a checkpoint's tensors are.
@@ -49,6 +61,8 @@ pub struct Checkpoint {
     pub dir: PathBuf,
     /// What the network is.
     pub config: DraftConfig,
+    /// How its vocabulary map is read.
+    pub map: MapForm,
     /// What was passed over or taken for granted, for the user to know.
     pub notes: Vec<String>,
     tensors: Tensors,
@@ -99,6 +113,7 @@ impl Checkpoint {
         let mut checkpoint = Self {
             dir: dir.to_path_buf(),
             config,
+            map: MapForm::Offsets,
             notes,
             tensors: Tensors::Files(shards),
             form,
@@ -128,6 +143,7 @@ impl Checkpoint {
         let dir = PathBuf::from("memory");
         let mut checkpoint = Self {
             config,
+            map: MapForm::Offsets,
             notes: Vec::new(),
             tensors: Tensors::Memory(tensors),
             form,

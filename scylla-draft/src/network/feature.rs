@@ -108,6 +108,8 @@ struct Sequence {
     tokens: Vec<u32>,
     /// State of the last committed row, then those of the nodes of the tree that grows `[., H]`; none before the first.
     states: Matrix,
+    /// Token of the last committed row, before the first that which belongs to none; then those of the nodes.
+    seen: Vec<u32>,
 }
 
 /// A feature draft's network over any number of slots.
@@ -115,6 +117,8 @@ pub struct Feature<B> {
     body: B,
     /// Positions a slot holds beside nodes.
     positions: usize,
+    /// Whether a row gets the token before its own.
+    delayed: bool,
     notes: Vec<String>,
     slots: HashMap<Slot, Sequence>,
     features: Matrix,
@@ -129,6 +133,7 @@ impl<B: Body> Feature<B> {
         Self {
             body,
             positions,
+            delayed: false,
             notes: Vec::new(),
             slots: HashMap::new(),
             features: Matrix::default(),
@@ -141,6 +146,16 @@ impl<B: Body> Feature<B> {
     /// The same, with what the user should know of its files.
     pub fn noting(self, notes: Vec<String>) -> Self {
         Self { notes, ..self }
+    }
+
+    /// The same with features one ahead of their tokens: row `i` pairs feature `f_i` with token `x_i`, and a node its state with
+    /// its parent's token. A network that was trained so, by mistake, draws from what it never learned to ignore when it is
+    /// fed as it should be.
+    pub fn delayed(self) -> Self {
+        Self {
+            delayed: true,
+            ..self
+        }
     }
 
     /// State of a slot's last committed row, then those of the nodes forwarded since `[., H]`.
@@ -158,11 +173,20 @@ impl<B: Body> Feature<B> {
             let count = s.tokens.len().min(s.features.rows());
             let whole: Vec<usize> = (0..count).collect();
             self.features.append(&[&s.features], &whole)?;
-            self.tokens.extend_from_slice(&s.tokens[..count]);
+            match self.delayed {
+                false => self.tokens.extend_from_slice(&s.tokens[..count]),
+                true => {
+                    let before = s.seen.iter().take(1).chain(&s.tokens).take(count);
+                    self.tokens.extend(before);
+                }
+            }
             self.body.stack().commit(slot, &[])?;
             match count {
                 // Nodes of an earlier tree go, what they followed stays.
-                0 => s.states.keep_first(1)?,
+                0 => {
+                    s.states.keep_first(1)?;
+                    s.seen.truncate(1);
+                }
                 _ => counts.push((slot, count)),
             }
         }
@@ -188,7 +212,8 @@ impl<B: Body> Feature<B> {
             let s = open(&mut self.slots, slot)?;
             // Only now: where the forward fails they still wait, and another one may take them.
             s.features.drop_first(count)?;
-            s.tokens.drain(..count);
+            s.seen.clear();
+            s.seen.extend(s.tokens.drain(..count).next_back());
             s.committed += count;
             s.states.clear();
             s.states.append(&[&self.states], &[end - 1])?;
@@ -245,6 +270,7 @@ impl<B: Body> Network for Feature<B> {
         let sequence = Sequence {
             begun: true,
             committed: rows,
+            seen: tokens[rows..].to_vec(),
             ..Sequence::default()
         };
         self.slots.insert(to, sequence);
@@ -272,6 +298,7 @@ impl<B: Body> Network for Feature<B> {
         let taps: Vec<&Matrix> = committed.taps.iter().collect();
         s.features.append(&taps, committed.path)?;
         let skipped = usize::from(!s.begun).min(committed.tokens.len());
+        s.seen.extend(&committed.tokens[..skipped]);
         s.begun |= skipped > 0;
         s.tokens.extend_from_slice(&committed.tokens[skipped..]);
         if s.tokens.len().min(s.features.rows()) >= CHUNK {
@@ -304,12 +331,18 @@ impl<B: Body> Network for Feature<B> {
         self.features.clear();
         self.tokens.clear();
         for n in nodes {
-            self.tokens.extend_from_slice(n.tokens);
             let s = open(&mut self.slots, n.slot)?;
             // The root's state comes first, then those of the nodes.
             let above = n.parents.iter().map(|p| p.map_or(0, |p| p + 1));
-            self.features
-                .append(&[&s.states], &above.collect::<Vec<_>>())?;
+            let above: Vec<usize> = above.collect();
+            match self.delayed {
+                false => self.tokens.extend_from_slice(n.tokens),
+                true => self
+                    .tokens
+                    .extend(above.iter().filter_map(|&i| s.seen.get(i))),
+            }
+            s.seen.extend_from_slice(n.tokens);
+            self.features.append(&[&s.states], &above)?;
         }
         let rows = nodes.iter().map(|n| StackRows {
             slot: n.slot,

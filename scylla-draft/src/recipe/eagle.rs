@@ -9,14 +9,15 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use scylla_core::plugin::{Matrix, Tap};
 use scylla_core::train::graph::{
-    Compared, GraphStack, Parameters, StepCache, Tape, Teacher, Value, beside, divergence, linear,
-    rms_norm, smooth_l1,
+    Compared, GraphStack, Head, Parameters, StepCache, Tape, Teacher, Value, beside, divergence,
+    linear, probabilities, rms_norm, smooth_l1,
 };
 use scylla_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 use super::{Batch, BatchLoss, Distance, Recipe, StepLoss, TrainHost, check_unroll};
 use crate::checkpoint::{DraftConfig, layers};
+use crate::network::Ids;
 
 /// Settings of the loss.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -76,9 +77,20 @@ pub struct EagleRecipe {
     eps: f32,
     /// Whether there is a final norm, and whether the state recurs after it.
     norm: Option<bool>,
+    /// Rows of the target's head that are kept, and their tokens.
+    truncated: Option<(Head, Ids)>,
 }
 
 impl EagleRecipe {
+    /// The same with a truncated head: probabilities are those among its tokens, and rows whose most probable token is none of
+    /// them teach features alone.
+    pub fn with_head(self, head: Head, ids: Ids) -> Self {
+        Self {
+            truncated: Some((head, ids)),
+            ..self
+        }
+    }
+
     /// The recipe of a network.
     ///
     /// # Errors
@@ -117,6 +129,7 @@ impl EagleRecipe {
             stack: GraphStack::new(layers(config))?,
             eps: config.backbone().eps,
             norm,
+            truncated: None,
         })
     }
 
@@ -194,6 +207,15 @@ impl Recipe for EagleRecipe {
             (mix.top, mix.k) = (set.top_weight, set.top_k);
             (said_weight, name) = (1.0, "said");
         }
+        let taught = match &self.truncated {
+            Some((_, ids)) => Some(probabilities(&host.on, &goals, &host.head, &ids.targets())?),
+            None => None,
+        };
+        let head = self.truncated.as_ref().map_or(&host.head, |(head, _)| head);
+        let said_by = |goal: usize| match (&taught, &self.truncated) {
+            (Some((best, _)), Some((_, ids))) => ids.draft(best[goal]).is_some(),
+            _ => true,
+        };
         for step in 0..set.unroll {
             let masks = batch.rows.shifted(step).into_iter();
             let asked = masks.map(|row| row.is_some_and(|row| batch.mask[row]));
@@ -213,9 +235,13 @@ impl Recipe for EagleRecipe {
             };
             let (recurs, heard) = self.states(tape, named, host, batch, features, &mut cache)?;
             let near = smooth_l1(tape, &recurs, &goals, &weighted(set.smooth_l1))? / count;
-            let teacher = Teacher::States(&goals, &host.head);
-            let rows = weighted(said_weight);
-            let found = divergence(tape, &heard, &host.head, &teacher, &mix, &rows)?;
+            let teacher = match &taught {
+                Some((_, p)) => Teacher::Probabilities(p),
+                None => Teacher::States(&goals, &host.head),
+            };
+            let mut rows = weighted(said_weight);
+            rows.retain(|row| said_by(row.goal));
+            let found = divergence(tape, &heard, head, &teacher, &mix, &rows)?;
             let said = found.sum / count;
             let of_step = set.smooth_l1 * near + said_weight * said;
             loss.total += step_weight * of_step;
@@ -246,6 +272,7 @@ impl Recipe for EagleRecipe {
         let mut tape = Tape::new(&host.on);
         let cache = &mut StepCache::default();
         let (recurs, heard) = self.states(&mut tape, named, host, batch, features, cache)?;
-        Ok((recurs.matrix, host.head.logits(&host.on, &heard.matrix)?))
+        let head = self.truncated.as_ref().map_or(&host.head, |(head, _)| head);
+        Ok((recurs.matrix, head.logits(&host.on, &heard.matrix)?))
     }
 }

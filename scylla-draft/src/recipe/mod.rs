@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 pub use eagle::{EagleLoss, EagleRecipe};
 pub use eagle3::{Eagle3Loss, Eagle3Recipe, Normalise};
 pub use held::{held, parameters};
-pub use start::{DraftShape, frequent, new_config, start};
+pub use start::{DraftShape, begin_as_target, frequent, new_config, start};
 
 /// A batch of packed rows, `M` of them, with what the target said.
 pub struct Batch<'a> {

@@ -2,14 +2,14 @@
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use scylla_core::model::{AttentionInput, LayerSpec, ModelConfig};
+use scylla_core::model::{AttentionInput, LayerSpec, ModelConfig, Weights};
 use scylla_core::train::Named;
 use scylla_core::train::graph::Compute;
 use scylla_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 use super::held::{shape_of, trained};
-use crate::checkpoint::{Backbone, DraftConfig, Eagle3Config, EagleConfig, ScyllaConfig};
+use crate::checkpoint::{Backbone, DraftConfig, Eagle3Config, EagleConfig, ScyllaConfig, layers};
 
 /// The shape of a draft's network; what is 0 is taken from its target's layers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,6 +27,11 @@ pub struct DraftShape {
     pub vocab: usize,
     /// Layers whose inputs an EAGLE-3 draft reads; empty: the inputs of layers 2, n/2 and n-3.
     pub taps: Vec<usize>,
+    /// Rows of the target's head that an EAGLE-1/2, HASS or Scylla draft keeps: those of the tokens most frequent in training;
+    /// 0 keeps all.
+    pub head: usize,
+    /// Layers of the target that the draft's layers begin as, one each, in place of random weights; empty: none.
+    pub from_layers: Vec<usize>,
 }
 
 impl Default for DraftShape {
@@ -38,6 +43,8 @@ impl Default for DraftShape {
             kv_heads: 0,
             vocab: 0,
             taps: Vec::new(),
+            head: 0,
+            from_layers: Vec::new(),
         }
     }
 }
@@ -85,6 +92,18 @@ pub fn new_config(name: &str, shape: &DraftShape, target: &ModelConfig) -> Resul
             layers,
         }
     };
+    check_from_layers(shape, &layer, target)?;
+    if name == "eagle3" && shape.head > 0 {
+        return Err(Error::Invalid(
+            "[draft]: `eagle3` has a vocabulary of its own (draft.vocab), which a truncated head (draft.head) would be too".into(),
+        ));
+    }
+    if shape.head > target.vocab {
+        return Err(Error::Invalid(format!(
+            "draft.head {}: expected at most the target's {}",
+            shape.head, target.vocab
+        )));
+    }
     if name != "eagle3" && (shape.vocab > 0 || !shape.taps.is_empty()) {
         return Err(Error::Invalid(format!(
             "[draft]: `{name}` has no vocabulary and no taps of its own (draft.vocab, draft.taps)"
@@ -132,6 +151,113 @@ pub fn new_config(name: &str, shape: &DraftShape, target: &ModelConfig) -> Resul
             ["eagle2", "eagle3", "hass", "scylla"],
         )),
     }
+}
+
+/// Checks that the target has the layers that a draft's begin as, and that these are of its kind.
+fn check_from_layers(shape: &DraftShape, layer: &LayerSpec, target: &ModelConfig) -> Result<()> {
+    if shape.from_layers.is_empty() {
+        return Ok(());
+    }
+    if shape.from_layers.len() != shape.layers {
+        return Err(Error::Invalid(format!(
+            "draft.from_layers {:?}: expected one for each of draft.layers {}",
+            shape.from_layers, shape.layers
+        )));
+    }
+    for &i in &shape.from_layers {
+        let Some(like) = target.layers.get(i) else {
+            return Err(Error::Invalid(format!(
+                "draft.from_layers names layer {i}; the target has layers 0 to {}",
+                target.layers.len() - 1
+            )));
+        };
+        let sizes = |l: &LayerSpec| (l.ffn, l.heads, l.kv_heads, l.head_dim);
+        if sizes(like) != sizes(layer) {
+            return Err(Error::Invalid(format!(
+                "draft.from_layers: layer {i} has ffn, heads, kv heads and head size {:?}; the draft's have {:?}",
+                sizes(like),
+                sizes(layer)
+            )));
+        }
+        if like.qk_norm || like.biases != layer.biases {
+            return Err(Error::Invalid(format!(
+                "draft.from_layers: layer {i} has biases or norms of queries and keys, which a draft's layers have not"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Lets a draft's layers begin as layers of its target, and its final norm as the target's. A first layer without input norm
+/// gets the norm's weights folded into its products; one over embedding and feature side by side gets the target's products for
+/// the feature and keeps its random ones for the embedding. `fc` begins as the identity of the (last) feature beside its random
+/// weights, so that what enters the layers is what they know.
+///
+/// # Errors
+/// If a tensor of the target cannot be read.
+pub fn begin_as_target(
+    named: &mut Named,
+    config: &DraftConfig,
+    from: &[usize],
+    target: &dyn Weights,
+    on: &Compute,
+) -> Result<()> {
+    let h = config.backbone().hidden;
+    for ((prefix, spec), &from) in layers(config).iter().zip(from) {
+        let theirs = format!("model.layers.{from}");
+        let input_norm = target.vector(&format!("{theirs}.input_layernorm.weight"), h)?;
+        for (name, shape) in spec.tensors("") {
+            let name = name.trim_start_matches('.').to_string();
+            let read = |shape: &[usize]| -> Result<Vec<f32>> {
+                let found = target.find(&format!("{theirs}.{name}"), shape)?;
+                Ok(found.weight()?.to_f32())
+            };
+            let takes_input = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+                .iter()
+                .any(|n| name.starts_with(n));
+            let values = match (shape[..].first(), shape.get(1), spec.input) {
+                (Some(&n), Some(_), AttentionInput::Beside(_)) if takes_input => {
+                    let own = named.get(&format!("{prefix}.{name}"));
+                    let own =
+                        own.ok_or_else(|| Error::Invalid(format!("no parameter `{name}`")))?;
+                    let (own, theirs) = (own.all()?, read(&[n, h])?);
+                    let rows = own.chunks(2 * h).zip(theirs.chunks(h));
+                    rows.flat_map(|(own, theirs)| [&own[..h], theirs].concat())
+                        .collect()
+                }
+                (Some(&n), Some(_), AttentionInput::Bare) if takes_input => {
+                    let mut values = read(&[n, h])?;
+                    for row in values.chunks_mut(h) {
+                        row.iter_mut().zip(&input_norm).for_each(|(v, g)| *v *= g);
+                    }
+                    values
+                }
+                _ => read(&shape)?,
+            };
+            let columns = shape.last().copied().unwrap_or(values.len());
+            named.insert(format!("{prefix}.{name}"), on.matrix(values, columns)?);
+        }
+        if let AttentionInput::Beside(_) = spec.input {
+            named.insert(
+                format!("{prefix}.hidden_norm.weight"),
+                on.matrix(input_norm, h)?,
+            );
+        }
+    }
+    if named.contains_key("norm.weight") {
+        let norm = target.vector("model.norm.weight", h)?;
+        named.insert("norm.weight".into(), on.matrix(norm, h)?);
+    }
+    if let Some(fc) = named.get("fc.weight") {
+        let columns = fc.columns;
+        let mut values = fc.all()?.into_owned();
+        for (i, row) in values.chunks_mut(columns).enumerate() {
+            row[columns - h..].fill(0.0);
+            row[columns - h + i] = 1.0;
+        }
+        named.insert("fc.weight".into(), on.matrix(values, columns)?);
+    }
+    Ok(())
 }
 
 /// Spread of the random weights, as Llama begins.
