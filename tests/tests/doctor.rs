@@ -34,7 +34,7 @@ fn overrides(sets: &[String]) -> Vec<Override> {
 }
 
 impl Place {
-    fn new() -> Self {
+    fn new(prompts: usize) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
         let model = dir.path().join("model");
         std::fs::create_dir(&model).expect("created");
@@ -44,6 +44,7 @@ impl Place {
                     A row of |where |Ok(())|    }|        .map(|    pub |    let |enum |/// If |}\n\n|type |None =>|Some(|vec![|else {|while |true |&self|-> Result";
         let prompts = ways
             .split('|')
+            .take(prompts)
             .enumerate()
             .map(|(i, text)| json!({"id": i, "prompt": text}).to_string());
         std::fs::write(
@@ -314,7 +315,7 @@ fn mistakes(taps: [usize; 3], theta: f64, wrong: f64) -> Vec<Mistake<'static>> {
 
 #[test]
 fn a_mistake_in_the_files_of_a_trained_draft_is_named_first() {
-    let mut place = Place::new();
+    let mut place = Place::new(12);
     let dir = train(
         &mut place,
         "eagle3",
@@ -351,7 +352,7 @@ fn a_mistake_in_the_files_of_a_trained_draft_is_named_first() {
 
 #[test]
 fn a_mistake_of_the_trainer_is_named_first() {
-    let mut place = Place::new();
+    let mut place = Place::new(33);
     let cases = [
         (
             "eagle2",
@@ -426,7 +427,7 @@ fn a_mistake_of_the_trainer_is_named_first() {
 
 #[test]
 fn sound_drafts_are_found_sound_whatever_the_seed() {
-    let mut place = Place::new();
+    let mut place = Place::new(12);
     for seed in 0..20 {
         let (name, more) = [
             ("eagle3", ", vocab = 87"),
@@ -459,7 +460,7 @@ fn mistakes_around_the_shipped_draft_are_named_first() {
             "prompts.part=dev".into(),
             "prompts.tasks=['chat', 'maths', 'question answering']".into(),
             "prompts.per_task=2".into(),
-            "run.max_new_tokens=24".into(),
+            "run.max_new_tokens=16".into(),
             "budget.total=10".into(),
             "budget.width=4".into(),
             "budget.depth=2".into(),
@@ -485,7 +486,11 @@ fn mistakes_around_the_shipped_draft_are_named_first() {
     assert_eq!(sound.verdict, "ok", "{sound:#?}");
     let place = tempfile::tempdir().expect("a folder");
     let to = place.path().join("wrong");
-    for (check, instead, make) in mistakes([2, 15, 27], 100000.0, 10000.0) {
+    // One of each kind.
+    let some = mistakes([2, 15, 27], 100000.0, 10000.0)
+        .into_iter()
+        .enumerate();
+    for (_, (check, instead, make)) in some.filter(|(i, _)| [0, 2, 3, 5].contains(i)) {
         copied(&draft, &to, &make);
         let report = look(&to);
         named(&report, check, &instead, check);

@@ -2,6 +2,7 @@
 
 mod chi_square;
 mod compare;
+mod data;
 mod pack;
 
 use std::path::{Path, PathBuf};
@@ -20,6 +21,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
                   need a nightly toolchain with the component miri
   compare [...]   beside llama.cpp, candle-transformers and, where installed, PyTorch, on the same files, prompts and threads;
                   `compare --help` lists its options
+  data OUT        the default corpus for training: pinned packages under free licences, with a manifest; `data --help`
   gpu-pack OUT    what a machine with a GPU and neither network nor Rust needs, in parts to carry there; `gpu-pack --help`
 ";
 
@@ -36,6 +38,11 @@ fn main() -> ExitCode {
             Ok(())
         }
         Some("compare") => compare::run(rest),
+        Some("data") if rest.iter().any(|a| a == "--help") => {
+            let _ = std::io::Write::write_all(&mut std::io::stdout(), data::USAGE.as_bytes());
+            Ok(())
+        }
+        Some("data") => data::make(rest),
         Some("gpu-pack") if rest.iter().any(|a| a == "--help") => {
             let _ = std::io::Write::write_all(&mut std::io::stdout(), pack::USAGE.as_bytes());
             Ok(())

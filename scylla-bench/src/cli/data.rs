@@ -40,7 +40,7 @@ impl Data {
 /// Which data, as an experiment names them.
 #[derive(Args)]
 struct Files {
-    /// Files or folders: .txt, .md, .jsonl, .json
+    /// Files or folders: .txt, .md, .jsonl, .json, .parquet
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     /// train, dev, test or all

@@ -106,6 +106,13 @@ impl ModelOptions {
 /// Runs the command line with the drafts and rules of a registry; returns the exit status.
 pub fn run(registry: &Registry, args: impl IntoIterator<Item = OsString>) -> i32 {
     scylla_core::quiet();
+    // What a library makes of a broken file is told as an error of that file.
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if std::thread::current().name() != Some(crate::data::parquet::READER) {
+            tell(panic);
+        }
+    }));
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(e) => {

@@ -1,11 +1,11 @@
 //! One reader of conversations, in the forms that people keep them in: JSON lines or one JSON list of rows, with or
-//! without a byte order mark.
+//! without a byte order mark, or the rows of a parquet file.
 //!
 //! | form | row |
 //! |---|---|
 //! | this project's, Spec-Bench's, MT-bench's | `id` or `question_id`, `category`, `turns` or `prompt`, `system` |
 //! | OpenAI's | `messages` of `role` and `content`, alone or in the `body` of a batch request |
-//! | ShareGPT's | `conversations` of `from` and `value` |
+//! | ShareGPT's, SpecForge's | `conversations` of `from` and `value`, or of `role` and `content` |
 //! | HumanEval's | `task_id`, `prompt` |
 //! | GSM8K's | `question` (and `answer`) |
 //! | Alpaca's | `instruction`, `input` (and `output`) |
@@ -18,6 +18,7 @@ use scylla_core::files::read_text;
 use scylla_core::text::Message;
 use serde_json::{Map, Value};
 
+use super::parquet;
 use crate::{Error, Result};
 
 /// A conversation as a file holds it.
@@ -37,7 +38,10 @@ pub struct Conversation {
 /// # Errors
 /// If it cannot be read or holds none; if a row is none, with its line; if an id comes twice.
 pub fn read(path: &Path) -> Result<Vec<Conversation>> {
-    parse(&read_text(path)?, path)
+    match parquet::is(path) {
+        true => of_rows(parquet::rows(path)?, path),
+        false => parse(&read_text(path)?, path),
+    }
 }
 
 /// Reads the text of such a file.
@@ -45,9 +49,14 @@ pub fn read(path: &Path) -> Result<Vec<Conversation>> {
 /// # Errors
 /// As [`read`].
 pub fn parse(text: &str, path: &Path) -> Result<Vec<Conversation>> {
+    of_rows(rows(text, path)?, path)
+}
+
+/// Conversations of rows, each with its place.
+pub(super) fn of_rows(rows: Vec<(String, Value)>, path: &Path) -> Result<Vec<Conversation>> {
     let mut found: Vec<Conversation> = Vec::new();
     let mut seen = std::collections::HashSet::new();
-    for (place, row) in rows(text, path)? {
+    for (place, row) in rows {
         let number = found.len() + 1;
         let read = conversation(&row, number)
             .map_err(|message| Error::file(path, format!("{place}: {message}")))?;

@@ -11,7 +11,7 @@ use scylla_core::text::{Message, Tokenizer};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::conversations;
+use super::{conversations, parquet};
 use crate::prompts;
 use crate::{Error, Result};
 
@@ -19,8 +19,8 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataSpec {
-    /// Files, or folders whose files are read in the order of their names. `.txt` and `.md` hold texts, `.jsonl` and
-    /// `.json` rows: of a `text` each, or conversations.
+    /// Files, or folders whose files are read in the order of their names. `.txt` and `.md` hold texts, `.jsonl`,
+    /// `.json` and `.parquet` rows: of a `text` each, or conversations.
     pub files: Vec<PathBuf>,
     /// The line that parts the documents of a text file.
     pub separator: String,
@@ -219,7 +219,7 @@ fn files_of(spec: &DataSpec) -> Result<Vec<PathBuf>> {
         if found.is_empty() {
             return Err(Error::file(
                 path,
-                "holds no .txt, .md, .jsonl or .json file",
+                "holds no .txt, .md, .jsonl, .json or .parquet file",
             ));
         }
         found.sort();
@@ -228,11 +228,20 @@ fn files_of(spec: &DataSpec) -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
-/// Whether a file holds rows; `None`: neither rows nor a text.
-fn kind_of(path: &Path) -> Option<bool> {
+/// What a file holds.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Text,
+    Rows,
+    Parquet,
+}
+
+/// What a file holds by its name; `None`: nothing that is read.
+fn kind_of(path: &Path) -> Option<Kind> {
     match path.extension()?.to_str()? {
-        "jsonl" | "json" => Some(true),
-        "txt" | "md" => Some(false),
+        "jsonl" | "json" => Some(Kind::Rows),
+        "txt" | "md" => Some(Kind::Text),
+        _ if parquet::is(path) => Some(Kind::Parquet),
         _ => None,
     }
 }
@@ -243,14 +252,17 @@ fn kind_of(path: &Path) -> Option<bool> {
 /// If the file cannot be read, or is in no known form.
 pub fn contents(path: &Path, separator: &str) -> Result<Vec<(String, Content)>> {
     let name = path.display();
-    let Some(rows) = kind_of(path) else {
+    let Some(kind) = kind_of(path) else {
         return Err(Error::file(
             path,
-            "expected a file .txt, .md, .jsonl or .json",
+            "expected a file .txt, .md, .jsonl, .json or .parquet",
         ));
     };
+    if kind == Kind::Parquet {
+        return parquet_rows(path);
+    }
     let text = read_text(path)?;
-    if rows {
+    if kind == Kind::Rows {
         return rows_of(&text, path);
     }
     let mut found = Vec::new();
@@ -272,6 +284,33 @@ pub fn contents(path: &Path, separator: &str) -> Result<Vec<(String, Content)>> 
     }
     close(&mut document);
     Ok(found)
+}
+
+/// The same of a parquet file.
+fn parquet_rows(path: &Path) -> Result<Vec<(String, Content)>> {
+    let rows = parquet::rows(path)?;
+    let is_text =
+        |row: &serde_json::Value| row.get("text").is_some_and(serde_json::Value::is_string);
+    let name = path.display();
+    if !rows.first().is_some_and(|(_, row)| is_text(row)) {
+        let talk = |c: conversations::Conversation| {
+            (format!("{name}, id {}", c.id), Content::Talk(c.messages))
+        };
+        return Ok(conversations::of_rows(rows, path)?
+            .into_iter()
+            .map(talk)
+            .collect());
+    }
+    let text = |(place, row): (String, serde_json::Value)| match row.get("text") {
+        Some(serde_json::Value::String(text)) => {
+            Ok((format!("{name}, {place}"), Content::Text(text.clone())))
+        }
+        _ => Err(Error::file(
+            path,
+            format!("{place}: no `text`, as the rows before it have"),
+        )),
+    };
+    rows.into_iter().map(text).collect()
 }
 
 /// Rows of a `text` each, or conversations.

@@ -4,4 +4,5 @@ pub mod conversations;
 pub mod documents;
 pub mod features;
 pub mod packing;
+pub(crate) mod parquet;
 pub mod regenerate;

@@ -165,6 +165,7 @@ impl Plan {
                     // Drafts are compared behind their last step, and files are the same each time.
                     all.push(Override::new("evaluate.every", 0));
                     all.push(Override::new("run.times", false));
+                    all.push(Override::new("run.tensorboard", false));
                     all.extend(more.iter().cloned());
                     TrainExperiment::from_table(experiment.clone(), &all)
                 };

@@ -161,6 +161,9 @@ pub struct RunSpec {
     pub threads: usize,
     /// `cpu`, `cuda` or `cuda:n`.
     pub device: String,
+    /// Whether scalars are also written as TensorBoard's event files, into the run's folder.
+    #[serde(skip_serializing_if = "is_false")]
+    pub tensorboard: bool,
     /// Whether metrics and summary say times and memory. Without them the same run leaves the same bytes.
     #[serde(skip_serializing_if = "is_true")]
     pub times: bool,
@@ -170,12 +173,17 @@ fn is_true(flag: &bool) -> bool {
     *flag
 }
 
+fn is_false(flag: &bool) -> bool {
+    !*flag
+}
+
 impl Default for RunSpec {
     fn default() -> Self {
         Self {
             seed: 0,
             threads: 0,
             device: "cpu".into(),
+            tensorboard: false,
             times: true,
         }
     }

@@ -5,6 +5,7 @@
 //! every so often: export in memory -> simulated and real tau on dev prompts -> the best draft, a checkpoint
 //! ```
 
+mod events;
 mod experiment;
 mod feed;
 mod learner;

@@ -10,6 +10,7 @@ use scylla_draft::checkpoint::DraftConfig;
 use scylla_draft::recipe::{BatchLoss, DraftShape, StepLoss, TrainHost, frequent};
 use serde::{Deserialize, Serialize};
 
+use super::events::Events;
 use super::experiment::{Stage, TrainExperiment};
 use super::feed::Taught;
 use super::learner::Learner;
@@ -141,6 +142,7 @@ pub(super) struct Run {
     pub(super) dir: PathBuf,
     pub(super) learner: Learner,
     pub(super) state: State,
+    pub(super) events: Option<Events>,
 }
 
 /// What a stage is trained on: documents, whose states the target says, or states that were kept with theirs.
@@ -235,6 +237,7 @@ impl Run {
             experiment: experiment.clone(),
             dir: dir.to_path_buf(),
             learner,
+            events: None,
         })
     }
 
@@ -293,6 +296,7 @@ impl Run {
             experiment: experiment.clone(),
             dir: dir.to_path_buf(),
             learner,
+            events: None,
             state,
         })
     }
@@ -470,6 +474,13 @@ impl Run {
             .map_err(Error::io(&path))?;
         file.write_all(line.as_bytes()).map_err(Error::io(&path))?;
         self.state.metrics += line.len() as u64;
+        if self.experiment.run.tensorboard {
+            let events = match self.events.take() {
+                Some(events) => events,
+                None => Events::new(&self.dir)?,
+            };
+            self.events.insert(events).add(metrics)?;
+        }
         Ok(())
     }
 
@@ -535,6 +546,7 @@ fn differing(was: &TrainExperiment, now: &TrainExperiment) -> Result<Option<Stri
     let table = |e: &TrainExperiment| {
         let mut e = e.clone();
         e.run.threads = 0;
+        e.run.tensorboard = false;
         e.train.checkpoint = 0;
         serde_json::to_value(e).map_err(|e| Error::Experiment(e.to_string()))
     };

