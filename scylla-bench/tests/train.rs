@@ -1112,3 +1112,116 @@ fn scalars_are_written_for_tensorboard() {
         .expect("an event");
     assert!(event.windows(4).any(|w| w == last.to_le_bytes()));
 }
+
+/// Writes a safetensors file.
+fn write_tensors(path: &str, tensors: &[(&str, safetensors::Dtype, Vec<usize>, Vec<u8>)]) {
+    let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+        let view = safetensors::tensor::TensorView::new(*dtype, shape.clone(), bytes);
+        (*name, view.expect("a view"))
+    });
+    std::fs::write(
+        path,
+        safetensors::serialize(views, None).expect("serialised"),
+    )
+    .expect("written");
+}
+
+#[test]
+fn states_that_others_have_computed_are_taken_over_and_trained_on() {
+    use safetensors::Dtype;
+    let place = place(EAGLE3, STAGE);
+    std::fs::create_dir(place.path("hs")).expect("created");
+    let (layers, h, mut random) = (2, 64, StdRng::seed_from_u64(3));
+    let mut finals = Vec::new();
+    for i in 0..12 {
+        let n = 20 + i;
+        let tokens: Vec<i64> = (0..n).map(|_| random.random_range(0..97)).collect();
+        let ids: Vec<u8> = tokens.iter().flat_map(|t| t.to_le_bytes()).collect();
+        write_tensors(
+            &place.path("in.safetensors"),
+            &[("tokens", Dtype::I64, vec![n], ids.clone())],
+        );
+        let args = [
+            "inspect",
+            "forward",
+            "--model",
+            "talker",
+            "--input",
+            "in.safetensors",
+            "--output",
+            "out.safetensors",
+            "--taps",
+        ];
+        assert!(place.run(&args).status.success());
+        // [L + 2, S, H]: what enters each layer, the last output, and the same normed.
+        let hidden = &tensors(&place.path("out.safetensors"))["hidden"];
+        let state = |layer: usize, row: usize| &hidden[(layer * n + row) * h..][..h];
+        let rows = (0..n).flat_map(|row| (0..=layers).flat_map(move |layer| state(layer, row)));
+        let states: Vec<u8> = rows.flat_map(|v| v.to_le_bytes()).collect();
+        finals.push(
+            (0..n)
+                .flat_map(|row| state(layers + 1, row).to_vec())
+                .collect::<Vec<f32>>(),
+        );
+        let mask: Vec<u8> = (0..n).map(|row| u8::from(row > 3)).collect();
+        let mut held = vec![
+            ("hidden_states", Dtype::F32, vec![n, layers + 1, h], states),
+            ("token_ids", Dtype::I64, vec![n], ids),
+        ];
+        if i % 2 == 0 {
+            held.push(("loss_mask", Dtype::U8, vec![n], mask));
+        }
+        write_tensors(&place.path(&format!("hs/hs_{i}.safetensors")), &held);
+    }
+    let import = [
+        "data", "import", "hs", "--layers", "0,1,2", "--target", "talker", "--output", "features",
+        "--json",
+    ];
+    let kept = json(&place, &import);
+    assert_eq!((&kept["written"], &kept["shards"]), (&12.into(), &1.into()));
+    assert!(kept["masked"].as_u64() < kept["tokens"].as_u64());
+    // The final state is normed here, as the target norms it.
+    let shard = tensors(&place.path("features/model-00001-of-00001.safetensors"));
+    for (i, expected) in finals.iter().enumerate() {
+        let found = shard[&format!("{i}.states")]
+            .chunks((layers + 1) * h)
+            .flat_map(|row| row[layers * h..].to_vec());
+        for (a, b) in found.zip(expected) {
+            assert!(
+                (a - b).abs() <= b.abs() / 120.0 + 1e-5,
+                "sample {i}: {a} for {b}"
+            );
+        }
+    }
+    let stage = "stage.data={ features = 'features', files = [] }";
+    let more = [
+        "--output",
+        "out",
+        "--set",
+        stage,
+        "--set",
+        "stage.steps=4",
+        "--set",
+        "draft.taps=[0, 1]",
+    ];
+    assert_eq!(json(&place, &train(&more))["steps"], 4);
+    // What is wrong is said.
+    let refused = |args: &[&str]| place.refused(args);
+    let again = refused(&import);
+    assert!(again.contains("not empty"), "{again}");
+    let error = refused(&[
+        "data", "import", "hs", "--layers", "0,1", "--target", "talker", "--output", "x",
+    ]);
+    assert!(error.contains("end with 2"), "{error}");
+    let error = refused(&[
+        "data", "import", "hs", "--layers", "1,2", "--target", "talker", "--output", "x",
+    ]);
+    assert!(
+        error.contains("hs_0") && error.contains("[20, 2, 64]"),
+        "{error}"
+    );
+    let error = refused(&[
+        "data", "import", "out", "--layers", "0,1,2", "--target", "talker", "--output", "x",
+    ]);
+    assert!(error.contains("hs_{i}"), "{error}");
+}

@@ -14,6 +14,7 @@ use crate::data::documents::{self, DataSpec, Documents};
 use crate::data::features::{How, keep};
 use crate::data::packing::{Position, Stream};
 use crate::data::regenerate::regenerate;
+use crate::data::speculators::import;
 use crate::experiment::{Experiment, Override};
 use crate::{Error, Registry, Result};
 
@@ -25,6 +26,8 @@ pub(super) enum Data {
     Regenerate(Regenerate),
     /// Compute the target's states of documents once and keep them, to train on without its pass
     Features(Features),
+    /// Take over states that vLLM has computed for the speculators library (hs_{i}.safetensors)
+    Import(Import),
 }
 
 impl Data {
@@ -33,6 +36,7 @@ impl Data {
             Self::Show(c) => c.run(),
             Self::Regenerate(c) => c.run(registry, stop),
             Self::Features(c) => c.run(stop),
+            Self::Import(c) => c.run(),
         }
     }
 }
@@ -188,6 +192,49 @@ pub(super) struct Features {
     json: bool,
     #[command(flatten)]
     model: ModelOptions,
+}
+
+#[derive(Args)]
+pub(super) struct Import {
+    /// Folder of hs_{i}.safetensors
+    input: PathBuf,
+    /// Layers whose inputs they hold, in order; the last is the target's number of layers (its last output)
+    #[arg(long, value_delimiter = ',', required = true)]
+    layers: Vec<usize>,
+    /// Folder to write
+    #[arg(long)]
+    output: PathBuf,
+    /// The target: `default`, a directory, a GGUF file, or a hub id
+    #[arg(long, default_value = "default")]
+    target: String,
+    /// Megabytes of a shard
+    #[arg(long, default_value_t = 256)]
+    shard_mb: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    model: ModelOptions,
+}
+
+impl Import {
+    fn run(self) -> Result<()> {
+        let mut overrides = self.model.overrides();
+        overrides.push(Override::new("target.model", self.target.clone()));
+        let session = open_session(&Experiment::from_overrides(&overrides)?)?;
+        let bytes = self.shard_mb.max(1) << 20;
+        let kept = import(&session, &self.input, &self.layers, bytes, &self.output)?;
+        if self.json {
+            return print_json(&kept);
+        }
+        print_text(&format!(
+            "{} samples, {} tokens: {:.2} GB in {} shards; train with data.features\n",
+            kept.counts.written,
+            kept.counts.tokens,
+            kept.bytes as f64 / 1e9,
+            kept.shards
+        ))
+    }
 }
 
 impl Features {

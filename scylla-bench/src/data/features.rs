@@ -15,13 +15,14 @@ use scylla_core::model::Shards;
 use scylla_core::plugin::{Matrix, Tap};
 use scylla_core::train::graph::PackedRows;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use super::documents::{Counts, Document, Documents};
 use super::packing::Lines;
 use crate::session::Session;
 use crate::{Error, Result};
 
-const INDEX: &str = "features.json";
+pub(super) const INDEX: &str = "features.json";
 const LISTING: &str = "model.safetensors.index.json";
 const VERSION: u32 = 1;
 
@@ -233,6 +234,107 @@ pub fn keep(
     })
 }
 
+/// Keeps states that others have computed: documents with theirs, read one by one. `next` gives a document and its states in
+/// bf16, row by row.
+///
+/// # Errors
+/// If the folder holds something already, or cannot be written.
+pub(super) fn keep_given(
+    target: &str,
+    taps: &[Tap],
+    hidden: usize,
+    shard_bytes: u64,
+    dir: &Path,
+    next: &mut dyn FnMut() -> Result<Option<(Document, Vec<u8>)>>,
+) -> Result<Kept> {
+    let begun = std::time::Instant::now();
+    std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+    if dir.join(INDEX).exists()
+        || std::fs::read_dir(dir)
+            .map_err(Error::io(dir))?
+            .next()
+            .is_some()
+    {
+        return Err(Error::file(dir, "is not empty; choose another --output"));
+    }
+    let mut index = Index {
+        version: VERSION,
+        target: target.into(),
+        data: String::new(),
+        taps: taps.iter().map(|&t| name_of(t)).collect(),
+        hidden,
+        length: 0,
+        pieces: Vec::new(),
+        shards: 0,
+        written: 0,
+    };
+    let (mut counts, mut bytes, mut hash) = (Counts::default(), 0, Sha256::new());
+    let (mut pieces, mut states): (Vec<Document>, Vec<Vec<u8>>) = (Vec::new(), Vec::new());
+    // How many there are is known at the end: shards get their names then.
+    let shard =
+        |pieces: &mut Vec<Document>, states: &mut Vec<Vec<u8>>, index: &mut Index| -> Result<()> {
+            if pieces.is_empty() {
+                return Ok(());
+            }
+            let first = index.pieces.len() - pieces.len();
+            write_pieces(
+                pieces,
+                states,
+                first,
+                &dir.join(format!("shard-{}", index.shards)),
+            )?;
+            index.shards += 1;
+            pieces.clear();
+            states.clear();
+            Ok(())
+        };
+    while let Some((document, rows)) = next()? {
+        counts.read += 1;
+        counts.written += 1;
+        counts.tokens += document.tokens.len() as u64;
+        counts.masked += document.mask.iter().filter(|&&m| m).count() as u64;
+        document
+            .tokens
+            .iter()
+            .for_each(|t| hash.update(t.to_le_bytes()));
+        document
+            .mask
+            .iter()
+            .for_each(|&m| hash.update([u8::from(m)]));
+        bytes += rows.len() as u64;
+        index.length = index.length.max(document.tokens.len());
+        index.pieces.push(Piece {
+            name: document.name.clone(),
+            tokens: document.tokens.len(),
+            shard: index.shards,
+        });
+        pieces.push(document);
+        states.push(rows);
+        if states.iter().map(|s| s.len() as u64).sum::<u64>() >= shard_bytes {
+            shard(&mut pieces, &mut states, &mut index)?;
+        }
+    }
+    shard(&mut pieces, &mut states, &mut index)?;
+    for i in 0..index.shards {
+        let (from, to) = (
+            dir.join(format!("shard-{i}")),
+            dir.join(shard_name(i, index.shards)),
+        );
+        std::fs::rename(&from, &to).map_err(Error::io(&from))?;
+    }
+    index.written = index.shards;
+    index.data = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+    write_listing(dir, &index)?;
+    write_index(dir, &index)?;
+    Ok(Kept {
+        counts,
+        bytes,
+        shards: index.shards,
+        shards_before: 0,
+        seconds: begun.elapsed().as_secs_f64(),
+    })
+}
+
 /// Shards that an earlier run has written.
 fn resumed(dir: &Path, now: &Index) -> Result<usize> {
     let path = dir.join(INDEX);
@@ -329,7 +431,7 @@ fn write_shard(
     taps: &[Tap],
     path: &Path,
 ) -> Result<()> {
-    let mut held: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+    let mut rows = Vec::with_capacity(pieces.len());
     let mut known = Vec::new().into_iter();
     for (i, piece) in pieces.iter().enumerate() {
         let n = piece.tokens.len();
@@ -350,13 +452,26 @@ fn write_shard(
                 bytes.extend(values.flat_map(|v| bf16::from_f32(*v).to_le_bytes()));
             }
         }
-        let number = first + i;
-        let ids = piece
-            .tokens
-            .iter()
-            .flat_map(|&t| (t as i32).to_le_bytes())
-            .collect();
-        let mask = piece.mask.iter().map(|&m| u8::from(m)).collect();
+        rows.push(bytes);
+    }
+    write_pieces(pieces, &rows, first, path)
+}
+
+/// Writes pieces with their states `[n, taps H]` in bf16, row by row, as one shard.
+fn write_pieces(pieces: &[Document], states: &[Vec<u8>], first: usize, path: &Path) -> Result<()> {
+    let mut held: Vec<(String, Dtype, Vec<usize>, &[u8])> = Vec::new();
+    let ids: Vec<(Vec<u8>, Vec<u8>)> = pieces
+        .iter()
+        .map(|piece| {
+            let ids = piece.tokens.iter().flat_map(|&t| (t as i32).to_le_bytes());
+            (
+                ids.collect(),
+                piece.mask.iter().map(|&m| u8::from(m)).collect(),
+            )
+        })
+        .collect();
+    for (i, ((piece, bytes), (ids, mask))) in pieces.iter().zip(states).zip(&ids).enumerate() {
+        let (number, n) = (first + i, piece.tokens.len());
         let width = bytes.len() / 2 / n.max(1);
         held.push((format!("{number}.tokens"), Dtype::I32, vec![n], ids));
         held.push((format!("{number}.mask"), Dtype::U8, vec![n], mask));

@@ -6,3 +6,4 @@ pub mod features;
 pub mod packing;
 pub(crate) mod parquet;
 pub mod regenerate;
+pub mod speculators;
