@@ -312,18 +312,7 @@ fn a_full_disk_keeps_the_texts_that_were_written() {
     ]
     .concat();
     let args = bench("draft.name=draft-lm", &more);
-    let like = place.command(&args);
-    let out = std::process::Command::new("sh")
-        .args(["-c", "trap '' XFSZ; ulimit -f 32; exec \"$0\" \"$@\""])
-        .arg(env!("CARGO_BIN_EXE_scylla"))
-        .args(&args)
-        .envs(
-            like.get_envs()
-                .filter_map(|(key, value)| Some((key, value?))),
-        )
-        .current_dir(place.dir.path())
-        .output()
-        .expect("starts");
+    let out = place.behind("trap '' XFSZ; ulimit -f 32", &args);
     let said = String::from_utf8_lossy(&out.stderr).into_owned();
     assert!(
         !out.status.success() && said.contains("texts before are whole"),
@@ -367,13 +356,8 @@ fn a_million_cycles_are_replayed_in_bounded_memory() {
         .len();
     assert!(bytes > 100 << 20, "{bytes}");
     // Address space, in KiB: the program and its threads' stacks, and a fraction of the file.
-    let out = std::process::Command::new("sh")
-        .args(["-c", "ulimit -v 262144; exec \"$0\" \"$@\""])
-        .arg(env!("CARGO_BIN_EXE_scylla"))
-        .args(["replay", "long.jsonl", "--set", "budget.depth=0"])
-        .current_dir(place.dir.path())
-        .output()
-        .expect("starts");
+    let args = ["replay", "long.jsonl", "--set", "budget.depth=0"];
+    let out = place.behind("ulimit -v 262144", &args);
     let said = String::from_utf8_lossy(&out.stderr).into_owned();
     assert!(out.status.success(), "{said}");
     let text = String::from_utf8_lossy(&out.stdout).into_owned();

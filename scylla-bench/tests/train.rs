@@ -318,18 +318,7 @@ fn a_full_disk_loses_no_more_than_what_came_since_the_last_checkpoint() {
     let args = train(&[&["--output", "full", "--resume"], &settings[..]].concat());
     let path = place.path("full/checkpoint.safetensors");
     let limited = || {
-        let like = place.command(&args);
-        let out = std::process::Command::new("sh")
-            .args(["-c", "trap '' XFSZ; ulimit -f 128; exec \"$0\" \"$@\""])
-            .arg(env!("CARGO_BIN_EXE_scylla"))
-            .args(&args)
-            .envs(
-                like.get_envs()
-                    .filter_map(|(key, value)| Some((key, value?))),
-            )
-            .current_dir(place.dir.path())
-            .output()
-            .expect("starts");
+        let out = place.behind("trap '' XFSZ; ulimit -f 128", &args);
         let said = String::from_utf8_lossy(&out.stderr).into_owned();
         (out.status.success(), said)
     };

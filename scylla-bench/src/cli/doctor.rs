@@ -29,14 +29,7 @@ pub(super) struct Doctor {
 
 impl Doctor {
     pub(super) fn run(self, registry: &Registry, stop: &AtomicBool) -> Result<()> {
-        let (name, dir) = match self.draft.split_once(':') {
-            Some((name, dir)) => (name, Some(dir)),
-            None => (self.draft.as_str(), None),
-        };
-        let mut overrides = self.model.overrides();
-        overrides.push(Override::new("target.model", self.target.clone()));
-        overrides.push(Override::new("draft.name", name));
-        overrides.extend(dir.map(|dir| Override::new("draft.dir", dir)));
+        let mut overrides = self.model.with(&self.target, &self.draft);
         overrides.push(Override::new("prompts.part", "dev"));
         overrides.push(Override::new("prompts.per_task", 2));
         overrides.push(Override::new("run.max_new_tokens", 64));

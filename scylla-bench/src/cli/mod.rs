@@ -103,6 +103,21 @@ impl ModelOptions {
     }
 }
 
+impl ModelOptions {
+    /// The same with a target, and a draft as `NAME[:DIR]`.
+    fn with(&self, target: &str, draft: &str) -> Vec<Override> {
+        let (name, dir) = match draft.split_once(':') {
+            Some((name, dir)) => (name, Some(dir)),
+            None => (draft, None),
+        };
+        let mut all = self.overrides();
+        all.push(Override::new("target.model", target));
+        all.push(Override::new("draft.name", name));
+        all.extend(dir.map(|dir| Override::new("draft.dir", dir)));
+        all
+    }
+}
+
 /// Runs the command line with the drafts and rules of a registry; returns the exit status.
 pub fn run(registry: &Registry, args: impl IntoIterator<Item = OsString>) -> i32 {
     scylla_core::quiet();

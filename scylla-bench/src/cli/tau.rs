@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::{ModelOptions, open_session, print_json, print_text};
 use crate::experiment::{Experiment, Override};
-use crate::train::{EvaluateSpec, Tester, TrainExperiment};
+use crate::train::{Tester, TrainExperiment};
 use crate::{Error, Registry, Result};
 
 #[derive(Args)]
@@ -79,14 +79,7 @@ struct Report {
 
 impl Tau {
     pub(super) fn run(self, registry: &Registry, stop: &AtomicBool) -> Result<()> {
-        let (name, dir) = match self.draft.split_once(':') {
-            Some((name, dir)) => (name, Some(dir)),
-            None => (self.draft.as_str(), None),
-        };
-        let mut overrides = self.model.overrides();
-        overrides.push(Override::new("target.model", self.target.clone()));
-        overrides.push(Override::new("draft.name", name));
-        overrides.extend(dir.map(|dir| Override::new("draft.dir", dir)));
+        let mut overrides = self.model.with(&self.target, &self.draft);
         overrides.push(Override::new("prompts.part", "dev"));
         overrides.extend(Override::parse_all(&self.set)?);
         let experiment = Experiment::from_overrides(&overrides)?;
@@ -97,16 +90,7 @@ impl Tau {
                 "plain decoding proposes nothing: tau is 1".into(),
             ));
         };
-        let checked = TrainExperiment {
-            target: experiment.target.clone(),
-            evaluate: EvaluateSpec {
-                prompts: experiment.prompts.clone(),
-                max_new_tokens: experiment.run.max_new_tokens,
-                budget: experiment.budget.clone(),
-                ..EvaluateSpec::default()
-            },
-            ..TrainExperiment::default()
-        };
+        let checked = TrainExperiment::checking(&experiment);
         let mut tester = Tester::new(&mut session, &checked, stop)?;
         let (mut simulated, mut real) = (Vec::new(), Vec::new());
         let mut tokens = 0;

@@ -27,7 +27,7 @@ use crate::context::DraftContext;
 use crate::drafts::{HEAD, read_ids};
 use crate::experiment::Experiment;
 use crate::session::Session;
-use crate::train::{EvaluateSpec, Fed, Tester, TrainExperiment, compute, serving};
+use crate::train::{Fed, Tester, TrainExperiment, compute, serving};
 use crate::{Error, Registry, Result};
 use measure::{Measured, RandomTokens, States, scored};
 
@@ -149,7 +149,7 @@ pub fn doctor(
     };
     let (given, all) = variants(&from, &taps, &like, shape.layers);
     told("the target answers");
-    let mut tester = Tester::new(session, &evaluation(experiment), stop)?;
+    let mut tester = Tester::new(session, &TrainExperiment::checking(experiment), stop)?;
     if !experiment.sampling.is_greedy() {
         tester.sampled(
             session,
@@ -235,20 +235,6 @@ fn as_variant(given: &Reading) -> Variant {
         found: String::new(),
         instead: String::new(),
         reading: given.clone(),
-    }
-}
-
-/// How the draft is tried.
-fn evaluation(experiment: &Experiment) -> TrainExperiment {
-    TrainExperiment {
-        target: experiment.target.clone(),
-        evaluate: EvaluateSpec {
-            prompts: experiment.prompts.clone(),
-            max_new_tokens: experiment.run.max_new_tokens,
-            budget: experiment.budget.clone(),
-            ..EvaluateSpec::default()
-        },
-        ..TrainExperiment::default()
     }
 }
 

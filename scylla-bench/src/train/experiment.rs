@@ -302,6 +302,20 @@ impl TrainExperiment {
         }
     }
 
+    /// What checks a draft as an experiment serves it.
+    pub fn checking(experiment: &Experiment) -> Self {
+        Self {
+            target: experiment.target.clone(),
+            evaluate: EvaluateSpec {
+                prompts: experiment.prompts.clone(),
+                max_new_tokens: experiment.run.max_new_tokens,
+                budget: experiment.budget.clone(),
+                ..EvaluateSpec::default()
+            },
+            ..Self::default()
+        }
+    }
+
     /// The experiment that serves the draft as it is checked.
     pub fn serving(&self) -> Experiment {
         Experiment {

@@ -79,6 +79,22 @@ impl Place {
         command
     }
 
+    /// The same behind words of a shell, such as limits; `$0` and what follows is the command.
+    pub fn behind(&self, shell: &str, args: &[&str]) -> Output {
+        let like = self.command(args);
+        let words = like
+            .get_envs()
+            .filter_map(|(key, value)| Some((key, value?)));
+        Command::new("sh")
+            .args(["-c", &format!("{shell}; exec \"$0\" \"$@\"")])
+            .arg(env!("CARGO_BIN_EXE_scylla"))
+            .args(args)
+            .envs(words)
+            .current_dir(self.dir.path())
+            .output()
+            .expect("starts")
+    }
+
     /// Runs it.
     pub fn run(&self, args: &[&str]) -> Output {
         self.command(args).output().expect("starts")
