@@ -1214,3 +1214,84 @@ fn states_that_others_have_computed_are_taken_over_and_trained_on() {
     ]);
     assert!(error.contains("hs_{i}"), "{error}");
 }
+
+#[test]
+fn what_the_target_says_is_kept_in_place_of_its_final_state() {
+    let place = place(EAGLE3, STAGE);
+    let features = |name: &str, more: &[&str]| {
+        let base = [
+            "data",
+            "features",
+            "texts.txt",
+            "--target",
+            "talker",
+            "--taps",
+            "0,1,2",
+            "--length",
+            "48",
+            "--output",
+            name,
+            "--json",
+        ];
+        json(&place, &[&base[..], more].concat())
+    };
+    let whole = features("whole", &[]);
+    // Of 100 tokens 20 are kept, and then all of them.
+    let few = features("few", &["--top-k", "20"]);
+    features("all", &["--top-k", "100"]);
+    assert!(
+        few["bytes"].as_u64() > whole["bytes"].as_u64().map(|b| b / 2),
+        "{few}"
+    );
+    let loss = |name: &str, distance: &str| {
+        let stage = format!("stage.data={{ features = '{name}', files = [] }}");
+        let (distance, output) = (
+            format!("loss.distance={distance}"),
+            format!("out-{name}-{distance}"),
+        );
+        let more = [
+            "--output",
+            &output,
+            "--set",
+            &stage,
+            "--set",
+            "stage.steps=12",
+            "--set",
+            &distance,
+        ];
+        json(&place, &train(&more));
+        let lines = metrics(&place.path(&output));
+        lines
+            .iter()
+            .map(|l| l["loss"].as_f64().expect("a loss"))
+            .collect::<Vec<_>>()
+    };
+    for distance in ["ce", "tv"] {
+        let [whole, few, all] = ["whole", "few", "all"].map(|name| loss(name, distance));
+        for (step, (a, b)) in whole.iter().zip(&all).enumerate() {
+            // The final state was kept in bf16, what it says in f32.
+            assert!(
+                (a - b).abs() < 0.01 * a,
+                "{distance}, step {step}: {b} for {a}"
+            );
+        }
+        assert!(
+            few.last() < few.first() && few.iter().all(|l| l.is_finite()),
+            "{few:?}"
+        );
+    }
+    let base = [
+        "data",
+        "features",
+        "texts.txt",
+        "--target",
+        "talker",
+        "--output",
+        "x",
+        "--top-k",
+    ];
+    let error = place.refused(&[&base[..], &["5", "--draft", "eagle2"]].concat());
+    assert!(error.contains("final states too"), "{error}");
+    let error = place.refused(&[&base[..], &["101", "--taps", "0,1,2", "--length", "48"]].concat());
+    assert!(error.contains("100 tokens"), "{error}");
+}

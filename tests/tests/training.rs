@@ -153,6 +153,7 @@ impl Given {
             mask: &self.mask,
             taps,
             logits,
+            top: None,
             seed: 0,
             beyond: true,
         }

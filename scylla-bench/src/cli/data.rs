@@ -181,6 +181,10 @@ pub(super) struct Features {
     /// Layers whose inputs are kept beside the final state [default: those of the draft]
     #[arg(long, value_delimiter = ',')]
     taps: Option<Vec<usize>>,
+    /// Keep the target's K most probable tokens of each row; eagle3 then needs no final state, and the target's head is not computed
+    /// again
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: usize,
     /// Tokens of a piece of a document at most
     #[arg(long, default_value_t = 512)]
     length: usize,
@@ -251,11 +255,14 @@ impl Features {
                 "tap {tap} of a target of {layers} layers"
             )));
         }
-        Ok(inputs
-            .into_iter()
-            .map(Tap::Input)
-            .chain([Tap::Final])
-            .collect())
+        if self.top_k > 0 && inputs.is_empty() {
+            return Err(Error::Experiment(format!(
+                "--top-k is for drafts that learn what the target says alone; `{}` learns its final states too",
+                self.draft
+            )));
+        }
+        let last = [Tap::Final].into_iter().filter(|_| self.top_k == 0);
+        Ok(inputs.into_iter().map(Tap::Input).chain(last).collect())
     }
 
     fn run(self, stop: &AtomicBool) -> Result<()> {
@@ -279,6 +286,7 @@ impl Features {
         let how = How {
             taps: &taps,
             length: self.length,
+            top: self.top_k,
             shard_bytes: self.shard_mb << 20,
         };
         let mut progress = Progress::new("computing", false);

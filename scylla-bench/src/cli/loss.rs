@@ -210,6 +210,7 @@ impl Loss {
             mask: &given.mask,
             taps: &taps,
             logits: logits.as_ref(),
+            top: None,
             seed: experiment.run.seed,
             beyond: true,
         };

@@ -14,6 +14,7 @@ use scylla_core::files;
 use scylla_core::model::Shards;
 use scylla_core::plugin::{Matrix, Tap};
 use scylla_core::train::graph::PackedRows;
+use scylla_draft::recipe::TopProbabilities;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -39,6 +40,9 @@ pub struct Index {
     pub taps: Vec<String>,
     /// H.
     pub hidden: usize,
+    /// Most probable tokens kept of each row; 0: none.
+    #[serde(default)]
+    pub top: usize,
     /// Tokens of a piece at most.
     pub length: usize,
     /// Pieces of documents: name, tokens and shard of each.
@@ -130,6 +134,8 @@ pub struct How<'a> {
     pub taps: &'a [Tap],
     /// Tokens of a piece at most.
     pub length: usize,
+    /// Most probable tokens of the target that are kept of each row; 0: none.
+    pub top: usize,
     /// Bytes of a shard, about.
     pub shard_bytes: u64,
 }
@@ -148,10 +154,17 @@ pub fn keep(
     on_shard: &mut dyn FnMut(usize, usize),
 ) -> Result<Kept> {
     let begun = std::time::Instant::now();
+    if how.top > session.known_tokens() {
+        return Err(Error::Experiment(format!(
+            "--top-k {}: the target has {} tokens",
+            how.top,
+            session.known_tokens()
+        )));
+    }
     let hidden = session.target.config.hidden;
     let pieces = cut(&documents.all, how.length);
     // A row: states, token and mask.
-    let row = (how.taps.len() * hidden * 2 + 5) as u64;
+    let row = (how.taps.len() * hidden * 2 + 5 + how.top * 8) as u64;
     let total = pieces
         .iter()
         .map(|p| p.tokens.len() as u64 * row)
@@ -162,6 +175,7 @@ pub fn keep(
         data: documents.hash.clone(),
         taps: how.taps.iter().map(|&t| name_of(t)).collect(),
         hidden,
+        top: how.top,
         length: how.length,
         pieces: Vec::with_capacity(pieces.len()),
         shards: 0,
@@ -219,7 +233,7 @@ pub fn keep(
             )));
         }
         let path = dir.join(shard_name(shard, index.shards));
-        write_shard(session, &pieces[own.clone()], own.start, how.taps, &path)?;
+        write_shard(session, &pieces[own.clone()], own.start, how, &path)?;
         index.written = shard + 1;
         write_index(dir, &index)?;
         on_shard(index.written, index.shards);
@@ -263,6 +277,7 @@ pub(super) fn keep_given(
         data: String::new(),
         taps: taps.iter().map(|&t| name_of(t)).collect(),
         hidden,
+        top: 0,
         length: 0,
         pieces: Vec::new(),
         shards: 0,
@@ -280,6 +295,7 @@ pub(super) fn keep_given(
             write_pieces(
                 pieces,
                 states,
+                &[],
                 first,
                 &dir.join(format!("shard-{}", index.shards)),
             )?;
@@ -389,9 +405,13 @@ fn write_index(dir: &Path, index: &Index) -> Result<()> {
 /// The listing by which the shards are found, as transformers writes it.
 fn write_listing(dir: &Path, index: &Index) -> Result<()> {
     let mut map = BTreeMap::new();
+    let kinds: &[&str] = match index.top {
+        0 => &["tokens", "mask", "states"],
+        _ => &["tokens", "mask", "states", "top", "p"],
+    };
     for (i, piece) in index.pieces.iter().enumerate() {
         let file = shard_name(piece.shard, index.shards);
-        for kind in ["tokens", "mask", "states"] {
+        for kind in kinds {
             map.insert(format!("{i}.{kind}"), file.clone());
         }
     }
@@ -428,17 +448,31 @@ fn write_shard(
     session: &mut Session,
     pieces: &[Document],
     first: usize,
-    taps: &[Tap],
+    how: &How<'_>,
     path: &Path,
 ) -> Result<()> {
+    // What the target says follows from its final state.
+    let mut taps = how.taps.to_vec();
+    if how.top > 0 && !taps.contains(&Tap::Final) {
+        taps.push(Tap::Final);
+    }
+    let last = taps.iter().position(|t| *t == Tap::Final);
+    let mut tops = Vec::new();
     let mut rows = Vec::with_capacity(pieces.len());
     let mut known = Vec::new().into_iter();
     for (i, piece) in pieces.iter().enumerate() {
         let n = piece.tokens.len();
         if known.len() == 0 {
-            known = states_of(session, &pieces[i..], taps)?.into_iter();
+            known = states_of(session, &pieces[i..], &taps)?.into_iter();
         }
         let states = known.next().unwrap_or_default();
+        if let Some(last) = last
+            .and_then(|last| states.get(last))
+            .filter(|_| how.top > 0)
+        {
+            tops.push(top_of(session, last, how.top)?);
+        }
+        let states = &states[..how.taps.len().min(states.len())];
         let states = states
             .iter()
             .map(Matrix::all)
@@ -454,11 +488,41 @@ fn write_shard(
         }
         rows.push(bytes);
     }
-    write_pieces(pieces, &rows, first, path)
+    write_pieces(pieces, &rows, &tops, first, path)
+}
+
+/// The target's most probable tokens after each row of its final states.
+fn top_of(session: &Session, states: &Matrix, k: usize) -> Result<TopProbabilities> {
+    let known = session.known_tokens();
+    let mut found = TopProbabilities {
+        k,
+        ..TopProbabilities::default()
+    };
+    // A few rows at a time: logits are wide.
+    for first in (0..states.rows()).step_by(64) {
+        let rows: Vec<usize> = (first..states.rows().min(first + 64)).collect();
+        let (mut part, mut logits) = (Matrix::default(), Matrix::default());
+        part.append(&[states], &rows)?;
+        session.target.tokens.head.multiply(&part, &mut logits)?;
+        let top = logits.top_log_probabilities(known, k)?;
+        for row in 0..rows.len() {
+            for &(id, log) in top.row(row) {
+                found.ids.push(id as u32);
+                found.p.push(log.exp() as f32);
+            }
+        }
+    }
+    Ok(found)
 }
 
 /// Writes pieces with their states `[n, taps H]` in bf16, row by row, as one shard.
-fn write_pieces(pieces: &[Document], states: &[Vec<u8>], first: usize, path: &Path) -> Result<()> {
+fn write_pieces(
+    pieces: &[Document],
+    states: &[Vec<u8>],
+    tops: &[TopProbabilities],
+    first: usize,
+    path: &Path,
+) -> Result<()> {
     let mut held: Vec<(String, Dtype, Vec<usize>, &[u8])> = Vec::new();
     let ids: Vec<(Vec<u8>, Vec<u8>)> = pieces
         .iter()
@@ -470,11 +534,25 @@ fn write_pieces(pieces: &[Document], states: &[Vec<u8>], first: usize, path: &Pa
             )
         })
         .collect();
+    let top_bytes: Vec<(Vec<u8>, Vec<u8>)> = tops
+        .iter()
+        .map(|top| {
+            let ids = top.ids.iter().flat_map(|&id| (id as i32).to_le_bytes());
+            (
+                ids.collect(),
+                top.p.iter().flat_map(|p| p.to_le_bytes()).collect(),
+            )
+        })
+        .collect();
     for (i, ((piece, bytes), (ids, mask))) in pieces.iter().zip(states).zip(&ids).enumerate() {
         let (number, n) = (first + i, piece.tokens.len());
         let width = bytes.len() / 2 / n.max(1);
         held.push((format!("{number}.tokens"), Dtype::I32, vec![n], ids));
         held.push((format!("{number}.mask"), Dtype::U8, vec![n], mask));
+        if let (Some(top), Some((top_ids, top_p))) = (tops.get(i), top_bytes.get(i)) {
+            held.push((format!("{number}.top"), Dtype::I32, vec![n, top.k], top_ids));
+            held.push((format!("{number}.p"), Dtype::F32, vec![n, top.k], top_p));
+        }
         held.push((
             format!("{number}.states"),
             Dtype::BF16,
@@ -501,6 +579,7 @@ pub struct Features {
     /// The states.
     pub taps: Vec<Tap>,
     hidden: usize,
+    top: usize,
     shards: Shards,
     dir: PathBuf,
 }
@@ -568,9 +647,47 @@ impl Features {
             documents,
             taps,
             hidden: index.hidden,
+            top: index.top,
             shards,
             dir: dir.to_path_buf(),
         })
+    }
+
+    /// Whether the target's most probable tokens are kept.
+    pub fn says(&self) -> bool {
+        self.top > 0
+    }
+
+    /// The target's most probable tokens after each row of packed lines, where they are kept.
+    ///
+    /// # Errors
+    /// If a shard cannot be read.
+    pub fn top(&self, lines: &Lines) -> Result<Option<TopProbabilities>> {
+        let k = self.top;
+        if k == 0 {
+            return Ok(None);
+        }
+        let mut found = TopProbabilities {
+            k,
+            ..TopProbabilities::default()
+        };
+        let pieces = lines.of.iter().zip(&lines.from);
+        for (range, (&document, &from)) in lines.rows.documents.iter().zip(pieces) {
+            if document == usize::MAX {
+                found.ids.resize(found.ids.len() + range.len() * k, 0);
+                found.p.resize(found.p.len() + range.len() * k, 0.0);
+                continue;
+            }
+            let n = self.documents.all[document].tokens.len();
+            let (_, ids) = self.shards.stored(&format!("{document}.top"), &[n, k])?;
+            let (_, p) = self.shards.stored(&format!("{document}.p"), &[n, k])?;
+            let own = from * k * 4..(from + range.len()) * k * 4;
+            let ids = ids[own.clone()].as_chunks().0.iter();
+            found.ids.extend(ids.map(|b| i32::from_le_bytes(*b) as u32));
+            let p = p[own].as_chunks().0.iter();
+            found.p.extend(p.map(|b| f32::from_le_bytes(*b)));
+        }
+        Ok(Some(found))
     }
 
     /// States of packed lines, one matrix for each of the taps asked for.

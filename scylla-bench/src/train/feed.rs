@@ -1,6 +1,7 @@
 //! Batches with what the target says of them: one pass for all drafts that learn from it.
 
 use scylla_core::plugin::{Matrix, Tap, TargetModel};
+use scylla_draft::recipe::TopProbabilities;
 
 use crate::Result;
 use crate::data::documents::Documents;
@@ -12,6 +13,8 @@ pub struct Taught {
     pub lines: Lines,
     /// The target's states `[M, H]`, one for each of the taps asked for.
     pub states: Vec<Matrix>,
+    /// Its most probable tokens, where they were kept.
+    pub top: Option<TopProbabilities>,
 }
 
 /// Batches of a stage, one after the other.
@@ -78,5 +81,9 @@ impl<'a> Feed<'a> {
 /// If the target fails.
 pub fn teach(target: &mut dyn TargetModel, lines: Lines, taps: &[Tap]) -> Result<Taught> {
     let states = target.states(&lines.tokens, &lines.rows, taps)?;
-    Ok(Taught { lines, states })
+    Ok(Taught {
+        lines,
+        states,
+        top: None,
+    })
 }

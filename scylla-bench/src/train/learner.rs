@@ -193,7 +193,12 @@ impl Learner {
     /// If one is missing, which is a defect.
     pub fn fed_by(&mut self, taps: &[Tap]) -> Result<()> {
         let place = |tap: &Tap| taps.iter().position(|t| t == tap);
-        let found: Option<Vec<usize>> = self.taps().iter().map(place).collect();
+        let mut wanted = self.taps();
+        // An EAGLE-3 draft's last: what the target says may be kept in its place.
+        if matches!(self.config, DraftConfig::Eagle3(_)) && !taps.contains(&Tap::Final) {
+            wanted.retain(|tap| *tap != Tap::Final);
+        }
+        let found: Option<Vec<usize>> = wanted.iter().map(place).collect();
         self.taps = found.ok_or_else(|| {
             Error::Experiment("a state of the target that is not computed".into())
         })?;
@@ -216,6 +221,7 @@ impl Learner {
             mask: &taught.lines.mask,
             taps: &taps,
             logits: None,
+            top: taught.top.as_ref(),
             seed,
             beyond: false,
         };

@@ -178,8 +178,20 @@ impl<'s> Trainer<'s> {
             runs.push(run);
         }
         let mut taps: Vec<Tap> = Vec::new();
+        // Where what the target says is kept, its final state need not be.
+        let said = |tap: &Tap| {
+            let without = |s: &Source| {
+                s.kept
+                    .as_ref()
+                    .is_some_and(|k| k.says() && !k.taps.contains(tap))
+            };
+            *tap == Tap::Final && data.iter().all(without)
+        };
+        let eagle3 = runs
+            .iter()
+            .all(|r| matches!(r.learner.config, DraftConfig::Eagle3(_)));
         for tap in runs.iter().flat_map(|r| r.learner.taps()) {
-            if !taps.contains(&tap) {
+            if !taps.contains(&tap) && !(eagle3 && said(&tap)) {
                 taps.push(tap);
             }
         }
@@ -456,6 +468,7 @@ impl<'s> Trainer<'s> {
         match kept {
             Some(kept) => Ok(Taught {
                 states: kept.states(&lines, &self.taps)?,
+                top: kept.top(&lines)?,
                 lines,
             }),
             None => teach(&mut self.session.target.model, lines, &self.taps),

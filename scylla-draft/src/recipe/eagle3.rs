@@ -12,7 +12,9 @@ use scylla_core::train::graph::{
 use scylla_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{Batch, BatchLoss, Distance, Recipe, StepLoss, TrainHost, check_unroll};
+use super::{
+    Batch, BatchLoss, Distance, Recipe, StepLoss, TopProbabilities, TrainHost, check_unroll,
+};
 use crate::checkpoint::{DraftConfig, Eagle3Config, layer_prefix, layers};
 use crate::network::Ids;
 
@@ -176,12 +178,49 @@ impl Eagle3Recipe {
         })
     }
 
+    /// The same of its most probable tokens alone: those of the draft's vocabulary among them, renormalised.
+    fn among_top(
+        &self,
+        host: &TrainHost,
+        top: &TopProbabilities,
+        rows: usize,
+    ) -> Result<(Vec<u32>, Matrix)> {
+        let (k, n) = (top.k, self.listed.len());
+        if k == 0 || top.ids.len() != rows * k || top.p.len() != rows * k {
+            return Err(Error::Invalid(format!(
+                "the {k} most probable tokens of {} rows for {rows}",
+                top.ids.len() / k.max(1)
+            )));
+        }
+        let mut all = vec![0.0f32; rows * n];
+        for (row, p) in all.chunks_mut(n).enumerate() {
+            let own = row * k..(row + 1) * k;
+            let mut sum = 0.0;
+            for (&id, &of) in top.ids[own.clone()].iter().zip(&top.p[own]) {
+                if let Some(column) = self.ids.draft(id).filter(|&c| c < n) {
+                    p[column] = of;
+                    sum += of;
+                }
+            }
+            match sum > 0.0 {
+                true => p.iter_mut().for_each(|p| *p /= sum),
+                // None of them: its most probable token is not the draft's either, and the row does not count.
+                false => p.fill(1.0 / n as f32),
+            }
+        }
+        let best = top.ids.iter().step_by(k).copied().collect();
+        Ok((best, host.on.matrix(all, n)?))
+    }
+
     /// What the target says after each row: its most probable token, and probabilities among the draft's. Behind the rows
     /// stands a uniform one where `beyond`.
     fn taught(&self, host: &TrainHost, batch: &Batch<'_>) -> Result<(Vec<u32>, Matrix)> {
-        let (mut best, p) = match batch.logits {
-            Some(logits) => probabilities_of(&host.on, &host.on.bring(logits)?, &self.listed)?,
-            None => {
+        let (mut best, p) = match (batch.top, batch.logits) {
+            (Some(top), _) => self.among_top(host, top, batch.rows.count())?,
+            (None, Some(logits)) => {
+                probabilities_of(&host.on, &host.on.bring(logits)?, &self.listed)?
+            }
+            (None, None) => {
                 let states = host.on.bring(&batch.taps[self.taps.len()])?;
                 probabilities(&host.on, &states, &host.head, &self.listed)?
             }

@@ -22,6 +22,17 @@ pub use eagle3::{Eagle3Loss, Eagle3Recipe, Normalise};
 pub use held::{held, parameters};
 pub use start::{DraftShape, begin_as_target, frequent, new_config, start};
 
+/// The target's most probable tokens after each row, kept in place of what they would be computed from.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct TopProbabilities {
+    /// How many of each row.
+    pub k: usize,
+    /// Tokens `[M, k]`, the most probable first.
+    pub ids: Vec<u32>,
+    /// Their probabilities `[M, k]`.
+    pub p: Vec<f32>,
+}
+
 /// A batch of packed rows, `M` of them, with what the target said.
 pub struct Batch<'a> {
     /// Documents and lines.
@@ -34,6 +45,8 @@ pub struct Batch<'a> {
     pub taps: &'a [Matrix],
     /// The target's logits `[M, V]`, where they are given; else they follow from its final state.
     pub logits: Option<&'a Matrix>,
+    /// Its most probable tokens, where they were kept: what an EAGLE-3 draft is held against, without the target's final state.
+    pub top: Option<&'a TopProbabilities>,
     /// Seed of what is random in this batch.
     pub seed: u64,
     /// Whether rows count whose goal would lie behind the end of their document, as in the reference code: they are held
