@@ -191,7 +191,8 @@ impl<'s> Trainer<'s> {
             .iter()
             .all(|r| matches!(r.learner.config, DraftConfig::Eagle3(_)));
         for tap in runs.iter().flat_map(|r| r.learner.taps()) {
-            if !taps.contains(&tap) && !(eagle3 && said(&tap)) {
+            let kept = eagle3 && said(&tap);
+            if !kept && !taps.contains(&tap) {
                 taps.push(tap);
             }
         }
