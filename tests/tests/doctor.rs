@@ -25,6 +25,7 @@ use serde_json::{Value, json};
 /// A target that talks, in a folder.
 struct Place {
     dir: tempfile::TempDir,
+    model: PathBuf,
     session: Session,
     documents: Vec<Document>,
 }
@@ -58,12 +59,46 @@ impl Place {
         ];
         let experiment = Experiment::from_overrides(&overrides(&sets)).expect("an experiment");
         let mut session = Session::open(&experiment, &mut |_| {}).expect("a session");
-        let documents = said(&mut session);
+        let starts = (0..320).map(|i| vec![i % 90, (i * 7 + 3) % 90]).collect();
+        let documents = said(&mut session, starts);
         Self {
             dir,
+            model,
             session,
             documents,
         }
+    }
+
+    /// The default model, which goes on from the beginnings of English sentences.
+    fn smollm2() -> Option<Self> {
+        let model = default_model("mistakes of trainers for the default model")?;
+        let dir = tempfile::tempdir().expect("a folder");
+        let starts = "The history of|When I was a child|In the city of|To make bread,|The most important|A good teacher|Last summer we|\
+                      Scientists have found|The river runs|If you want to|My grandmother used to|There are many|The first step is|\
+                      Once upon a time|The government said|She opened the door|Water is a|The computer was|Music can|Every morning he|\
+                      The forest is|In order to|He had never|The price of|Many people believe|The best way to|During the war|A small town";
+        let asked = starts.split('|').step_by(4).enumerate();
+        let asked = asked.map(|(i, text)| json!({"id": i, "prompt": text}).to_string());
+        std::fs::write(
+            dir.path().join("set.jsonl"),
+            asked.collect::<Vec<_>>().join("\n"),
+        )
+        .expect("written");
+        let experiment = Experiment::from_overrides(&[]).expect("an experiment");
+        let mut session = Session::open(&experiment, &mut |_| {}).expect("a session");
+        let learned = starts.split('|').enumerate().filter(|(i, _)| i % 4 != 0);
+        let tokenizer = session.tokenizer().expect("a tokenizer");
+        let ids: Vec<Vec<u32>> = learned
+            .map(|(_, text)| tokenizer.encode(text).expect("ids"))
+            .collect();
+        let starts = ids.iter().cycle().take(320).cloned().collect();
+        let documents = said(&mut session, starts);
+        Some(Self {
+            dir,
+            model,
+            session,
+            documents,
+        })
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -73,7 +108,7 @@ impl Place {
     /// What the doctor says of a draft.
     fn look(&mut self, name: &str, dir: &Path) -> Report {
         let sets = [
-            format!("target.model={}", self.path("model").display()),
+            format!("target.model={}", self.model.display()),
             "run.threads=1".into(),
             "run.max_new_tokens=48".into(),
             "run.ignore_eos=true".into(),
@@ -101,21 +136,21 @@ impl Place {
 }
 
 /// Texts that the target draws.
-fn said(session: &mut Session) -> Vec<Document> {
+fn said(session: &mut Session, starts: Vec<Vec<u32>>) -> Vec<Document> {
     let parts = Parts::plain(&mut session.target.model, Auto);
     let options = Options {
         batch: 16,
         ..Options::default()
     };
     let mut engine = Engine::new(parts, options).expect("an engine");
-    let requests = (0..320u32).map(|i| Request {
-        prompt: vec![i % 90, (i * 7 + 3) % 90],
+    let requests = (0..).zip(starts).map(|(i, prompt)| Request {
+        prompt,
         sampling: Sampling {
             temperature: 0.8,
             ..Sampling::default()
         },
         seed: 0,
-        sequence: u64::from(i),
+        sequence: i,
         max_new_tokens: 62,
         ..Request::default()
     });
@@ -164,8 +199,9 @@ fn train(
     );
     let table = text.parse().expect("TOML");
     let experiment = TrainExperiment::from_table(table, &[]).expect("an experiment");
-    let on =
-        compute(&place.session, Some(scylla_core::kernels::ProductForm::F32)).expect("kernels");
+    let large = place.session.target.config.vocab > LETTERS;
+    let form = (!large).then_some(scylla_core::kernels::ProductForm::F32);
+    let on = compute(&place.session, form).expect("kernels");
     let host = TrainHost::new(&on, &place.session.target.tokens).expect("a host");
     let ids: Vec<u32> = (0..LETTERS as u32).filter(|id| id % 9 != 8).collect();
     let ids = (name == "eagle3").then_some(ids);
@@ -194,7 +230,8 @@ fn train(
             *state = moved;
         }
         let (_, grads) = learner.learn(&taught, step).expect("a loss");
-        let rate = 5e-3 * (1.0 - step as f64 / steps as f64);
+        let rate = if large { 1e-3 } else { 5e-3 };
+        let rate = rate * (1.0 - step as f64 / steps as f64);
         learner.step(&settings, rate, &grads).expect("a step");
     }
     drop(stream);
@@ -495,5 +532,35 @@ fn mistakes_around_the_shipped_draft_are_named_first() {
         let report = look(&to);
         named(&report, check, &instead, check);
         assert_eq!(report.findings[0].tau_if_undone, Some(sound.tau), "{check}");
+    }
+}
+
+/// Minutes: `cargo nextest run -p scylla-tests --test doctor --run-ignored only`.
+#[test]
+#[ignore = "trains drafts for the default model, which takes minutes"]
+fn a_mistake_of_the_trainer_is_named_first_for_the_default_model() {
+    let Some(mut place) = Place::smollm2() else {
+        return;
+    };
+    let shifted = Wrong {
+        shift: 1,
+        ..Wrong::default()
+    };
+    for (wrong, check, instead) in [
+        (Wrong::default(), "ok", ""),
+        (shifted, "pairing", "token i beside feature i"),
+    ] {
+        let dir = train(&mut place, "eagle2", "", 1, wrong, 300);
+        let report = place.look("eagle2", &dir);
+        let undone = report.findings[0].tau_if_undone;
+        println!(
+            "{check}: tau {} as given, {undone:?} undone, {:?}",
+            report.tau, report.findings[0].gain
+        );
+        match check {
+            "ok" => assert_eq!(report.verdict, "ok", "{report:#?}"),
+            _ => named(&report, check, instead, check),
+        }
+        std::fs::remove_dir_all(dir).expect("removed");
     }
 }
