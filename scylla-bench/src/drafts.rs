@@ -69,7 +69,10 @@ fn weights_of(context: &DraftContext<'_>, name: &str) -> Result<PathBuf> {
 fn head(context: &DraftContext<'_>, own: &WeightSettings) -> Result<Option<Arc<[u32]>>> {
     let known = context.session.known_tokens();
     // What training leaves beside a draft with a truncated head.
-    let beside = context.dir.as_ref().map(|dir| dir.join(HEAD));
+    let beside = match context.dir {
+        Some(_) => Some(weights_of(context, "")?.join(HEAD)),
+        None => None,
+    };
     let beside = beside.filter(|path| path.is_file());
     let mut ids: Vec<u32> = match (own.head.as_ref().or(beside.as_ref()), own.head_size) {
         (None, None) => return Ok(None),

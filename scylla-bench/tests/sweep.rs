@@ -354,6 +354,18 @@ fn a_grid_that_cannot_be_is_refused_before_anything_is_trained() {
             "no room for schedule.warmup",
         ),
         (vec!["draft.layers=0"], "1 to 64"),
+        (vec!["target.model=a,b"], "one target"),
+        (vec!["run.device=cpu,cuda"], "one device"),
+        (vec!["run.seed=1,2"], "--seeds"),
+        (
+            vec!["stage.schedule.shape=cosine,linear", "data.tokens=4320"],
+            "cool down",
+        ),
+        (vec!["draft.layers= "], "no value"),
+        (
+            vec!["draft.layers=1", "--task", "0", "--executor", "slurm"],
+            "cannot be used with",
+        ),
         (vec!["data.tokens=4320", "--cooldown", "0"], "cooldown"),
         (vec!["draft.layers=1", "--task", "1"], "1 settings"),
     ] {

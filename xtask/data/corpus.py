@@ -33,7 +33,6 @@ LICENCES = {
 PACKAGES = [
     ("dask", "2026.8.0", "ccc0c83a189b0398602435189771d28dad7b5773b6089bb8dce14ae732dd782c"),
     ("django", "6.1.3", "a0530e3fdac55d34ccc5893c36f6c57d7a7083064f3d414537e51473648b3290"),
-    ("docutils", "0.23", "25d013af9bf23bc1c7b2b093dff4208166c53a94786c9e447808335ef1185fea"),
     ("fastapi", "0.165.0", "896f48462042bb4f162147eb8fac7e858753dc1f486765709baf105d70e4fc5b"),
     ("jax", "0.12.0.1", "e9dfd256ba090259b10f97f0755d4fc92535b8cb38c0a40df6488a8c8a7dd8ae"),
     ("keras", "3.15.1", "836460e480930acbd19bb7a17e62f9ecad40e8a9af9a651fc8d0586a96d27e20"),
@@ -141,10 +140,11 @@ def licence_of(metadata):
     fields = re.findall(r"^(License-Expression|License|Classifier): *(.*)$", head, re.M)
     said = [value.strip() for field, value in fields if field != "Classifier"]
     said += [value.split("License :: ", 1)[1].strip() for field, value in fields if field == "Classifier" and value.startswith("License :: ")]
-    for name, words in LICENCES.items():
-        if any(one == word or one.startswith(word + " AND ") for one in said for word in words):
-            return name
-    return None
+    known = {word: name for name, words in LICENCES.items() for word in words}
+    # All that is said in one expression must be known; of several classifiers each.
+    names = [[known.get(part.strip()) for part in one.split(" AND ")] for one in said if one not in ("OSI Approved", "UNKNOWN")]
+    whole = [parts for parts in names if all(parts)]
+    return whole[0][0] if whole and len(whole) == len(names) else None
 
 
 def wheel(work, name, version, expected):
@@ -315,6 +315,9 @@ def rust_parts(crates):
 
 
 def main(out, work, crates):
+    # What an older one cannot parse would be left out without a word.
+    if sys.version_info < (3, 11):
+        raise Refused(f"Python {sys.version.split()[0]}: 3.11 or newer is needed")
     out, work = pathlib.Path(out), pathlib.Path(work)
     out.mkdir(parents=True, exist_ok=True)
     crates = json.loads(pathlib.Path(crates).read_text())

@@ -86,9 +86,26 @@ fn sources() -> Result<Vec<Value>> {
 
 /// Whether an SPDX expression gives a choice that is free. Exceptions and what is not understood are left out.
 fn is_free(licence: &str) -> bool {
-    let free = |one: &str| FREE.contains(&one.trim_matches(['(', ')', ' ']));
-    let all = |choice: &str| choice.split(" AND ").all(free);
-    !licence.is_empty() && licence.replace('/', " OR ").split(" OR ").any(all)
+    let licence = licence.replace('/', " OR ");
+    // What stands in parentheses is one choice among what must all hold; deeper ones are not read.
+    let inner = |one: &str| {
+        let bare = one.trim();
+        let bare = bare
+            .strip_prefix('(')
+            .and_then(|b| b.strip_suffix(')'))
+            .unwrap_or(bare);
+        let free = |word: &str| FREE.contains(&word.trim());
+        match bare.contains(" AND ") {
+            true => bare.split(" AND ").all(free),
+            false => bare.split(" OR ").any(free),
+        }
+    };
+    match licence.contains('(') {
+        true => licence.split(" AND ").all(inner),
+        false => licence
+            .split(" OR ")
+            .any(|choice| choice.split(" AND ").all(inner)),
+    }
 }
 
 /// Counts the tokens of each part with the default model's tokenizer, and writes them into the manifest.
@@ -147,6 +164,7 @@ mod tests {
             "GPL-3.0",
             "MPL-2.0",
             "MIT AND OpenSSL",
+            "(MIT OR Apache-2.0) AND Unicode-3.0",
             "Apache-2.0 WITH LLVM-exception",
         ] {
             assert!(!is_free(other), "{other}");

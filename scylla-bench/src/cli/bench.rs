@@ -41,9 +41,11 @@ impl Bench {
             overrides.push(Override::new("run.batches", batches));
         }
         overrides.extend(self.rate.map(|rate| Override::new("run.rate", rate)));
-        if let Some(TraceKind::Dense) = self.trace {
-            overrides.push(Override::new("run.trace", "dense"));
-        }
+        let kind = self.trace.map(|kind| match kind {
+            TraceKind::Dense => "dense",
+            TraceKind::Light => "light",
+        });
+        overrides.extend(kind.map(|kind| Override::new("run.trace", kind)));
         overrides.extend(Override::parse_all(&self.set)?);
         let experiment = Experiment::load(self.experiment.as_deref(), &overrides)?;
         let mut session = open_session(&experiment)?;

@@ -47,7 +47,7 @@ pub(super) struct Sweep {
     #[arg(long, value_enum, default_value = "local")]
     executor: Executor,
     /// Run one setting of the grid only, all its budgets: what the tasks of an array are
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", conflicts_with = "executor")]
     task: Option<usize>,
     /// Read a folder of results, gathered from any number of machines, as one sweep
     #[arg(long, value_name = "DIR", conflicts_with_all = ["config", "grid", "output", "task"])]

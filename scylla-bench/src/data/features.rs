@@ -679,8 +679,16 @@ impl Features {
                 continue;
             }
             let n = self.documents.all[document].tokens.len();
-            let (_, ids) = self.shards.stored(&format!("{document}.top"), &[n, k])?;
-            let (_, p) = self.shards.stored(&format!("{document}.p"), &[n, k])?;
+            let (kind, ids) = self.shards.stored(&format!("{document}.top"), &[n, k])?;
+            let (of, p) = self.shards.stored(&format!("{document}.p"), &[n, k])?;
+            if (kind, of) != (Dtype::I32, Dtype::F32) {
+                return Err(Error::file(
+                    &self.dir,
+                    format!(
+                        "tokens {kind:?} and probabilities {of:?} of piece {document}; expected I32 and F32"
+                    ),
+                ));
+            }
             let own = from * k * 4..(from + range.len()) * k * 4;
             let ids = ids[own.clone()].as_chunks().0.iter();
             found.ids.extend(ids.map(|b| i32::from_le_bytes(*b) as u32));
@@ -721,9 +729,15 @@ impl Features {
                 continue;
             }
             let n = self.documents.all[document].tokens.len();
-            let (_, bytes) = self
+            let (kind, bytes) = self
                 .shards
                 .stored(&format!("{document}.states"), &[n, width])?;
+            if kind != Dtype::BF16 {
+                return Err(Error::file(
+                    &self.dir,
+                    format!("states of piece {document} are {kind:?}; expected BF16"),
+                ));
+            }
             for row in from..from + range.len() {
                 for (values, place) in values.iter_mut().zip(&places) {
                     let at = (row * width + place * h) * 2;

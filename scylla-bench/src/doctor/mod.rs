@@ -140,6 +140,11 @@ pub fn doctor(
             "which one: --draft {name}:DIR (draft.dir)"
         )));
     };
+    if let Some(key) = experiment.draft.settings.keys().next() {
+        return Err(Error::Experiment(format!(
+            "draft.{key} is not looked at: a doctor takes the draft as its files have it, in a dynamic tree"
+        )));
+    }
     let dir = scylla_core::assets::resolve(&dir.to_string_lossy(), &mut |_| {})?;
     let shape = session.target.model.shape();
     let mut from = Checkpoint::open(&dir, layouts, &shape, WeightForm::AsIs)?;
@@ -169,18 +174,21 @@ pub fn doctor(
         ("taps", &usual_taps(&from, shape.layers)),
         ("rope", &rope_said(&like)),
     ];
-    let mut measure = |reading: &Reading, session: &mut Session| -> Result<Measured> {
+    let mut measure = |reading: &Reading,
+                       session: &mut Session|
+     -> Result<std::result::Result<Measured, String>> {
         from.config.clone_from(&reading.config);
         from.map = reading.map;
-        let mut draft = serving_with(&from, reading, session, &tree)?;
-        scored(&tester, session, &mut draft, &states, reading, stop)
+        match serving_with(&from, reading, session, &tree) {
+            Ok(mut draft) => scored(&tester, session, &mut draft, &states, reading, stop).map(Ok),
+            Err(Error::Core(e)) => Ok(Err(e.to_string())),
+            Err(e) => Err(e),
+        }
     };
     told("as given");
-    let first = measure(&given, session);
-    let (refused, base) = match first {
+    let (refused, base) = match measure(&given, session)? {
         Ok(measured) => (None, measured),
-        Err(Error::Core(e)) => (Some(e.to_string()), Measured::none(&tester)),
-        Err(e) => return Err(e),
+        Err(reason) => (Some(reason), Measured::none(&tester)),
     };
     let mut findings = Vec::new();
     for Variant {
@@ -193,15 +201,11 @@ pub fn doctor(
         told(&format!("{check}: {instead}"));
         let mut finding = Finding::said(check, instead, found);
         finding.suspect = usual.contains(&(*check, instead));
-        match measure(reading, session) {
-            Ok(measured) => {
-                finding.tau_if_undone = Some(measured.tau);
-                finding.gain = Some(measured.over(&base));
-                finding.first = Some(measured.first);
-            }
-            // A map that cannot be read so, for one.
-            Err(Error::Core(_)) => {}
-            Err(e) => return Err(e),
+        // A map that cannot be read so, for one, leaves it at that.
+        if let Ok(measured) = measure(reading, session)? {
+            finding.tau_if_undone = Some(measured.tau);
+            finding.gain = Some(measured.over(&base));
+            finding.first = Some(measured.first);
         }
         findings.push(finding);
     }
@@ -284,6 +288,7 @@ fn compared(
     let mut all = Vec::new();
     let expected = usual_taps(from, target.layers.len());
     all.push(Finding::said("files: taps", expected, said(taps)));
+    let known = default_taps(target.layers.len()).is_ok();
     if let (Some(own), Some(like)) = (backbone.layers.first(), target.layers.first()) {
         all.push(Finding::said(
             "files: rope",
@@ -297,8 +302,8 @@ fn compared(
         eps(target.norm_eps),
         eps(backbone.eps),
     ));
-    let known = session.known_tokens();
-    let found = match from.draft_ids(known) {
+    let known_tokens = session.known_tokens();
+    let found = match from.draft_ids(known_tokens) {
         Err(e) => e.to_string(),
         Ok(ids) => {
             let said: Vec<u32> = tester
@@ -329,6 +334,14 @@ fn compared(
         session.target_hash()?,
         found,
     ));
+    for finding in &mut all {
+        finding.suspect = match finding.check.as_str() {
+            "files: vocabulary" => from.draft_ids(known_tokens).is_err(),
+            "files: target" => finding.found != finding.expected && finding.found != "not said",
+            "files: taps" => known && finding.found != finding.expected,
+            _ => finding.found != finding.expected,
+        };
+    }
     Ok(all)
 }
 

@@ -141,6 +141,14 @@ impl Plan {
                 twice[0]
             )));
         }
+        for axis in grid {
+            if let Some(why) = refused(&axis.key, grid) {
+                return Err(Error::Experiment(format!("--grid {}: {why}", axis.key)));
+            }
+            if axis.values.is_empty() {
+                return Err(Error::Experiment(format!("--grid {}: no value", axis.key)));
+            }
+        }
         let budgets = grid.iter().find(|axis| axis.key == TOKENS);
         let others: Vec<&Axis> = grid.iter().filter(|axis| axis.key != TOKENS).collect();
         let mut settings: Vec<Vec<(&str, Value)>> = vec![Vec::new()];
@@ -190,6 +198,26 @@ impl Plan {
     /// All runs.
     pub fn runs(&self) -> impl Iterator<Item = &Planned> {
         self.units.iter().flat_map(|unit| &unit.runs)
+    }
+}
+
+/// Why a key is none of a grid: a sweep has one target and machine, and settles some fields itself.
+fn refused(key: &str, grid: &[Axis]) -> Option<&'static str> {
+    let budgets = grid.iter().any(|axis| axis.key == TOKENS);
+    match key {
+        "run.seed" => Some("seeds are --seeds"),
+        "evaluate.every" => Some("drafts are compared behind their last step"),
+        _ if key == "run" || key.starts_with("run.") => {
+            Some("a sweep runs on one device, in one way")
+        }
+        _ if key == "target" || key.starts_with("target.") => {
+            Some("a sweep has one target; another one is another sweep")
+        }
+        "stage.tokens" | "stage.steps" if budgets => Some("the budgets are data.tokens"),
+        "stage.schedule.shape" | "stage.schedule.cooldown" if budgets => {
+            Some("budgets that share a trunk cool down from a constant rate (--cooldown)")
+        }
+        _ => None,
     }
 }
 

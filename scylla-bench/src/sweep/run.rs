@@ -165,6 +165,15 @@ fn trunk_job(unit: &Unit, dir: &Path, is_done: &dyn Fn(&Planned) -> bool) -> Opt
         .collect();
     forks.sort_unstable();
     forks.dedup();
+    // A trunk that begins anew has to come by every branch that is not begun.
+    let behind = forks.first().copied().unwrap_or(u64::MAX);
+    let later = |run: &&Planned| folder.join(fork_name(run.start)).exists() && run.start > behind;
+    let again = unit
+        .runs
+        .iter()
+        .filter(|run| !is_done(run) && !begun(run) && run.start > 0);
+    forks.extend(again.filter(later).map(|run| run.start));
+    forks.sort_unstable();
     let last = *forks.last()?;
     let mut experiment = trunk.experiment.clone();
     // As far as it is needed now.
@@ -246,10 +255,7 @@ fn train_trunks(
         // A grid may have grown: the trunk goes on, or begins anew where it is beyond what is asked of it now.
         let at = branch(session, &job.dir, &checkpoint, &job.experiment, &job.dir)?;
         if job.forks.first().is_some_and(|&first| at > first) {
-            for name in [CHECKPOINT, METRICS] {
-                let path = job.dir.join(name);
-                std::fs::remove_file(&path).map_err(Error::io(&path))?;
-            }
+            begin_anew(&job.dir)?;
         }
     }
     let experiments: Vec<_> = jobs
@@ -258,6 +264,18 @@ fn train_trunks(
         .collect();
     let mut trainer = Trainer::new(session, &experiments, true, stop, told)?;
     trainer.trunk(&jobs[0].forks, stop, told)
+}
+
+/// Removes a trunk's state, and what was kept aside of it.
+fn begin_anew(dir: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(dir).map_err(Error::io(dir))? {
+        let path = entry.map_err(Error::io(dir))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name == CHECKPOINT || name == METRICS || name.starts_with("fork-") {
+            std::fs::remove_file(&path).map_err(Error::io(&path))?;
+        }
+    }
+    Ok(())
 }
 
 fn train_branches(

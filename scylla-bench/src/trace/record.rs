@@ -172,7 +172,20 @@ impl Recorder<'_> {
                 if answer.is_empty() {
                     continue;
                 }
-                let (places, most) = self.places(&ids, &answer)?;
+                let (places, most) = match self.places(&ids, &answer) {
+                    Ok(found) => found,
+                    // Where a draft has no candidates at all there is nothing to go on with.
+                    Err(e) if writer.texts == 0 => return Err(e),
+                    Err(e) => {
+                        skipped.push(Skipped {
+                            prompt: prompt.id.clone(),
+                            turn,
+                            draft: Some(self.name.clone()),
+                            reason: format!("not traced: {e}"),
+                        });
+                        break;
+                    }
+                };
                 let text = Text {
                     prompt: prompt.id.clone(),
                     task: prompt.category.clone(),

@@ -22,7 +22,7 @@ use scylla_core::files;
 use super::experiment::TrainExperiment;
 use super::feed::Taught;
 use crate::context::parse;
-use crate::drafts::HEAD;
+use crate::drafts::{HEAD, read_ids};
 use crate::session::Session;
 use crate::{Error, Result};
 
@@ -176,7 +176,14 @@ impl Learner {
                 let ids = from.draft_ids(session.known_tokens())?;
                 Some(ids.targets())
             }
-            _ => None,
+            DraftConfig::Eagle3(_) => None,
+            _ => {
+                let head = dir.join(HEAD);
+                match head.is_file() {
+                    true => Some(read_ids(&head)?),
+                    false => None,
+                }
+            }
         };
         let named = parameters(&from, &host.on)?;
         Ok((from.config.clone(), ids, named))

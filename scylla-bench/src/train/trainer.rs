@@ -213,6 +213,7 @@ impl<'s> Trainer<'s> {
             .map_err(place)?;
             if let Some(kept) = &source.kept {
                 kept.states(&lines, &taps).map_err(place)?;
+                kept.top(&lines).map_err(place)?;
             }
         }
         let tester = Tester::new(session, first, stop)?;
