@@ -10,7 +10,7 @@ use super::gather::read;
 use super::{FORMAT, Plan, Planned, SUMMARY, Summary, Unit, VERSION};
 use crate::session::Session;
 use crate::train::{
-    CHECKPOINT, Learner, METRICS, OnTold, Told, TrainExperiment, Trainer, branch, fork_name,
+    BEST, CHECKPOINT, Learner, METRICS, OnTold, Told, TrainExperiment, Trainer, branch, fork_name,
 };
 use crate::{Error, Result};
 
@@ -55,6 +55,12 @@ pub fn sweep(
     stop: &AtomicBool,
     told: OnTold<'_>,
 ) -> Result<Swept> {
+    for unit in &plan.units {
+        let trunk = unit.trunk.iter().map(|t| &t.name);
+        for name in unit.runs.iter().map(|run| &run.name).chain(trunk) {
+            drop_unfinished(&dir.join(name))?;
+        }
+    }
     let mut done: Vec<Summary> = Vec::new();
     for run in plan.runs() {
         // What is wrong with a run of the grid is said before any other is paid for.
@@ -127,6 +133,23 @@ pub fn sweep(
         skipped,
         failed,
     })
+}
+
+/// Removes files that a run was killed in the middle of writing; they get their names when they are whole.
+fn drop_unfinished(folder: &Path) -> Result<()> {
+    for dir in [folder.to_path_buf(), folder.join(BEST)] {
+        let Ok(entries) = std::fs::read_dir(&dir) else {
+            continue;
+        };
+        for entry in entries {
+            let path = entry.map_err(Error::io(&dir))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if name.starts_with(".tmp") && path.is_file() {
+                std::fs::remove_file(&path).map_err(Error::io(&path))?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The result of a run that is done.
