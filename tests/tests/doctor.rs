@@ -537,30 +537,13 @@ fn mistakes_around_the_shipped_draft_are_named_first() {
 
 /// Minutes: `cargo nextest run -p scylla-tests --test doctor --run-ignored only`.
 #[test]
-#[ignore = "trains drafts for the default model, which takes minutes"]
-fn a_mistake_of_the_trainer_is_named_first_for_the_default_model() {
+#[ignore = "trains a draft for the default model, which takes minutes"]
+fn a_sound_draft_for_the_default_model_is_found_sound() {
     let Some(mut place) = Place::smollm2() else {
         return;
     };
-    let shifted = Wrong {
-        shift: 1,
-        ..Wrong::default()
-    };
-    for (wrong, check, instead) in [
-        (Wrong::default(), "ok", ""),
-        (shifted, "pairing", "token i beside feature i"),
-    ] {
-        let dir = train(&mut place, "eagle2", "", 1, wrong, 300);
-        let report = place.look("eagle2", &dir);
-        let undone = report.findings[0].tau_if_undone;
-        println!(
-            "{check}: tau {} as given, {undone:?} undone, {:?}",
-            report.tau, report.findings[0].gain
-        );
-        match check {
-            "ok" => assert_eq!(report.verdict, "ok", "{report:#?}"),
-            _ => named(&report, check, instead, check),
-        }
-        std::fs::remove_dir_all(dir).expect("removed");
-    }
+    let dir = train(&mut place, "eagle2", "", 1, Wrong::default(), 300);
+    let report = place.look("eagle2", &dir);
+    assert_eq!(report.verdict, "ok", "{report:#?}");
+    assert!(report.tau > 1.3, "{report:#?}");
 }
