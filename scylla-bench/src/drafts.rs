@@ -98,8 +98,14 @@ fn head(context: &DraftContext<'_>, own: &WeightSettings) -> Result<Option<Arc<[
     Ok(Some(ids.into()))
 }
 
+/// The tokens of the truncated head that training has left in a draft's folder.
+pub(crate) fn kept_head(dir: &Path) -> Result<Option<Vec<u32>>> {
+    let path = dir.join(HEAD);
+    path.is_file().then(|| read_ids(&path)).transpose()
+}
+
 /// Reads ids, one per line; what follows an id on its line (a count) is not looked at.
-pub(crate) fn read_ids(path: &Path) -> Result<Vec<u32>> {
+fn read_ids(path: &Path) -> Result<Vec<u32>> {
     let text = read_text(path)?;
     let lines = text
         .lines()

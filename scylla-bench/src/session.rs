@@ -10,7 +10,7 @@ use scylla_core::Target;
 use scylla_core::assets::{self, OnProgress};
 use scylla_core::engine::{Draft, Engine, Measured, Options, Parts, Request};
 use scylla_core::model::{LoadOptions, Loaded, ModelFiles, parse_device};
-use scylla_core::plugin::{BudgetPolicy, DraftModel, Verifier};
+use scylla_core::plugin::{BudgetPolicy, DraftModel, Matrix, Verifier};
 use scylla_core::text::{Message, Tokenizer};
 
 use crate::context::DraftContext;
@@ -165,6 +165,13 @@ impl Session {
     pub fn known_tokens(&self) -> usize {
         let vocab = self.target.config.vocab;
         self.tokenizer.as_ref().map_or(vocab, |t| t.size())
+    }
+
+    /// Rows of the target's head `[ids, H]`.
+    pub(crate) fn head_rows(&self, ids: &[u32]) -> scylla_core::Result<Matrix> {
+        let mut rows = Matrix::default();
+        self.target.tokens.head.rows(ids, &mut rows)?;
+        Ok(rows)
     }
 
     /// Makes the draft, the rule and the policy of an experiment.

@@ -23,7 +23,7 @@ use super::packing::Lines;
 use crate::session::Session;
 use crate::{Error, Result};
 
-pub(super) const INDEX: &str = "features.json";
+const INDEX: &str = "features.json";
 const LISTING: &str = "model.safetensors.index.json";
 const VERSION: u32 = 1;
 
@@ -263,12 +263,8 @@ pub(super) fn keep_given(
 ) -> Result<Kept> {
     let begun = std::time::Instant::now();
     std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
-    if dir.join(INDEX).exists()
-        || std::fs::read_dir(dir)
-            .map_err(Error::io(dir))?
-            .next()
-            .is_some()
-    {
+    let mut there = std::fs::read_dir(dir).map_err(Error::io(dir))?;
+    if there.next().is_some() {
         return Err(Error::file(dir, "is not empty; choose another --output"));
     }
     let mut index = Index {

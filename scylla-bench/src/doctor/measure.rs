@@ -13,7 +13,7 @@ use scylla_core::tree::{Budget, Drawing, Tree};
 use scylla_draft::checkpoint::{Pairing, Reading};
 
 use crate::session::Session;
-use crate::train::{SLOT, Tester, states_of};
+use crate::train::{SLOT, Tester, states_of, tell};
 use crate::{Error, Result};
 
 /// The target's states of all answers, for all variants.
@@ -24,7 +24,11 @@ pub(super) struct States {
 }
 
 impl States {
-    pub(super) fn of(session: &mut Session, tester: &Tester, wanted: Vec<Tap>) -> Result<Self> {
+    pub(super) fn of(
+        session: &mut Session,
+        tester: &Tester,
+        wanted: impl Iterator<Item = Tap>,
+    ) -> Result<Self> {
         let mut taps: Vec<Tap> = Vec::new();
         for tap in wanted {
             if !taps.contains(&tap) {
@@ -64,8 +68,6 @@ pub(super) struct Measured {
     pub(super) tau: f64,
     /// By answer and place, tokens of what the target says next that the draft holds probable.
     scores: Vec<Vec<f64>>,
-    /// Share of places where the draft's most probable token is what the target says.
-    pub(super) first: f64,
 }
 
 impl Measured {
@@ -75,7 +77,6 @@ impl Measured {
             |a: &crate::train::Answer| vec![0.0; (a.text.len() - a.prompt).saturating_sub(1)];
         Self {
             tau: 1.0,
-            first: 0.0,
             scores: tester.answers.iter().map(places).collect(),
         }
     }
@@ -115,7 +116,6 @@ pub(super) fn scored(
 ) -> Result<Measured> {
     let context = session.target.model.shape().context;
     let (mut cycles, mut scores): (Vec<Cycle>, _) = (Vec::new(), Vec::new());
-    let mut firsts = (0.0, 0.0);
     for (i, answer) in tester.answers.iter().enumerate() {
         if stop.load(Ordering::Relaxed) {
             return Err(Error::Interrupted(String::new()));
@@ -127,11 +127,9 @@ pub(super) fn scored(
                 true => tester
                     .along(draft, answer, &fed, context, i as u64)
                     .map(|found| cycles.extend(found)),
-                false => along(draft, &answer.text, answer.prompt, &fed).map(|found| {
-                    firsts.0 += found.iter().map(|place| place.0).sum::<f64>();
-                    firsts.1 += found.len() as f64;
-                    scores.push(found.into_iter().map(|place| place.1).collect());
-                }),
+                false => {
+                    along(draft, &answer.text, answer.prompt, &fed).map(|found| scores.push(found))
+                }
             };
             draft.close(SLOT);
             done?;
@@ -139,31 +137,22 @@ pub(super) fn scored(
     }
     Ok(Measured {
         tau: scylla_core::engine::tau(&cycles).unwrap_or(1.0),
-        first: firsts.0 / f64::max(firsts.1, 1.0),
         scores,
     })
 }
 
-/// Of each place of an answer whether the draft's best token is the target's (1 or 0), and the score of all levels.
+/// The score of each place of an answer.
 fn along(
     draft: &mut Box<dyn DraftModel>,
     text: &[u32],
     prompt: usize,
     fed: &[Matrix],
-) -> Result<Vec<(f64, f64)>> {
+) -> Result<Vec<f64>> {
     let (sampling, mut chance) = (Sampling::default(), Seeded::new(0, 0));
     let mut scores = Vec::new();
     let mut told = 0;
     for root in prompt..text.len().saturating_sub(1) {
-        let first = if told == 0 { 0 } else { told + 1 };
-        let path: Vec<usize> = (told..root).collect();
-        draft.observe(&[Committed {
-            slot: SLOT,
-            tokens: &text[first..=root],
-            path: &path,
-            taps: fed,
-        }])?;
-        told = root;
+        tell(draft, text, fed, &mut told, root)?;
         let follows = &text[root + 1..text.len().min(root + 1 + LEVELS)];
         let found = draft.candidates(
             &mut Request {
@@ -180,18 +169,15 @@ fn along(
             },
             follows,
         )?;
-        let (mut at, mut score, mut first) = (0, 0.0, None);
+        let (mut at, mut score) = (0, 0.0);
         for &token in follows {
             let Some(next) = found.child(at, token) else {
                 break;
             };
             score += (1.0 - found.logs[next] / FLOOR).max(0.0);
-            first.get_or_insert(f64::from(
-                Some(next) == found.children[0].as_ref().map(|c| c.start),
-            ));
             at = next;
         }
-        scores.push((first.unwrap_or(0.0), score));
+        scores.push(score);
     }
     Ok(scores)
 }

@@ -24,7 +24,7 @@ use scylla_draft::tree::TreeSettings;
 use serde::Serialize;
 
 use crate::context::DraftContext;
-use crate::drafts::{HEAD, read_ids};
+use crate::drafts::kept_head;
 use crate::experiment::Experiment;
 use crate::session::Session;
 use crate::train::{Fed, Tester, TrainExperiment, compute, serving};
@@ -44,8 +44,6 @@ pub struct Finding {
     pub tau_if_undone: Option<f64>,
     /// What a place of the target's answers gains by it, in tokens held probable, with its standard error over answers.
     pub gain: Option<(f64, f64)>,
-    /// Share of places where the draft's most probable token then is what the target says.
-    pub first: Option<f64>,
     /// Whether the draft differs in this from what its target, or usage, would have.
     pub suspect: bool,
 }
@@ -100,7 +98,6 @@ impl Finding {
             found: found.into(),
             tau_if_undone: None,
             gain: None,
-            first: None,
             suspect: false,
         }
     }
@@ -163,11 +160,8 @@ pub fn doctor(
             stop,
         )?;
     }
-    let wanted: Vec<Tap> = all
-        .iter()
-        .chain([&as_variant(&given)])
-        .flat_map(|v| v.reading.taps.clone())
-        .collect();
+    let readings = all.iter().map(|v| &v.reading).chain([&given]);
+    let wanted = readings.flat_map(|reading| reading.taps.clone());
     let states = States::of(session, &tester, wanted)?;
     let tree = TreeSettings::default();
     let usual = [
@@ -205,7 +199,6 @@ pub fn doctor(
         if let Ok(measured) = measure(reading, session)? {
             finding.tau_if_undone = Some(measured.tau);
             finding.gain = Some(measured.over(&base));
-            finding.first = Some(measured.first);
         }
         findings.push(finding);
     }
@@ -231,15 +224,6 @@ pub fn doctor(
         prompts: tester.answers.len(),
         tokens: tester.answers.iter().map(|a| a.text.len() - a.prompt).sum(),
     })
-}
-
-fn as_variant(given: &Reading) -> Variant {
-    Variant {
-        check: "",
-        found: String::new(),
-        instead: String::new(),
-        reading: given.clone(),
-    }
 }
 
 /// The network of a reading, grown into trees.
@@ -386,10 +370,9 @@ fn scale(
 
 /// The tokens of a truncated head, where the draft's folder has them.
 fn head_of(from: &Checkpoint) -> Result<Option<Arc<[u32]>>> {
-    let path = from.dir.join(HEAD);
-    match path.is_file() && !matches!(from.config, DraftConfig::Eagle3(_)) {
-        true => Ok(Some(read_ids(&path)?.into())),
-        false => Ok(None),
+    match from.config {
+        DraftConfig::Eagle3(_) => Ok(None),
+        _ => Ok(kept_head(&from.dir)?.map(Into::into)),
     }
 }
 
@@ -410,10 +393,8 @@ fn untrained(from: &Checkpoint, session: &Session) -> Result<Checkpoint> {
         _ => None,
     };
     let head = || {
-        let mut rows = scylla_core::plugin::Matrix::default();
         let targets = ids.as_ref().map(Ids::targets).unwrap_or_default();
-        session.target.tokens.head.rows(&targets, &mut rows)?;
-        Ok(rows.all()?.into_owned())
+        Ok(session.head_rows(&targets)?.all()?.into_owned())
     };
     let named = start(&config, 0, &compute(session, None)?, head)?;
     let tensors = held(&named, &config, ids.as_ref(), Precision::Bf16)?;

@@ -48,12 +48,6 @@ impl Axis {
             values,
         })
     }
-
-    /// As it was written.
-    pub fn said(&self) -> String {
-        let values: Vec<String> = self.values.iter().map(Value::to_string).collect();
-        format!("{}={}", self.key, values.join(","))
-    }
 }
 
 /// A value that stands alone.

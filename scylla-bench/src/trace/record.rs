@@ -18,6 +18,7 @@ use crate::bench::Skipped;
 use crate::experiment::Experiment;
 use crate::prompts::Prompt;
 use crate::session::Session;
+use crate::train::SLOT;
 use crate::{Error, Result};
 
 /// Writes a trace text by text. One that cannot be written whole is taken back, and those before it stay.
@@ -102,9 +103,6 @@ pub struct Recorder<'a> {
     /// Its budget, sampling and limits.
     pub spec: &'a Experiment,
 }
-
-/// The slot that texts are recorded in: no engine runs meanwhile.
-const SLOT: usize = 0;
 
 impl Recorder<'_> {
     /// The first line of the trace.

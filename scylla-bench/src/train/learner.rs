@@ -22,7 +22,7 @@ use scylla_core::files;
 use super::experiment::TrainExperiment;
 use super::feed::Taught;
 use crate::context::parse;
-use crate::drafts::{HEAD, read_ids};
+use crate::drafts::{HEAD, kept_head};
 use crate::session::Session;
 use crate::{Error, Result};
 
@@ -58,9 +58,7 @@ pub fn recipe_of(
             match ids {
                 None => Box::new(recipe),
                 Some(ids) => {
-                    let mut rows = Matrix::default();
-                    session.target.tokens.head.rows(ids, &mut rows)?;
-                    let head = Head::frozen(on, on.bring(&rows)?)?;
+                    let head = Head::frozen(on, on.bring(&session.head_rows(ids)?)?)?;
                     let ids = Ids::mapped(ids.to_vec(), session.target.config.vocab)?;
                     Box::new(recipe.with_head(head, ids))
                 }
@@ -111,10 +109,8 @@ impl Learner {
             None => {
                 let config = Self::network(experiment, target)?;
                 let head = || {
-                    let mut rows = Matrix::default();
                     let ids = ids.clone().unwrap_or_default();
-                    session.target.tokens.head.rows(&ids, &mut rows)?;
-                    Ok(rows.all()?.into_owned())
+                    Ok(session.head_rows(&ids)?.all()?.into_owned())
                 };
                 let mut named = start(&config, experiment.run.seed, &host.on, head)?;
                 let shape: DraftShape = parse("draft", experiment.draft.shape.clone())?;
@@ -177,13 +173,7 @@ impl Learner {
                 Some(ids.targets())
             }
             DraftConfig::Eagle3(_) => None,
-            _ => {
-                let head = dir.join(HEAD);
-                match head.is_file() {
-                    true => Some(read_ids(&head)?),
-                    false => None,
-                }
-            }
+            _ => kept_head(dir)?,
         };
         let named = parameters(&from, &host.on)?;
         Ok((from.config.clone(), ids, named))

@@ -19,6 +19,6 @@ pub(crate) use learner::{Fed, serving};
 pub use learner::{Learner, recipe_of};
 pub use run::{BEST, Best, CHECKPOINT, METRICS, Metrics, Outcome, Times};
 pub use tau::{Answer, PromptTau, Tau, Tester};
-pub(crate) use tau::{SLOT, states_of};
+pub(crate) use tau::{SLOT, states_of, tell};
 pub use trainer::{OnTold, Report, Told, Trainer, compute};
 pub(crate) use trainer::{branch, fork_name};

@@ -319,16 +319,7 @@ impl Tester {
             context,
         };
         let cycles = walk(&along, &mut |root, budget| {
-            // Tokens run one ahead of states: those up to the root are known, and the states before it.
-            let first = if told == 0 { 0 } else { told + 1 };
-            let path: Vec<usize> = (told..root).collect();
-            draft.observe(&[Committed {
-                slot: SLOT,
-                tokens: &answer.text[first..=root],
-                path: &path,
-                taps: states,
-            }])?;
-            told = root;
+            tell(draft, &answer.text, states, &mut told, root)?;
             chance.at(root + 1);
             let asked = Asked {
                 slot: SLOT,
@@ -384,6 +375,26 @@ impl Tester {
         };
         Ok((both, by_prompt))
     }
+}
+
+/// Tells a draft of a text what comes up to a root, behind what it was told. Tokens run one ahead of states: those up to the
+/// root are known, and the states before it.
+pub(crate) fn tell(
+    draft: &mut Box<dyn DraftModel>,
+    text: &[u32],
+    states: &[Matrix],
+    told: &mut usize,
+    root: usize,
+) -> scylla_core::Result<()> {
+    let first = if *told == 0 { 0 } else { *told + 1 };
+    let path: Vec<usize> = (*told..root).collect();
+    *told = root;
+    draft.observe(&[Committed {
+        slot: SLOT,
+        tokens: &text[first..=root],
+        path: &path,
+        taps: states,
+    }])
 }
 
 /// The target's states of a whole text, as the engine computes them, one matrix a tap.
