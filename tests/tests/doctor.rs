@@ -77,7 +77,14 @@ impl Place {
                       Scientists have found|The river runs|If you want to|My grandmother used to|There are many|The first step is|\
                       Once upon a time|The government said|She opened the door|Water is a|The computer was|Music can|Every morning he|\
                       The forest is|In order to|He had never|The price of|Many people believe|The best way to|During the war|A small town";
-        let asked = starts.split('|').step_by(4).enumerate();
+        let others = "Birds fly south|The old house|Learning a new language|The teacher asked|On the first day|Plants need light|The city was built|\
+                      When the train arrived,|A healthy diet|The story begins|Most scientists agree|After dinner, the family|The king ordered|\
+                      To solve this problem,";
+        let asked = starts
+            .split('|')
+            .step_by(4)
+            .chain(others.split('|'))
+            .enumerate();
         let asked = asked.map(|(i, text)| json!({"id": i, "prompt": text}).to_string());
         std::fs::write(
             dir.path().join("set.jsonl"),
@@ -171,7 +178,7 @@ fn said(session: &mut Session, starts: Vec<Vec<u32>>) -> Vec<Document> {
 /// What a trainer gets wrong.
 #[derive(Clone, Copy, Default)]
 struct Wrong {
-    /// Features before the final norm.
+    /// Features before the final norm; what the target says is right all the same.
     before_norm: bool,
     /// Rows by which features are off, and with them what is learned.
     shift: isize,
@@ -203,25 +210,31 @@ fn train(
     let form = (!large).then_some(scylla_core::kernels::ProductForm::F32);
     let on = compute(&place.session, form).expect("kernels");
     let host = TrainHost::new(&on, &place.session.target.tokens).expect("a host");
-    let ids: Vec<u32> = (0..LETTERS as u32).filter(|id| id % 9 != 8).collect();
+    let ids: Vec<u32> = match large {
+        false => (0..LETTERS as u32).filter(|id| id % 9 != 8).collect(),
+        true => often(&place.documents, 1024),
+    };
     let ids = (name == "eagle3").then_some(ids);
     let mut learner = Learner::begin(&experiment, &place.session, &host, ids).expect("a learner");
     let taps = learner.taps();
     learner.fed_by(&taps).expect("its states");
     let layers = place.session.target.model.shape().layers;
-    let fed: Vec<Tap> = taps
-        .iter()
-        .map(|tap| match (tap, wrong.before_norm) {
-            (Tap::Final, true) => Tap::Input(layers),
-            _ => *tap,
-        })
-        .collect();
+    let mut fed = taps.clone();
+    if wrong.before_norm {
+        let early = |tap: &mut Tap| *tap = Tap::Input(layers);
+        fed.iter_mut().filter(|t| **t == Tap::Final).for_each(early);
+        fed.push(Tap::Final);
+    }
     let documents = std::mem::take(&mut place.documents);
     let mut stream = Stream::new(&documents, 64, seed, Position::default()).expect("a stream");
     let settings = AdamWSettings::default();
     for step in 0..steps {
         let lines = stream.lines(8).expect("lines");
         let mut taught = teach(&mut *place.session.target.model, lines, &fed).expect("taught");
+        if wrong.before_norm {
+            let normed = taught.states.pop().expect("the final state");
+            taught.logits = Some(host.head.logits(&on, &normed).expect("logits"));
+        }
         let last = taught.states.len() - usize::from(wrong.features_alone);
         for state in &mut taught.states[..last] {
             let rows = shifted(&taught.lines.rows.documents, wrong.shift);
@@ -239,6 +252,19 @@ fn train(
     let dir = place.path(&format!("{name}-{seed}"));
     learner.export(&place.session, &dir).expect("written");
     dir
+}
+
+/// The most frequent tokens, ascending.
+fn often(documents: &[Document], count: usize) -> Vec<u32> {
+    let mut times = std::collections::BTreeMap::<u32, usize>::new();
+    for &token in documents.iter().flat_map(|d| &d.tokens) {
+        *times.entry(token).or_default() += 1;
+    }
+    let mut ids: Vec<u32> = times.keys().copied().collect();
+    ids.sort_by_key(|id| std::cmp::Reverse(times[id]));
+    ids.truncate(count);
+    ids.sort_unstable();
+    ids
 }
 
 /// For each row the row of its document that is `shift` further.
@@ -487,6 +513,18 @@ fn sound_drafts_are_found_sound_whatever_the_seed() {
 
 #[test]
 fn mistakes_around_the_shipped_draft_are_named_first() {
+    around_the_shipped_draft(&[0, 3]);
+}
+
+/// Minutes: `cargo nextest run -p scylla-tests --test doctor --run-ignored only`.
+#[test]
+#[ignore = "measures the shipped draft under six mistakes, which takes minutes"]
+fn each_mistake_around_the_shipped_draft_is_named_first() {
+    around_the_shipped_draft(&[0, 1, 2, 3, 4, 5]);
+}
+
+/// Makes these of [`mistakes`].
+fn around_the_shipped_draft(which: &[usize]) {
     let Some(model) = default_model("mistakes around the shipped draft") else {
         return;
     };
@@ -523,11 +561,9 @@ fn mistakes_around_the_shipped_draft_are_named_first() {
     assert_eq!(sound.verdict, "ok", "{sound:#?}");
     let place = tempfile::tempdir().expect("a folder");
     let to = place.path().join("wrong");
-    // One of each kind.
-    let some = mistakes([2, 15, 27], 100000.0, 10000.0)
-        .into_iter()
-        .enumerate();
-    for (_, (check, instead, make)) in some.filter(|(i, _)| [0, 2, 3, 5].contains(i)) {
+    let all = mistakes([2, 15, 27], 100000.0, 10000.0);
+    let made = all.into_iter().enumerate();
+    for (_, (check, instead, make)) in made.filter(|(i, _)| which.contains(i)) {
         copied(&draft, &to, &make);
         let report = look(&to);
         named(&report, check, &instead, check);
@@ -537,13 +573,41 @@ fn mistakes_around_the_shipped_draft_are_named_first() {
 
 /// Minutes: `cargo nextest run -p scylla-tests --test doctor --run-ignored only`.
 #[test]
-#[ignore = "trains a draft for the default model, which takes minutes"]
-fn a_sound_draft_for_the_default_model_is_found_sound() {
+#[ignore = "trains drafts for the default model, which takes minutes"]
+fn mistakes_of_a_trainer_for_the_default_model_are_named_first() {
     let Some(mut place) = Place::smollm2() else {
         return;
     };
-    let dir = train(&mut place, "eagle2", "", 1, Wrong::default(), 300);
-    let report = place.look("eagle2", &dir);
-    assert_eq!(report.verdict, "ok", "{report:#?}");
-    assert!(report.tau > 1.3, "{report:#?}");
+    let sound = Wrong::default();
+    let early = Wrong {
+        before_norm: true,
+        ..sound
+    };
+    let ahead = Wrong { shift: 1, ..sound };
+    let scylla = ", layers = 1";
+    let cases = [
+        ("eagle2", "", sound, 300, "ok", ""),
+        ("scylla", scylla, sound, 300, "ok", ""),
+        ("scylla", scylla, early, 300, "feature", "before the norm"),
+        // The token that is there already adds little, so what was learned of it takes time to show.
+        (
+            "eagle2",
+            "",
+            ahead,
+            700,
+            "pairing",
+            "token i beside feature i",
+        ),
+    ];
+    for (name, more, wrong, steps, check, instead) in cases {
+        let dir = train(&mut place, name, more, 1, wrong, steps);
+        let report = place.look(name, &dir);
+        if check == "ok" {
+            assert_eq!(report.verdict, "ok", "{name}: {report:#?}");
+            assert!(report.tau > 1.3, "{name}: {report:#?}");
+        } else {
+            named(&report, check, instead, name);
+        }
+        std::fs::remove_dir_all(dir).expect("removed");
+    }
 }

@@ -86,7 +86,7 @@ const GAIN: f64 = 0.02;
 /// ...so many standard errors above none...
 const SURE: f64 = 3.0;
 /// ...and tau by this share.
-const TAU: f64 = 1.02;
+const TAU: f64 = 1.01;
 /// What is unusual may be undone where a place loses no more than so many standard errors.
 const HARM: f64 = 2.0;
 

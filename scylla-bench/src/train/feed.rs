@@ -13,6 +13,8 @@ pub struct Taught {
     pub lines: Lines,
     /// The target's states `[M, H]`, one for each of the taps asked for.
     pub states: Vec<Matrix>,
+    /// Its logits `[M, V]`, where they do not follow from these states.
+    pub logits: Option<Matrix>,
     /// Its most probable tokens, where they were kept.
     pub top: Option<TopProbabilities>,
 }
@@ -84,6 +86,7 @@ pub fn teach(target: &mut dyn TargetModel, lines: Lines, taps: &[Tap]) -> Result
     Ok(Taught {
         lines,
         states,
+        logits: None,
         top: None,
     })
 }

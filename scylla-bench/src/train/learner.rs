@@ -184,18 +184,21 @@ impl Learner {
         self.recipe.taps()
     }
 
+    /// The first of them, which it needs even where what the target says is kept.
+    pub fn needed(&self) -> Vec<Tap> {
+        let mut taps = self.recipe.taps();
+        taps.truncate(taps.len() - self.recipe.spared());
+        taps
+    }
+
     /// Says which of a batch's states are its own, by the taps they are of.
     ///
     /// # Errors
     /// If one is missing, which is a defect.
     pub fn fed_by(&mut self, taps: &[Tap]) -> Result<()> {
         let place = |tap: &Tap| taps.iter().position(|t| t == tap);
-        let mut wanted = self.taps();
-        // An EAGLE-3 draft's last: what the target says may be kept in its place.
-        if matches!(self.config, DraftConfig::Eagle3(_)) && !taps.contains(&Tap::Final) {
-            wanted.retain(|tap| *tap != Tap::Final);
-        }
-        let found: Option<Vec<usize>> = wanted.iter().map(place).collect();
+        let whole = self.taps().iter().map(place).collect::<Option<Vec<_>>>();
+        let found = whole.or_else(|| self.needed().iter().map(place).collect());
         self.taps = found.ok_or_else(|| {
             Error::Experiment("a state of the target that is not computed".into())
         })?;
@@ -217,7 +220,7 @@ impl Learner {
             tokens: &taught.lines.tokens,
             mask: &taught.lines.mask,
             taps: &taps,
-            logits: None,
+            logits: taught.logits.as_ref(),
             top: taught.top.as_ref(),
             seed,
             beyond: false,

@@ -187,13 +187,13 @@ impl<'s> Trainer<'s> {
             };
             *tap == Tap::Final && data.iter().all(without)
         };
-        let eagle3 = runs
-            .iter()
-            .all(|r| matches!(r.learner.config, DraftConfig::Eagle3(_)));
-        for tap in runs.iter().flat_map(|r| r.learner.taps()) {
-            let kept = eagle3 && said(&tap);
-            if !kept && !taps.contains(&tap) {
-                taps.push(tap);
+        for run in &runs {
+            let (all, needed) = (run.learner.taps(), run.learner.needed().len());
+            for (i, tap) in all.into_iter().enumerate() {
+                let wanted = i < needed || !said(&tap);
+                if wanted && !taps.contains(&tap) {
+                    taps.push(tap);
+                }
             }
         }
         for run in &mut runs {
@@ -470,6 +470,7 @@ impl<'s> Trainer<'s> {
         match kept {
             Some(kept) => Ok(Taught {
                 states: kept.states(&lines, &self.taps)?,
+                logits: None,
                 top: kept.top(&lines)?,
                 lines,
             }),

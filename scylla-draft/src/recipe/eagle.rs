@@ -10,7 +10,7 @@ use rand::{RngExt, SeedableRng};
 use scylla_core::plugin::{Matrix, Tap};
 use scylla_core::train::graph::{
     Compared, GraphStack, Head, Parameters, StepCache, Tape, Teacher, Value, beside, divergence,
-    linear, probabilities, rms_norm, smooth_l1,
+    linear, probabilities, probabilities_of, rms_norm, smooth_l1,
 };
 use scylla_core::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -207,9 +207,17 @@ impl Recipe for EagleRecipe {
             (mix.top, mix.k) = (set.top_weight, set.top_k);
             (said_weight, name) = (1.0, "said");
         }
-        let taught = match &self.truncated {
-            Some((_, ids)) => Some(probabilities(&host.on, &goals, &host.head, &ids.targets())?),
-            None => None,
+        let listed = match (&self.truncated, batch.logits) {
+            (Some((_, ids)), _) => Some(ids.targets()),
+            (None, Some(logits)) => Some((0..logits.columns as u32).collect()),
+            (None, None) => None,
+        };
+        let taught = match (listed, batch.logits) {
+            (None, _) => None,
+            (Some(ids), None) => Some(probabilities(&host.on, &goals, &host.head, &ids)?),
+            (Some(ids), Some(logits)) => {
+                Some(probabilities_of(&host.on, &host.on.bring(logits)?, &ids)?)
+            }
         };
         let head = self.truncated.as_ref().map_or(&host.head, |(head, _)| head);
         let said_by = |goal: usize| match (&taught, &self.truncated) {

@@ -260,6 +260,10 @@ impl Recipe for Eagle3Recipe {
         taps
     }
 
+    fn spared(&self) -> usize {
+        1
+    }
+
     fn loss(
         &self,
         tape: &mut Tape,

@@ -217,6 +217,11 @@ pub struct BatchLoss {
 pub trait Recipe: Send + Sync {
     /// States of the target that it needs of every row.
     fn taps(&self) -> Vec<Tap>;
+    /// How many of these, the last ones, only tell what the target says: a batch may come without them where it has
+    /// [`Batch::top`] or [`Batch::logits`].
+    fn spared(&self) -> usize {
+        0
+    }
     /// The loss of a batch; the tape is seeded with its gradient. Where no row counts it is 0, and its steps say so.
     ///
     /// # Errors
