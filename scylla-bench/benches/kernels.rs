@@ -141,8 +141,12 @@ fn of_prefill(pool: &Pool) {
         let (w, x) = (values(n * k), values(m * k));
         let wide = Weight::f32(&w, k);
         let layers = [
-            ("q8_0", wide.to_q8_0().expect("whole blocks"), Operand::Byte),
-            ("q4", wide.to_q4().expect("whole blocks"), Operand::Byte),
+            (
+                "q8_0",
+                wide.to_q8_0().expect("whole blocks"),
+                Operand::Eight,
+            ),
+            ("q4", wide.to_q4().expect("whole blocks"), Operand::Four),
             ("bf16", wide.to_bf16(), Operand::Bf16),
             ("f32", wide, Operand::F32),
         ]

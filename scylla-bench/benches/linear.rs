@@ -16,10 +16,10 @@ fn main() {
     let pool = pool();
     let data = memory();
     let forms: [(&str, Operand, Reform); 4] = [
-        ("q8_0", Operand::Byte, |w| {
+        ("q8_0", Operand::Eight, |w| {
             w.to_q8_0().expect("whole blocks")
         }),
-        ("q4", Operand::Byte, |w| w.to_q4().expect("whole blocks")),
+        ("q4", Operand::Four, |w| w.to_q4().expect("whole blocks")),
         ("bf16", Operand::Bf16, |w| w.to_bf16()),
         ("f32", Operand::F32, |w| w),
     ];

@@ -5,7 +5,7 @@
 
 use super::memory::Buffer;
 use super::pool::Pool;
-use super::simd::{InstructionSet, Simd, dispatch};
+use super::simd::{InstructionSet, Limits, Simd, dispatch};
 use super::tiles::{self, Part, Product};
 use super::{SharedOut, SharedValues, TILE};
 
@@ -214,8 +214,8 @@ impl<W: Element> Product for Rows<'_, W> {
 
     /// With few rows enough sums to hide the latency of the additions, with more as many as the registers hold.
     #[inline(always)]
-    fn wide(rows: usize, _: usize) -> usize {
-        if rows <= 6 { 4 } else { 3 }
+    fn wide(rows: usize, limits: Limits) -> usize {
+        (limits.sums / rows).clamp(1, 4)
     }
 
     fn ahead(_: usize) -> usize {

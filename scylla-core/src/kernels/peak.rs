@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::Pool;
 use super::simd::{InstructionSet, Line, Simd, dispatch};
 
-/// Independent sums: enough to hide the latency of an addition.
+/// Independent sums: enough to hide the latency of an addition, where registers hold as many.
 const SUMS: usize = 16;
 const ROUNDS: usize = if cfg!(miri) { 2 } else { 20_000 };
 
@@ -17,8 +17,10 @@ pub enum Operand {
     F32,
     /// Pairs of bf16, added up in f32.
     Bf16,
-    /// Fours of bytes, added up as integers.
-    Byte,
+    /// Fours of weights of eight bits and of activations, added up as integers.
+    Eight,
+    /// The same with weights of four bits, whose sums are widened when they may be full.
+    Four,
 }
 
 /// Multiply-adds a second of all threads together, on registers alone.
@@ -35,8 +37,11 @@ pub fn multiply_adds(pool: &Pool, of: Operand) -> f64 {
                 Operand::Bf16 => {
                     dispatch!(level, pairs(): () <>);
                 }
-                Operand::Byte => {
-                    dispatch!(level, bytes(): () <>);
+                Operand::Eight => {
+                    dispatch!(level, eights(): () <>);
+                }
+                Operand::Four => {
+                    dispatch!(level, fours(): () <>);
                 }
             }
         }
@@ -44,9 +49,13 @@ pub fn multiply_adds(pool: &Pool, of: Operand) -> f64 {
     let width = match of {
         Operand::F32 => 16,
         Operand::Bf16 => 32,
-        Operand::Byte => 64,
+        Operand::Eight | Operand::Four => 64,
     };
-    let each = SUMS * ROUNDS * width;
+    let sums = match (of, level.limits().sums) {
+        (Operand::Bf16, sums) => sums * 2 / 3, // two registers hold the weights
+        (_, sums) => sums,
+    };
+    let each = sums.min(SUMS) * ROUNDS * width;
     (portions * each) as f64 / begun.elapsed().as_secs_f64()
 }
 
@@ -55,7 +64,7 @@ fn floats<S: Simd>() {
     let (a, b) = (S::splat(black_box(0.5)), S::splat(black_box(1.0)));
     let mut sums = [S::zero(); SUMS];
     for _ in 0..ROUNDS {
-        for sum in &mut sums {
+        for sum in sums.iter_mut().take(S::SUMS) {
             *sum = S::fma(*sum, a, b);
         }
     }
@@ -68,7 +77,7 @@ fn pairs<S: Simd>() {
     let x = black_box([0x3f80, 0xbf80]);
     let mut sums = [S::zero(); SUMS];
     for _ in 0..ROUNDS {
-        for sum in &mut sums {
+        for sum in sums.iter_mut().take(S::SUMS * 2 / 3) {
             *sum = S::dot_pairs(*sum, w, x);
         }
     }
@@ -76,16 +85,38 @@ fn pairs<S: Simd>() {
 }
 
 #[inline(always)]
-fn bytes<S: Simd>() {
-    let w = S::load_line(black_box(&Line([3; 64])));
-    let x = black_box([1i8, -2, 3, -4]);
+fn eights<S: Simd>() {
+    let w = S::eight(S::load_line(black_box(&Line([3; 64]))));
+    let x = black_box([[1i8, -2, 3, -4]; 2 * SUMS]);
     let mut sums = [S::splat_i(0); SUMS];
-    for _ in 0..ROUNDS {
-        for sum in &mut sums {
-            *sum = S::dot(*sum, w, x);
+    for round in 0..ROUNDS {
+        // Others each time: a product that was there before would not be computed.
+        let x = &x[round % SUMS..];
+        for (sum, x) in sums.iter_mut().zip(x).take(S::SUMS) {
+            *sum = S::dot_eight(*sum, w, *x);
         }
     }
     black_box(sums.map(|s| S::sum(S::to_f32(s))));
+}
+
+#[inline(always)]
+fn fours<S: Simd>() {
+    let w = S::load_line(black_box(&Line([3; 64])));
+    let x = black_box([[1i8, -2, 3, -4]; 2 * SUMS]);
+    let mut whole = [S::splat_i(0); SUMS];
+    for round in 0..ROUNDS / 8 {
+        let mut sums = [S::begin_small(0); SUMS];
+        for i in 0..8 {
+            let x = &x[(round + i) % SUMS..];
+            for (sum, x) in sums.iter_mut().zip(x).take(S::SUMS) {
+                *sum = S::dot_small(*sum, w, *x);
+            }
+        }
+        for (whole, sum) in whole.iter_mut().zip(sums).take(S::SUMS) {
+            *whole = S::add_i(*whole, S::end_small(sum, 0));
+        }
+    }
+    black_box(whole.map(|s| S::sum(S::to_f32(s))));
 }
 
 #[cfg(test)]
@@ -95,7 +126,7 @@ mod tests {
     #[test]
     fn rates_are_positive_numbers() {
         let pool = Pool::new(2);
-        for of in [Operand::F32, Operand::Bf16, Operand::Byte] {
+        for of in [Operand::F32, Operand::Bf16, Operand::Eight, Operand::Four] {
             let rate = multiply_adds(&pool, of);
             assert!(
                 rate.is_finite() && rate > if cfg!(miri) { 0.0 } else { 1e6 },

@@ -12,7 +12,7 @@ use half::f16;
 use super::memory::Buffer;
 use super::pool::Pool;
 use super::product::{pair, units_mut};
-use super::simd::{InstructionSet, Line, Simd, dispatch, quantize};
+use super::simd::{InstructionSet, Limits, Line, Simd, dispatch, quantize};
 use super::tiles::{self, Part, Product};
 use super::{SharedOut, SharedValues, TILE};
 
@@ -340,11 +340,17 @@ fn quantize_panel<S: Simd>(x: &[f32], k: usize, room: usize, to: Quantized<'_>) 
 trait Form: Sync {
     /// Lines that hold a pair of groups.
     const PER_PAIR: usize;
-    /// What each stored value lies above the weight over its scale, as a right shift of 128.
-    const BIAS_SHIFT: Option<u32>;
     const OFFSET: bool;
-    /// A pair of groups, each of four consecutive weights.
-    fn pair<S: Simd>(lines: &[Line]) -> [S::B; 2];
+    /// Sixteen times four consecutive weights.
+    type Group<S: Simd>: Copy;
+    /// A pair of groups.
+    fn pair<S: Simd>(lines: &[Line]) -> [Self::Group<S>; 2];
+    /// Sums of the products of a block.
+    type Sums<S: Simd>: Copy;
+    /// Where they begin; `start` is -128 times the sum of the activations.
+    fn begin<S: Simd>(start: i32) -> Self::Sums<S>;
+    fn dot<S: Simd>(sums: Self::Sums<S>, w: Self::Group<S>, x: [i8; 4]) -> Self::Sums<S>;
+    fn end<S: Simd>(sums: Self::Sums<S>, start: i32) -> S::I;
 }
 
 struct Eight;
@@ -359,31 +365,71 @@ fn nibbles<S: Simd>(line: &Line) -> [S::B; 2] {
 
 impl Form for Eight {
     const PER_PAIR: usize = 2;
-    const BIAS_SHIFT: Option<u32> = Some(0);
     const OFFSET: bool = false;
+    type Group<S: Simd> = S::Eight;
     #[inline(always)]
-    fn pair<S: Simd>(lines: &[Line]) -> [S::B; 2] {
-        [S::load_line(&lines[0]), S::load_line(&lines[1])]
+    fn pair<S: Simd>(lines: &[Line]) -> [S::Eight; 2] {
+        let [a, b] = [S::load_line(&lines[0]), S::load_line(&lines[1])];
+        [S::eight(a), S::eight(b)]
+    }
+    type Sums<S: Simd> = S::I;
+    #[inline(always)]
+    fn begin<S: Simd>(start: i32) -> S::I {
+        S::splat_i(if S::ABOVE { start } else { 0 })
+    }
+    #[inline(always)]
+    fn dot<S: Simd>(sums: S::I, w: S::Eight, x: [i8; 4]) -> S::I {
+        S::dot_eight(sums, w, x)
+    }
+    #[inline(always)]
+    fn end<S: Simd>(sums: S::I, _: i32) -> S::I {
+        sums
     }
 }
 
 impl Form for Four {
     const PER_PAIR: usize = 1;
-    const BIAS_SHIFT: Option<u32> = Some(4);
     const OFFSET: bool = false;
+    type Group<S: Simd> = S::B;
     #[inline(always)]
     fn pair<S: Simd>(lines: &[Line]) -> [S::B; 2] {
         nibbles::<S>(&lines[0])
+    }
+    type Sums<S: Simd> = S::Small;
+    #[inline(always)]
+    fn begin<S: Simd>(start: i32) -> S::Small {
+        S::begin_small(start >> 4)
+    }
+    #[inline(always)]
+    fn dot<S: Simd>(sums: S::Small, w: S::B, x: [i8; 4]) -> S::Small {
+        S::dot_small(sums, w, x)
+    }
+    #[inline(always)]
+    fn end<S: Simd>(sums: S::Small, start: i32) -> S::I {
+        S::end_small(sums, start >> 4)
     }
 }
 
 impl Form for FourWithOffset {
     const PER_PAIR: usize = 1;
-    const BIAS_SHIFT: Option<u32> = None;
     const OFFSET: bool = true;
+    type Group<S: Simd> = S::B;
     #[inline(always)]
     fn pair<S: Simd>(lines: &[Line]) -> [S::B; 2] {
         nibbles::<S>(&lines[0])
+    }
+    type Sums<S: Simd> = S::Small;
+    #[inline(always)]
+    fn begin<S: Simd>(_: i32) -> S::Small {
+        S::begin_small(0)
+    }
+    #[inline(always)]
+    fn dot<S: Simd>(sums: S::Small, w: S::B, x: [i8; 4]) -> S::Small {
+        S::dot_small(sums, w, x)
+    }
+    #[inline(always)]
+    fn end<S: Simd>(sums: S::Small, _: i32) -> S::I {
+        S::end_small(sums, 0)
     }
 }
 
@@ -451,11 +497,11 @@ impl<F: Form> Product for Rows<'_, F> {
 
     /// With more than two rows an activation is loaded for two tiles, where registers allow.
     #[inline(always)]
-    fn wide(rows: usize, most: usize) -> usize {
+    fn wide(rows: usize, limits: Limits) -> usize {
         match rows {
             0..=2 => 1,
             9.. if F::OFFSET => 1,
-            _ => most,
+            _ => limits.wide,
         }
     }
 
@@ -510,22 +556,23 @@ impl<F: Form> Product for Rows<'_, F> {
                     S::prefetch(&lines[t][0], next * per_block + part.pass * share + j);
                 }
             }
-            let mut dots = [[S::splat_i(0); T]; R];
-            if let Some(shift) = F::BIAS_SHIFT {
-                for r in 0..R {
-                    dots[r] = [S::splat_i(x_start[b][r] >> shift); T];
-                }
+            let mut dots = [[F::begin::<S>(0); T]; R];
+            for r in 0..R {
+                dots[r] = [F::begin::<S>(x_start[b][r]); T];
             }
             for i in 0..pairs {
                 let at = b * per_block + i * F::PER_PAIR;
-                let mut groups = [[S::zero_line(); 2]; T];
-                for t in 0..T {
+                let mut groups = [F::pair::<S>(&lines[0][at..at + F::PER_PAIR]); T];
+                for t in 1..T {
                     groups[t] = F::pair::<S>(&lines[t][at..at + F::PER_PAIR]);
                 }
-                for g in 0..2 {
+                for (g, group) in [0, PAIRS].into_iter().enumerate() {
                     for r in 0..R {
                         for t in 0..T {
-                            dots[r][t] = S::dot(dots[r][t], groups[t][g], x[r][i + g * PAIRS]);
+                            // A check would tell the compiler how often the loop runs at most, and it would lay it out.
+                            // SAFETY: `i` is below `pairs`, which is `PAIRS`: `black_box` gives back what it is given.
+                            let x = unsafe { *x[r].get_unchecked(group + i) };
+                            dots[r][t] = F::dot::<S>(dots[r][t], groups[t][g], x);
                         }
                     }
                 }
@@ -533,7 +580,8 @@ impl<F: Form> Product for Rows<'_, F> {
             for t in 0..T {
                 let scale = S::widen(&scales[t][b]);
                 for r in 0..R {
-                    let scaled = S::mul(S::to_f32(dots[r][t]), S::splat(x_scale[b][r]));
+                    let whole = S::to_f32(F::end::<S>(dots[r][t], x_start[b][r]));
+                    let scaled = S::mul(whole, S::splat(x_scale[b][r]));
                     acc[r][t] = S::fma(scaled, scale, acc[r][t]);
                     if F::OFFSET {
                         let offset = S::widen(&offsets[t][b]);

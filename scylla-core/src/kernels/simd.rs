@@ -47,6 +47,8 @@ pub(super) trait Simd: Copy {
     fn widen(x: &[f16; 16]) -> Self::V;
     /// Asks for the cache line that holds `from + at`; it need not lie within the allocation.
     fn prefetch<T>(from: &T, at: usize);
+    /// Sums of sixteen lanes that registers hold beside what is added to them.
+    const SUMS: usize;
     /// Rows that a panel of products keeps in registers, at most.
     const ROWS: usize;
     /// Tiles of quantised weights that some rows pass together.
@@ -60,21 +62,32 @@ pub(super) trait Simd: Copy {
     /// Sixteen i32 lanes.
     type I: Copy;
     fn splat_i(x: i32) -> Self::I;
+    /// `a + b`
+    fn add_i(a: Self::I, b: Self::I) -> Self::I;
     /// The lanes as f32.
     fn to_f32(i: Self::I) -> Self::V;
     /// 64 unsigned bytes, four for each lane.
     type B: Copy;
-    #[inline(always)]
-    fn zero_line() -> Self::B {
-        Self::load_line(&Line([0; 64]))
-    }
     fn load_line(x: &Line) -> Self::B;
     /// The lower four bits of each byte.
     fn low(b: Self::B) -> Self::B;
     /// The upper four bits of each byte.
     fn high(b: Self::B) -> Self::B;
-    /// Adds to each lane the products of its four bytes with the four signed bytes of `x`; none of those is -128.
-    fn dot(acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I;
+    /// Weights `q` of eight bits, of which a line stores `q + 128`, as products take them.
+    type Eight: Copy;
+    fn eight(b: Self::B) -> Self::Eight;
+    /// Whether [`Simd::dot_eight`] multiplies `q + 128`, and not `q`.
+    const ABOVE: bool;
+    /// Adds to each lane the products of its four weights with the four signed bytes of `x`; none of those is -128.
+    fn dot_eight(acc: Self::I, w: Self::Eight, x: [i8; 4]) -> Self::I;
+    /// Sums of products with weights of four bits, in each lane.
+    type Small: Copy;
+    /// Sums that begin at `start`.
+    fn begin_small(start: i32) -> Self::Small;
+    /// As [`Simd::dot_eight`], with bytes of at most 15; eight times between beginning and end, at most.
+    fn dot_small(acc: Self::Small, w: Self::B, x: [i8; 4]) -> Self::Small;
+    /// The sums; `start` is the one they began at.
+    fn end_small(acc: Self::Small, start: i32) -> Self::I;
 }
 
 /// 64 bytes on a cache line.
@@ -174,12 +187,17 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn prefetch<T>(_: &T, _: usize) {}
+    const SUMS: usize = 4;
     const ROWS: usize = 4;
     const WIDE: usize = 1;
     type I = [i32; 16];
     #[inline(always)]
     fn splat_i(x: i32) -> Self::I {
         [x; 16]
+    }
+    #[inline(always)]
+    fn add_i(a: Self::I, b: Self::I) -> Self::I {
+        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
     }
     #[inline(always)]
     fn to_f32(i: Self::I) -> Self::V {
@@ -198,12 +216,31 @@ impl Simd for Portable {
     fn high(b: Self::B) -> Self::B {
         b.map(|b| b >> 4)
     }
+    type Eight = [u8; 64];
     #[inline(always)]
-    fn dot(acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I {
+    fn eight(b: Self::B) -> Self::Eight {
+        b
+    }
+    const ABOVE: bool = true;
+    #[inline(always)]
+    fn dot_eight(acc: Self::I, w: Self::Eight, x: [i8; 4]) -> Self::I {
         std::array::from_fn(|lane| {
             let fours = (0..4).map(|i| i32::from(w[lane * 4 + i]) * i32::from(x[i]));
             acc[lane].wrapping_add(fours.sum::<i32>())
         })
+    }
+    type Small = [i32; 16];
+    #[inline(always)]
+    fn begin_small(start: i32) -> Self::Small {
+        [start; 16]
+    }
+    #[inline(always)]
+    fn dot_small(acc: Self::Small, w: Self::B, x: [i8; 4]) -> Self::Small {
+        Self::dot_eight(acc, w, x)
+    }
+    #[inline(always)]
+    fn end_small(acc: Self::Small, _: i32) -> Self::I {
+        acc
     }
 }
 
@@ -216,9 +253,9 @@ mod x86 {
     use half::f16;
     use std::arch::x86_64::*;
 
-    /// AVX2 with FMA: two registers of eight lanes. Used only after both were detected.
+    /// AVX2 with FMA: two registers of eight lanes; where `VNNI`, with products of bytes. Used only after all were detected.
     #[derive(Clone, Copy)]
-    pub(in super::super) struct Avx2;
+    pub(in super::super) struct Avx2<const VNNI: bool>;
 
     /// AVX-512 F, BW and VL; where `VNNI`, with products of bytes, and where `BF16`, with products of bf16 pairs. Used
     /// only after all were detected.
@@ -228,7 +265,38 @@ mod x86 {
     // SAFETY of every block below: `InstructionSet::detect` hands these types out only where the processor has the
     // features they name, and each load is bounds-checked on the line before it or of a type of its length.
 
-    impl Simd for Avx2 {
+    /// See [`Simd::exp`].
+    #[inline(always)]
+    unsafe fn exp8(v: __m256) -> __m256 {
+        use super::super::exponential::{EXP, LN2_HIGH, LN2_LOW};
+        unsafe {
+            let splat = |x: f32| _mm256_set1_ps(x);
+            // As in the wider form.
+            let v = _mm256_max_ps(splat(-104.0), v);
+            let v = _mm256_min_ps(splat(89.0), v);
+            let n = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(
+                _mm256_mul_ps(v, splat(std::f32::consts::LOG2_E)),
+            );
+            let r = _mm256_fnmadd_ps(n, splat(LN2_HIGH), v);
+            let r = _mm256_fnmadd_ps(n, splat(LN2_LOW), r);
+            let mut p = splat(EXP[0]);
+            for c in &EXP[1..] {
+                p = _mm256_fmadd_ps(p, r, splat(*c));
+            }
+            let p = _mm256_fmadd_ps(p, _mm256_mul_ps(r, r), _mm256_add_ps(r, splat(1.0)));
+            // 2^n in two factors: n reaches -150, where one factor alone would leave the range.
+            let whole = _mm256_cvtps_epi32(n);
+            let half = _mm256_srai_epi32::<1>(whole);
+            let rest = _mm256_sub_epi32(whole, half);
+            let one = _mm256_set1_epi32(127);
+            let first = _mm256_slli_epi32::<23>(_mm256_add_epi32(half, one));
+            let second = _mm256_slli_epi32::<23>(_mm256_add_epi32(rest, one));
+            let p = _mm256_mul_ps(p, _mm256_castsi256_ps(first));
+            _mm256_mul_ps(p, _mm256_castsi256_ps(second))
+        }
+    }
+
+    impl<const VNNI: bool> Simd for Avx2<VNNI> {
         const FMA: bool = true;
         type V = (__m256, __m256);
         #[inline(always)]
@@ -322,12 +390,65 @@ mod x86 {
             let at = std::ptr::from_ref(from).wrapping_add(at).cast();
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at) }
         }
+        #[inline(always)]
+        fn exp(v: Self::V) -> Self::V {
+            unsafe { (exp8(v.0), exp8(v.1)) }
+        }
+        const SUMS: usize = 6;
         const ROWS: usize = 4;
         const WIDE: usize = 1;
+        #[inline(always)]
+        fn quantize(x: &[f32; 32], q: &mut [[i8; 4]; 8]) -> (f32, i32) {
+            let q = q.as_flattened_mut().as_mut_ptr();
+            unsafe {
+                let mut v = [_mm256_setzero_ps(); 4];
+                // As whole numbers: NaN and infinity are larger than all else.
+                let mut largest = _mm256_setzero_si256();
+                for (i, v) in v.iter_mut().enumerate() {
+                    *v = _mm256_loadu_ps(x.as_ptr().add(8 * i));
+                    let magnitude =
+                        _mm256_and_si256(_mm256_castps_si256(*v), _mm256_set1_epi32(i32::MAX));
+                    largest = _mm256_max_epu32(largest, magnitude);
+                }
+                let half = _mm_max_epu32(
+                    _mm256_castsi256_si128(largest),
+                    _mm256_extracti128_si256::<1>(largest),
+                );
+                let half = _mm_max_epu32(half, _mm_shuffle_epi32::<0b01_00_11_10>(half));
+                let half = _mm_max_epu32(half, _mm_shuffle_epi32::<0b10_11_00_01>(half));
+                let largest = f32::from_bits(_mm_cvtsi128_si32(half) as u32);
+                let d = match largest.is_finite() {
+                    true => largest / 127.0,
+                    false => f32::NAN,
+                };
+                let inverse = _mm256_set1_ps(if d > 0.0 { 1.0 / d } else { 0.0 });
+                let mut whole = [_mm256_setzero_si256(); 4];
+                for (to, v) in whole.iter_mut().zip(v) {
+                    *to = _mm256_cvtps_epi32(_mm256_mul_ps(v, inverse));
+                }
+                let [a, b, c, e] = whole;
+                let sum = _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, e));
+                let sum = _mm_add_epi32(
+                    _mm256_castsi256_si128(sum),
+                    _mm256_extracti128_si256::<1>(sum),
+                );
+                let sum = _mm_add_epi32(sum, _mm_shuffle_epi32::<0b01_00_11_10>(sum));
+                let sum = _mm_add_epi32(sum, _mm_shuffle_epi32::<0b10_11_00_01>(sum));
+                // Both packs work in halves of registers, which leaves fours out of order.
+                let bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, e));
+                let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+                _mm256_storeu_si256(q.cast(), _mm256_permutevar8x32_epi32(bytes, order));
+                (d, _mm_cvtsi128_si32(sum))
+            }
+        }
         type I = (__m256i, __m256i);
         #[inline(always)]
         fn splat_i(x: i32) -> Self::I {
             unsafe { (_mm256_set1_epi32(x), _mm256_set1_epi32(x)) }
+        }
+        #[inline(always)]
+        fn add_i(a: Self::I, b: Self::I) -> Self::I {
+            unsafe { (_mm256_add_epi32(a.0, b.0), _mm256_add_epi32(a.1, b.1)) }
         }
         #[inline(always)]
         fn to_f32(i: Self::I) -> Self::V {
@@ -350,20 +471,75 @@ mod x86 {
         fn high(b: Self::B) -> Self::B {
             unsafe { Self::low((_mm256_srli_epi16::<4>(b.0), _mm256_srli_epi16::<4>(b.1))) }
         }
+        /// The weights as they are stored and nothing, where bytes are multiplied whole; else their magnitudes and themselves.
+        type Eight = [(__m256i, __m256i); 2];
         #[inline(always)]
-        fn dot(acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I {
+        fn eight(b: Self::B) -> Self::Eight {
+            unsafe {
+                if VNNI {
+                    return [b, (_mm256_setzero_si256(), _mm256_setzero_si256())];
+                }
+                let top = _mm256_set1_epi8(-128);
+                let signed = (_mm256_xor_si256(b.0, top), _mm256_xor_si256(b.1, top));
+                let magnitude = (_mm256_abs_epi8(signed.0), _mm256_abs_epi8(signed.1));
+                [magnitude, signed]
+            }
+        }
+        const ABOVE: bool = VNNI;
+        #[inline(always)]
+        fn dot_eight(acc: Self::I, w: Self::Eight, x: [i8; 4]) -> Self::I {
             unsafe {
                 let x = _mm256_set1_epi32(i32::from_le_bytes(x.map(|x| x as u8)));
-                // Two products of a whole byte do not fit an i16, so its upper bit goes apart.
-                let half = |acc: __m256i, w: __m256i| {
-                    let low = _mm256_and_si256(w, _mm256_set1_epi8(127));
-                    let top = _mm256_and_si256(_mm256_srli_epi16::<7>(w), _mm256_set1_epi8(1));
-                    let low = _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), _mm256_set1_epi16(1));
-                    let top =
-                        _mm256_madd_epi16(_mm256_maddubs_epi16(top, x), _mm256_set1_epi16(128));
-                    _mm256_add_epi32(acc, _mm256_add_epi32(low, top))
-                };
-                (half(acc.0, w.0), half(acc.1, w.1))
+                let [w, signed] = w;
+                if VNNI {
+                    return (
+                        _mm256_dpbusd_avx_epi32(acc.0, w.0, x),
+                        _mm256_dpbusd_avx_epi32(acc.1, w.1, x),
+                    );
+                }
+                // The sign of the weight goes to the activation. Two products, of 128 and 127 at most, fit an i16.
+                let ones = _mm256_set1_epi16(1);
+                let low = _mm256_maddubs_epi16(w.0, _mm256_sign_epi8(x, signed.0));
+                let high = _mm256_maddubs_epi16(w.1, _mm256_sign_epi8(x, signed.1));
+                (
+                    _mm256_add_epi32(acc.0, _mm256_madd_epi16(low, ones)),
+                    _mm256_add_epi32(acc.1, _mm256_madd_epi16(high, ones)),
+                )
+            }
+        }
+        /// Without products of bytes two i16 to a lane: sixteen products of 15 and 127 fit one.
+        type Small = (__m256i, __m256i);
+        #[inline(always)]
+        fn begin_small(start: i32) -> Self::Small {
+            Self::splat_i(if VNNI { start } else { 0 })
+        }
+        #[inline(always)]
+        fn dot_small(acc: Self::Small, w: Self::B, x: [i8; 4]) -> Self::Small {
+            unsafe {
+                let x = _mm256_set1_epi32(i32::from_le_bytes(x.map(|x| x as u8)));
+                match VNNI {
+                    true => (
+                        _mm256_dpbusd_avx_epi32(acc.0, w.0, x),
+                        _mm256_dpbusd_avx_epi32(acc.1, w.1, x),
+                    ),
+                    false => (
+                        _mm256_add_epi16(acc.0, _mm256_maddubs_epi16(w.0, x)),
+                        _mm256_add_epi16(acc.1, _mm256_maddubs_epi16(w.1, x)),
+                    ),
+                }
+            }
+        }
+        #[inline(always)]
+        fn end_small(acc: Self::Small, start: i32) -> Self::I {
+            if VNNI {
+                return acc;
+            }
+            unsafe {
+                let (ones, start) = (_mm256_set1_epi16(1), _mm256_set1_epi32(start));
+                (
+                    _mm256_add_epi32(start, _mm256_madd_epi16(acc.0, ones)),
+                    _mm256_add_epi32(start, _mm256_madd_epi16(acc.1, ones)),
+                )
             }
         }
     }
@@ -463,6 +639,7 @@ mod x86 {
                 _mm512_scalef_ps(p, n)
             }
         }
+        const SUMS: usize = 24;
         const ROWS: usize = 10;
         const WIDE: usize = 2;
         #[inline(always)]
@@ -495,6 +672,10 @@ mod x86 {
             unsafe { _mm512_set1_epi32(x) }
         }
         #[inline(always)]
+        fn add_i(a: Self::I, b: Self::I) -> Self::I {
+            unsafe { _mm512_add_epi32(a, b) }
+        }
+        #[inline(always)]
         fn to_f32(i: Self::I) -> Self::V {
             unsafe { _mm512_cvtepi32_ps(i) }
         }
@@ -511,19 +692,56 @@ mod x86 {
         fn high(b: Self::B) -> Self::B {
             unsafe { Self::low(_mm512_srli_epi16::<4>(b)) }
         }
+        /// The weights as they are stored, where bytes are multiplied whole; else their magnitudes, and which are negative.
+        type Eight = (__m512i, __mmask64);
         #[inline(always)]
-        fn dot(acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I {
+        fn eight(b: Self::B) -> Self::Eight {
+            unsafe {
+                if VNNI {
+                    return (b, 0);
+                }
+                let signed = _mm512_xor_si512(b, _mm512_set1_epi8(-128));
+                (_mm512_abs_epi8(signed), _mm512_movepi8_mask(signed))
+            }
+        }
+        const ABOVE: bool = VNNI;
+        #[inline(always)]
+        fn dot_eight(acc: Self::I, w: Self::Eight, x: [i8; 4]) -> Self::I {
             unsafe {
                 let x = _mm512_set1_epi32(i32::from_le_bytes(x.map(|x| x as u8)));
+                let (w, negative) = w;
                 if VNNI {
                     return _mm512_dpbusd_epi32(acc, w, x);
                 }
                 // As for AVX2.
-                let low = _mm512_and_si512(w, _mm512_set1_epi8(127));
-                let top = _mm512_and_si512(_mm512_srli_epi16::<7>(w), _mm512_set1_epi8(1));
-                let low = _mm512_madd_epi16(_mm512_maddubs_epi16(low, x), _mm512_set1_epi16(1));
-                let top = _mm512_madd_epi16(_mm512_maddubs_epi16(top, x), _mm512_set1_epi16(128));
-                _mm512_add_epi32(acc, _mm512_add_epi32(low, top))
+                let x = _mm512_mask_sub_epi8(x, negative, _mm512_setzero_si512(), x);
+                let pairs = _mm512_maddubs_epi16(w, x);
+                _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))
+            }
+        }
+        type Small = __m512i;
+        #[inline(always)]
+        fn begin_small(start: i32) -> Self::Small {
+            Self::splat_i(if VNNI { start } else { 0 })
+        }
+        #[inline(always)]
+        fn dot_small(acc: Self::Small, w: Self::B, x: [i8; 4]) -> Self::Small {
+            unsafe {
+                let x = _mm512_set1_epi32(i32::from_le_bytes(x.map(|x| x as u8)));
+                match VNNI {
+                    true => _mm512_dpbusd_epi32(acc, w, x),
+                    false => _mm512_add_epi16(acc, _mm512_maddubs_epi16(w, x)),
+                }
+            }
+        }
+        #[inline(always)]
+        fn end_small(acc: Self::Small, start: i32) -> Self::I {
+            if VNNI {
+                return acc;
+            }
+            unsafe {
+                let pairs = _mm512_madd_epi16(acc, _mm512_set1_epi16(1));
+                _mm512_add_epi32(_mm512_set1_epi32(start), pairs)
             }
         }
     }
@@ -536,6 +754,8 @@ pub enum InstructionSet {
     Portable,
     /// AVX2 and FMA.
     Avx2,
+    /// The same with AVX-VNNI: products of bytes.
+    AvxVnni,
     /// AVX-512 F, BW and VL.
     Avx512,
     /// The same with VNNI: products of bytes.
@@ -544,33 +764,61 @@ pub enum InstructionSet {
     Avx512Bf16,
 }
 
+/// What registers hold of a product.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// [`Simd::ROWS`]
+    pub(super) rows: usize,
+    /// [`Simd::WIDE`]
+    pub(super) wide: usize,
+    /// [`Simd::SUMS`]
+    pub(super) sums: usize,
+}
+
+impl Limits {
+    #[inline(always)]
+    pub(super) const fn of<S: Simd>() -> Self {
+        Self {
+            rows: S::ROWS,
+            wide: S::WIDE,
+            sums: S::SUMS,
+        }
+    }
+}
+
 impl InstructionSet {
-    /// What the processor offers; `SCYLLA_SIMD=portable|avx2|avx512|vnni` caps it (for tests and comparisons).
+    /// What the processor offers; `SCYLLA_SIMD=portable|avx2|avx-vnni|avx512|vnni` caps it (for tests and comparisons).
     pub fn detect() -> Self {
         static LEVEL: std::sync::OnceLock<InstructionSet> = std::sync::OnceLock::new();
         *LEVEL.get_or_init(|| {
             let cap = match std::env::var("SCYLLA_SIMD").as_deref() {
                 Ok("portable") => InstructionSet::Portable,
                 Ok("avx2") => InstructionSet::Avx2,
+                Ok("avx-vnni") => InstructionSet::AvxVnni,
                 Ok("avx512") => InstructionSet::Avx512,
                 Ok("vnni") => InstructionSet::Avx512Vnni,
                 _ => InstructionSet::Avx512Bf16,
             };
-            Self::of_processor().min(cap)
+            match Self::of_processor().min(cap) {
+                // Not all that have AVX-512 have it.
+                InstructionSet::AvxVnni if !has_avx_vnni() => InstructionSet::Avx2,
+                level => level,
+            }
         })
     }
 
-    /// [`Simd::ROWS`] and [`Simd::WIDE`] of its instruction set.
-    pub(super) fn limits(self) -> (usize, usize) {
-        fn of<S: Simd>() -> (usize, usize) {
-            (S::ROWS, S::WIDE)
-        }
+    /// [`Simd::ROWS`], [`Simd::WIDE`] and [`Simd::SUMS`] of its instruction set.
+    pub(super) fn limits(self) -> Limits {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 | Self::Avx512Vnni | Self::Avx512Bf16 => of::<Avx512<true, true>>(),
+            Self::Avx512 | Self::Avx512Vnni | Self::Avx512Bf16 => {
+                Limits::of::<Avx512<true, true>>()
+            }
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => of::<Avx2>(),
-            _ => of::<Portable>(),
+            Self::AvxVnni => Limits::of::<Avx2<true>>(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => Limits::of::<Avx2<false>>(),
+            _ => Limits::of::<Portable>(),
         }
     }
 
@@ -589,6 +837,7 @@ impl InstructionSet {
             (.., true) => InstructionSet::Avx512Bf16,
             (_, _, true, _) => InstructionSet::Avx512Vnni,
             (_, true, ..) => InstructionSet::Avx512,
+            (true, ..) if has_avx_vnni() => InstructionSet::AvxVnni,
             (true, ..) => InstructionSet::Avx2,
             _ => InstructionSet::Portable,
         }
@@ -598,6 +847,16 @@ impl InstructionSet {
     pub(super) fn of_processor() -> Self {
         InstructionSet::Portable
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_avx_vnni() -> bool {
+    is_x86_feature_detected!("avxvnni")
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn has_avx_vnni() -> bool {
+    false
 }
 
 /// Calls a kernel that is generic over [`Simd`] (first), and over whatever stands in the angle brackets (with the
@@ -618,9 +877,13 @@ macro_rules! dispatch {
             fn avx512<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
                 $kernel::<$crate::kernels::simd::Avx512<false, false> $(, $g)?>($($name),*)
             }
+            #[target_feature(enable = "avxvnni,avx2,fma,f16c")]
+            fn avx_vnni<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
+                $kernel::<$crate::kernels::simd::Avx2<true> $(, $g)?>($($name),*)
+            }
             #[target_feature(enable = "avx2,fma,f16c")]
             fn avx2<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
-                $kernel::<$crate::kernels::simd::Avx2 $(, $g)?>($($name),*)
+                $kernel::<$crate::kernels::simd::Avx2<false> $(, $g)?>($($name),*)
             }
             fn portable<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
                 $kernel::<$crate::kernels::simd::Portable $(, $g)?>($($name),*)
@@ -632,6 +895,8 @@ macro_rules! dispatch {
                 $crate::kernels::simd::InstructionSet::Avx512Vnni => unsafe { avx512_vnni$($(::<$given>)?)?($($arg),*) },
                 // SAFETY: as above.
                 $crate::kernels::simd::InstructionSet::Avx512 => unsafe { avx512$($(::<$given>)?)?($($arg),*) },
+                // SAFETY: as above.
+                $crate::kernels::simd::InstructionSet::AvxVnni => unsafe { avx_vnni$($(::<$given>)?)?($($arg),*) },
                 // SAFETY: as above.
                 $crate::kernels::simd::InstructionSet::Avx2 => unsafe { avx2$($(::<$given>)?)?($($arg),*) },
                 $crate::kernels::simd::InstructionSet::Portable => portable$($(::<$given>)?)?($($arg),*),

@@ -9,7 +9,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::pool::Pool;
-use super::simd::{InstructionSet, Simd, dispatch};
+use super::simd::{InstructionSet, Limits, Simd, dispatch};
 use super::{SharedOut, TILE};
 
 /// A product of one weight with packed activations.
@@ -20,8 +20,8 @@ pub(super) trait Product: Sync {
     const CHUNK: usize;
     /// Chunks begin at a multiple of this.
     const ALIGN: usize;
-    /// Tiles that a panel of some rows takes together: 1, 2, 3 or 4. `most` is [`Simd::WIDE`].
-    fn wide(rows: usize, most: usize) -> usize;
+    /// Tiles that a panel of some rows takes together, where registers hold so much: 1, 2, 3 or 4.
+    fn wide(rows: usize, limits: Limits) -> usize;
     /// Units that a single pass of some rows asks for ahead.
     fn ahead(rows: usize) -> usize;
     /// Units of a tile.
@@ -84,7 +84,7 @@ fn cut(rows: usize, most: usize) -> impl Iterator<Item = Panel> + Clone {
 
 /// The panels of some rows: as large as the registers allow, of what the product is made for.
 fn panels<P: Product>(rows: usize) -> impl Iterator<Item = Panel> + Clone {
-    cut(rows, P::ROWS.min(InstructionSet::detect().limits().0))
+    cut(rows, P::ROWS.min(InstructionSet::detect().limits().rows))
 }
 
 /// Packs rows `[M, K]` on all threads: `pack(x, place)` gets the rows of one panel, and their place among the room of
@@ -149,7 +149,7 @@ pub(super) fn multiply<P: Product>(pool: &Pool, product: &P, tiles: usize, out: 
         static SUMS: RefCell<Vec<[f32; TILE]>> = const { RefCell::new(Vec::new()) };
     }
     let level = InstructionSet::detect();
-    let step = panels::<P>(out.rows).map(|p| P::wide(p.room, level.limits().1));
+    let step = panels::<P>(out.rows).map(|p| P::wide(p.room, level.limits()));
     pool.shares(tiles, step.max().unwrap_or(1), |tiles| {
         SUMS.with_borrow_mut(|sums| {
             dispatch!(level, some_tiles(product, tiles, sums, out): (product: &P, tiles: Range<usize>, sums: &mut Vec<[f32; TILE]>, out: &SharedOut<'_>) <P: Product>);
@@ -167,7 +167,7 @@ fn some_tiles<S: Simd, P: Product>(
     let panels = cut(out.rows, P::ROWS.min(S::ROWS));
     let (mut wide, mut room, mut passes) = (1, 0, 0);
     for p in panels.clone() {
-        wide = wide.max(P::wide(p.room, S::WIDE));
+        wide = wide.max(P::wide(p.room, Limits::of::<S>()));
         room += p.room;
         passes += 1;
     }
@@ -253,7 +253,7 @@ fn of_width<S: Simd, P: Product, const R: usize>(
     part: Part,
     sums: &mut [[f32; TILE]],
 ) -> usize {
-    let wide = P::wide(R, S::WIDE);
+    let wide = P::wide(R, Limits::of::<S>());
     match wide {
         4 if left >= 4 => product.panel::<S, R, 4>(part, sums),
         3 if left >= 3 => product.panel::<S, R, 3>(part, sums),

@@ -14,7 +14,7 @@ pub(super) const LINES: usize = 128;
 /// Rows of a panel: with three tiles (AVX-512) or one (AVX2: two registers each) the sums fill the registers.
 pub(super) fn rows() -> usize {
     match InstructionSet::detect() {
-        InstructionSet::Avx2 => 6,
+        InstructionSet::Avx2 | InstructionSet::AvxVnni => 6,
         InstructionSet::Portable => 4,
         _ => 8,
     }

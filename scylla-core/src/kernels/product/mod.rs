@@ -51,7 +51,7 @@ impl ProductForm {
             (Self::Bf16, _) if amx::available() => "AMX bf16",
             (Self::Bf16, InstructionSet::Avx512Bf16) => "AVX-512 bf16",
             (_, InstructionSet::Portable) => "portable",
-            (_, InstructionSet::Avx2) => "AVX2",
+            (_, InstructionSet::Avx2 | InstructionSet::AvxVnni) => "AVX2",
             _ => "AVX-512",
         }
     }
