@@ -447,8 +447,10 @@ fn queries<S: Simd, E: Element, const Q: usize>(
     }
     let mut start = 0;
     while start < places {
-        start += match (places - start) / TILE {
+        let together = ((places - start) / TILE).min(S::SUMS / Q);
+        start += match together {
             4.. => tile_scores::<S, E, Q, 4>(head, base, start, vectors, places, scores),
+            2.. => tile_scores::<S, E, Q, 2>(head, base, start, vectors, places, scores),
             _ => tile_scores::<S, E, Q, 1>(head, base, start, vectors, places, scores),
         };
     }
@@ -471,10 +473,11 @@ fn queries<S: Simd, E: Element, const Q: usize>(
         values: scores,
     };
     let padded = e.next_multiple_of(TILE);
-    // Four registers of each query at a time: with six queries 24 sums, as many as there is room for.
+    // As many sums at a time as there is room for.
     let mut column = 0;
     while column < padded {
-        let wide = ((padded - column) / TILE).min(4);
+        let room = (S::SUMS / Q).clamp(1, 4);
+        let wide = ((padded - column) / TILE).min(room);
         match wide {
             4 => mix::<S, E, Q, 4>(head, &queries, weights, inverse, column, target),
             3 => mix::<S, E, Q, 3>(head, &queries, weights, inverse, column, target),
