@@ -1,5 +1,7 @@
-//! Every instruction set of this processor computes what portable Rust does: this test runs itself again under each of them.
+//! Every instruction set of this processor computes what portable Rust does, and a row among others what it does alone: this
+//! test runs itself again under each of them.
 
+use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Command;
 
@@ -16,6 +18,9 @@ const LEVELS: [&str; 8] = [
 
 /// Where a run of this test for one level leaves its values.
 const OUT: &str = "SCYLLA_LEVEL_OUT";
+
+/// What runs programs like this one, and its arguments.
+const RUNNER: &str = "SCYLLA_TEST_RUNNER";
 
 /// Numbers like a layer's, the same everywhere.
 fn values(count: usize, seed: u32) -> Vec<f32> {
@@ -84,6 +89,15 @@ fn products(all: &mut Vec<Named>) {
                 linear
                     .forward(&pool, &x, &mut scratch, &mut out)
                     .expect("a product");
+                // A row's result does not depend on its company, to the bit.
+                let mut alone = vec![0.0; n];
+                for (x, out) in x.chunks_exact(k).zip(out.chunks_exact(n)) {
+                    linear
+                        .forward(&pool, x, &mut scratch, &mut alone)
+                        .expect("a product");
+                    let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || a.is_nan();
+                    assert!(alone.iter().zip(out).all(same), "{form}, one of {m} rows");
+                }
                 let largest = out.iter().filter(|v| v.is_finite());
                 let largest = largest.fold(0.0f32, |a, v| a.max(v.abs()));
                 // A sum of k products, in f32, in the same order; some levels round once where others do twice.
@@ -166,7 +180,12 @@ fn computed() -> Vec<Named> {
 /// Runs this test alone under a level; returns its name and its values' bits.
 fn under(level: &str, out: &Path) -> (String, Vec<u32>) {
     let this = std::env::current_exe().expect("this test");
-    let mut command = Command::new(this);
+    // An emulator, where these are instructions of another processor.
+    let runner = std::env::var(RUNNER).unwrap_or_default();
+    let mut words: Vec<&OsStr> = runner.split_ascii_whitespace().map(OsStr::new).collect();
+    words.push(this.as_os_str());
+    let mut command = Command::new(words[0]);
+    command.args(&words[1..]);
     command.args(["--exact", "every_level_computes_what_the_portable_one_does"]);
     command.env(OUT, out).env_remove("SCYLLA_SIMD");
     if !level.is_empty() {

@@ -2,6 +2,7 @@
 
 mod chi_square;
 mod compare;
+mod cross;
 mod data;
 mod pack;
 
@@ -19,6 +20,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
                   changed files of every format read in processes with limits (N of each, 10000 unless said otherwise), then
                   the tests of the kernels under Miri (portable path) and AddressSanitizer (the best path here), which
                   need a nightly toolchain with the component miri
+  cross           the kernels for 64-bit ARM, built here and held against portable Rust in an emulator
   compare [...]   beside llama.cpp, candle-transformers and, where installed, PyTorch, on the same files, prompts and threads;
                   `compare --help` lists its options
   data OUT        the default corpus for training: pinned packages under free licences, with a manifest; `data --help`
@@ -32,6 +34,7 @@ fn main() -> ExitCode {
         Some("bench") => bench(rest),
         Some("test") => test(),
         Some("sound") => sound(rest),
+        Some("cross") => cross::cross(),
         Some("prove") => chi_square::run(rest),
         Some("compare") if rest.iter().any(|a| a == "--help") => {
             let _ = std::io::Write::write_all(&mut std::io::stdout(), compare::USAGE.as_bytes());

@@ -32,16 +32,16 @@ pub fn multiply_adds(pool: &Pool, of: Operand) -> f64 {
         for _ in range {
             match of {
                 Operand::F32 => {
-                    dispatch!(level, floats(): () <>);
+                    dispatch!(products level, floats(): () <>);
                 }
                 Operand::Bf16 => {
-                    dispatch!(level, pairs(): () <>);
+                    dispatch!(products level, pairs(): () <>);
                 }
                 Operand::Eight => {
-                    dispatch!(level, eights(): () <>);
+                    dispatch!(products level, eights(): () <>);
                 }
                 Operand::Four => {
-                    dispatch!(level, fours(): () <>);
+                    dispatch!(products level, fours(): () <>);
                 }
             }
         }

@@ -244,6 +244,10 @@ impl Simd for Portable {
     }
 }
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(target_arch = "aarch64")]
+pub(super) use neon::Neon;
 #[cfg(target_arch = "x86_64")]
 pub(super) use x86::{Avx2, Avx512};
 
@@ -752,6 +756,12 @@ mod x86 {
 pub enum InstructionSet {
     /// Plain Rust.
     Portable,
+    /// ARM's NEON.
+    Neon,
+    /// The same with products of signed bytes.
+    NeonDotprod,
+    /// The same with products of unsigned and signed bytes, and of bf16.
+    NeonI8mm,
     /// AVX2 and FMA.
     Avx2,
     /// The same with AVX-VNNI: products of bytes.
@@ -787,16 +797,20 @@ impl Limits {
 }
 
 impl InstructionSet {
-    /// What the processor offers; `SCYLLA_SIMD=portable|avx2|avx-vnni|avx512|vnni` caps it (for tests and comparisons).
+    /// What the processor offers. `SCYLLA_SIMD` caps it (for tests and comparisons): `portable`; on x86-64 `avx2`, `avx-vnni`,
+    /// `avx512` or `vnni`; on 64-bit ARM `neon` or `dotprod`.
     pub fn detect() -> Self {
         static LEVEL: std::sync::OnceLock<InstructionSet> = std::sync::OnceLock::new();
         *LEVEL.get_or_init(|| {
-            let cap = match std::env::var("SCYLLA_SIMD").as_deref() {
-                Ok("portable") => InstructionSet::Portable,
-                Ok("avx2") => InstructionSet::Avx2,
-                Ok("avx-vnni") => InstructionSet::AvxVnni,
-                Ok("avx512") => InstructionSet::Avx512,
-                Ok("vnni") => InstructionSet::Avx512Vnni,
+            let x86 = cfg!(target_arch = "x86_64");
+            let cap = match (std::env::var("SCYLLA_SIMD").as_deref(), x86) {
+                (Ok("portable"), _) => InstructionSet::Portable,
+                (Ok("avx2"), true) => InstructionSet::Avx2,
+                (Ok("avx-vnni"), true) => InstructionSet::AvxVnni,
+                (Ok("avx512"), true) => InstructionSet::Avx512,
+                (Ok("vnni"), true) => InstructionSet::Avx512Vnni,
+                (Ok("neon"), false) => InstructionSet::Neon,
+                (Ok("dotprod"), false) => InstructionSet::NeonDotprod,
                 _ => InstructionSet::Avx512Bf16,
             };
             match Self::of_processor().min(cap) {
@@ -818,6 +832,8 @@ impl InstructionSet {
             Self::AvxVnni => Limits::of::<Avx2<true>>(),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => Limits::of::<Avx2<false>>(),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon | Self::NeonDotprod | Self::NeonI8mm => Limits::of::<Neon<2>>(),
             _ => Limits::of::<Portable>(),
         }
     }
@@ -843,7 +859,20 @@ impl InstructionSet {
         }
     }
 
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    pub(super) fn of_processor() -> Self {
+        use std::arch::is_aarch64_feature_detected as has;
+        let dotprod = has!("dotprod");
+        let i8mm = dotprod && has!("i8mm") && has!("bf16");
+        match (has!("neon"), dotprod, i8mm) {
+            (true, _, true) => InstructionSet::NeonI8mm,
+            (true, true, _) => InstructionSet::NeonDotprod,
+            (true, ..) => InstructionSet::Neon,
+            _ => InstructionSet::Portable,
+        }
+    }
+
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     pub(super) fn of_processor() -> Self {
         InstructionSet::Portable
     }
@@ -859,56 +888,95 @@ fn has_avx_vnni() -> bool {
     false
 }
 
+/// A kernel, compiled for some features of the processor.
+macro_rules! compiled {
+    ($features:literal, $for:ident, $simd:ty, $kernel:ident, ($($name:ident: $ty:ty),*), [$($out:ty)?], <$($g:ident: $bound:path)?>) => {
+        #[target_feature(enable = $features)]
+        fn $for<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
+            $kernel::<$simd $(, $g)?>($($name),*)
+        }
+    };
+}
+pub(super) use compiled;
+
 /// Calls a kernel that is generic over [`Simd`] (first), and over whatever stands in the angle brackets (with the
 /// type it is called for, where the arguments do not say it), compiled for the best instruction set of this processor.
+///
+/// After `products`, of those too that differ in products of bytes and of bf16 alone; other kernels need not be compiled as often.
 macro_rules! dispatch {
-    ($level:expr, $kernel:ident($($arg:expr),*): ($($name:ident: $ty:ty),*) $([$out:ty])? <$($g:ident: $bound:path $(= $given:ty)?)?>) => {{
-        #[cfg(target_arch = "x86_64")]
-        {
-            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]
-            fn avx512_bf16<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
-                $kernel::<$crate::kernels::simd::Avx512<true, true> $(, $g)?>($($name),*)
-            }
-            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-            fn avx512_vnni<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
-                $kernel::<$crate::kernels::simd::Avx512<true, false> $(, $g)?>($($name),*)
-            }
-            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
-            fn avx512<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
-                $kernel::<$crate::kernels::simd::Avx512<false, false> $(, $g)?>($($name),*)
-            }
-            #[target_feature(enable = "avxvnni,avx2,fma,f16c")]
-            fn avx_vnni<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
-                $kernel::<$crate::kernels::simd::Avx2<true> $(, $g)?>($($name),*)
-            }
-            #[target_feature(enable = "avx2,fma,f16c")]
-            fn avx2<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
-                $kernel::<$crate::kernels::simd::Avx2<false> $(, $g)?>($($name),*)
-            }
-            fn portable<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
-                $kernel::<$crate::kernels::simd::Portable $(, $g)?>($($name),*)
-            }
-            match $level {
+    (products $level:expr, $kernel:ident($($arg:expr),*): ($($name:ident: $ty:ty),*) $([$out:ty])? <$($g:ident: $bound:path $(= $given:ty)?)?>) => {{
+        match $level {
+            #[cfg(target_arch = "x86_64")]
+            $crate::kernels::simd::InstructionSet::Avx512Bf16 => {
+                $crate::kernels::simd::compiled!("avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c", with, $crate::kernels::simd::Avx512<true, true>,
+                    $kernel, ($($name: $ty),*), [$($out)?], <$($g: $bound)?>);
                 // SAFETY: the level was detected on this processor.
-                $crate::kernels::simd::InstructionSet::Avx512Bf16 => unsafe { avx512_bf16$($(::<$given>)?)?($($arg),*) },
-                // SAFETY: as above.
-                $crate::kernels::simd::InstructionSet::Avx512Vnni => unsafe { avx512_vnni$($(::<$given>)?)?($($arg),*) },
-                // SAFETY: as above.
-                $crate::kernels::simd::InstructionSet::Avx512 => unsafe { avx512$($(::<$given>)?)?($($arg),*) },
-                // SAFETY: as above.
-                $crate::kernels::simd::InstructionSet::AvxVnni => unsafe { avx_vnni$($(::<$given>)?)?($($arg),*) },
-                // SAFETY: as above.
-                $crate::kernels::simd::InstructionSet::Avx2 => unsafe { avx2$($(::<$given>)?)?($($arg),*) },
-                $crate::kernels::simd::InstructionSet::Portable => portable$($(::<$given>)?)?($($arg),*),
+                unsafe { with$($(::<$given>)?)?($($arg),*) }
             }
+            #[cfg(target_arch = "x86_64")]
+            $crate::kernels::simd::InstructionSet::Avx512Vnni => {
+                $crate::kernels::simd::compiled!("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c", with, $crate::kernels::simd::Avx512<true, false>,
+                    $kernel, ($($name: $ty),*), [$($out)?], <$($g: $bound)?>);
+                // SAFETY: as above.
+                unsafe { with$($(::<$given>)?)?($($arg),*) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            $crate::kernels::simd::InstructionSet::AvxVnni => {
+                $crate::kernels::simd::compiled!("avxvnni,avx2,fma,f16c", with, $crate::kernels::simd::Avx2<true>,
+                    $kernel, ($($name: $ty),*), [$($out)?], <$($g: $bound)?>);
+                // SAFETY: as above.
+                unsafe { with$($(::<$given>)?)?($($arg),*) }
+            }
+            #[cfg(target_arch = "aarch64")]
+            $crate::kernels::simd::InstructionSet::NeonI8mm => {
+                $crate::kernels::simd::compiled!("neon,dotprod,i8mm,bf16", with, $crate::kernels::simd::Neon<2>,
+                    $kernel, ($($name: $ty),*), [$($out)?], <$($g: $bound)?>);
+                // SAFETY: as above.
+                unsafe { with$($(::<$given>)?)?($($arg),*) }
+            }
+            #[cfg(target_arch = "aarch64")]
+            $crate::kernels::simd::InstructionSet::NeonDotprod => {
+                $crate::kernels::simd::compiled!("neon,dotprod", with, $crate::kernels::simd::Neon<1>,
+                    $kernel, ($($name: $ty),*), [$($out)?], <$($g: $bound)?>);
+                // SAFETY: as above.
+                unsafe { with$($(::<$given>)?)?($($arg),*) }
+            }
+            level => $crate::kernels::simd::dispatch!(level, $kernel($($arg),*): ($($name: $ty),*) $([$out])? <$($g: $bound $(= $given)?)?>),
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        {
-            fn portable<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
-                $kernel::<$crate::kernels::simd::Portable $(, $g)?>($($name),*)
+    }};
+    ($level:expr, $kernel:ident($($arg:expr),*): ($($name:ident: $ty:ty),*) $([$out:ty])? <$($g:ident: $bound:path $(= $given:ty)?)?>) => {{
+        match $level {
+            #[cfg(target_arch = "x86_64")]
+            $crate::kernels::simd::InstructionSet::Avx512
+            | $crate::kernels::simd::InstructionSet::Avx512Vnni
+            | $crate::kernels::simd::InstructionSet::Avx512Bf16 => {
+                $crate::kernels::simd::compiled!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", with, $crate::kernels::simd::Avx512<false, false>,
+                    $kernel, ($($name: $ty),*), [$($out)?], <$($g: $bound)?>);
+                // SAFETY: the level was detected on this processor.
+                unsafe { with$($(::<$given>)?)?($($arg),*) }
             }
-            let _ = $level;
-            portable$($(::<$given>)?)?($($arg),*)
+            #[cfg(target_arch = "x86_64")]
+            $crate::kernels::simd::InstructionSet::Avx2 | $crate::kernels::simd::InstructionSet::AvxVnni => {
+                $crate::kernels::simd::compiled!("avx2,fma,f16c", with, $crate::kernels::simd::Avx2<false>,
+                    $kernel, ($($name: $ty),*), [$($out)?], <$($g: $bound)?>);
+                // SAFETY: as above.
+                unsafe { with$($(::<$given>)?)?($($arg),*) }
+            }
+            #[cfg(target_arch = "aarch64")]
+            $crate::kernels::simd::InstructionSet::Neon
+            | $crate::kernels::simd::InstructionSet::NeonDotprod
+            | $crate::kernels::simd::InstructionSet::NeonI8mm => {
+                $crate::kernels::simd::compiled!("neon", with, $crate::kernels::simd::Neon<0>,
+                    $kernel, ($($name: $ty),*), [$($out)?], <$($g: $bound)?>);
+                // SAFETY: as above.
+                unsafe { with$($(::<$given>)?)?($($arg),*) }
+            }
+            _ => {
+                fn portable<$($g: $bound)?>($($name: $ty),*) $(-> $out)? {
+                    $kernel::<$crate::kernels::simd::Portable $(, $g)?>($($name),*)
+                }
+                portable$($(::<$given>)?)?($($arg),*)
+            }
         }
     }};
 }

@@ -152,7 +152,7 @@ pub(super) fn multiply<P: Product>(pool: &Pool, product: &P, tiles: usize, out: 
     let step = panels::<P>(out.rows).map(|p| P::wide(p.room, level.limits()));
     pool.shares(tiles, step.max().unwrap_or(1), |tiles| {
         SUMS.with_borrow_mut(|sums| {
-            dispatch!(level, some_tiles(product, tiles, sums, out): (product: &P, tiles: Range<usize>, sums: &mut Vec<[f32; TILE]>, out: &SharedOut<'_>) <P: Product>);
+            dispatch!(products level, some_tiles(product, tiles, sums, out): (product: &P, tiles: Range<usize>, sums: &mut Vec<[f32; TILE]>, out: &SharedOut<'_>) <P: Product>);
         });
     });
 }

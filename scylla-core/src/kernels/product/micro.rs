@@ -14,9 +14,9 @@ pub(super) const LINES: usize = 128;
 /// Rows of a panel: with three tiles (AVX-512) or one (AVX2: two registers each) the sums fill the registers.
 pub(super) fn rows() -> usize {
     match InstructionSet::detect() {
-        InstructionSet::Avx2 | InstructionSet::AvxVnni => 6,
         InstructionSet::Portable => 4,
-        _ => 8,
+        InstructionSet::Avx512 | InstructionSet::Avx512Vnni | InstructionSet::Avx512Bf16 => 8,
+        _ => 6,
     }
 }
 
@@ -25,10 +25,10 @@ pub(super) fn run(block: &Block<'_>, part: &Part<'_>, tiles: Range<usize>, targe
     let level = InstructionSet::detect();
     match block.right.form {
         ProductForm::F32 => {
-            dispatch!(level, some(block, part, tiles, target): (block: &Block<'_>, part: &Part<'_>, tiles: Range<usize>, target: &Target<'_>) <W: Element = f32>);
+            dispatch!(products level, some(block, part, tiles, target): (block: &Block<'_>, part: &Part<'_>, tiles: Range<usize>, target: &Target<'_>) <W: Element = f32>);
         }
         ProductForm::Bf16 => {
-            dispatch!(level, some(block, part, tiles, target): (block: &Block<'_>, part: &Part<'_>, tiles: Range<usize>, target: &Target<'_>) <W: Element = u16>);
+            dispatch!(products level, some(block, part, tiles, target): (block: &Block<'_>, part: &Part<'_>, tiles: Range<usize>, target: &Target<'_>) <W: Element = u16>);
         }
     }
 }

@@ -52,6 +52,9 @@ impl ProductForm {
             (Self::Bf16, InstructionSet::Avx512Bf16) => "AVX-512 bf16",
             (_, InstructionSet::Portable) => "portable",
             (_, InstructionSet::Avx2 | InstructionSet::AvxVnni) => "AVX2",
+            (_, InstructionSet::Neon | InstructionSet::NeonDotprod | InstructionSet::NeonI8mm) => {
+                "NEON"
+            }
             _ => "AVX-512",
         }
     }
