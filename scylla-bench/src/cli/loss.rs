@@ -11,11 +11,11 @@ use scylla_core::assets::resolve;
 use scylla_core::files;
 use scylla_core::kernels::{ProductForm, Products};
 use scylla_core::model::WeightForm;
-use scylla_core::plugin::{Matrix, SlotRows, Step, Tap, Want};
+use scylla_core::plugin::{Matrix, SlotRows, Step, Want};
 use scylla_core::train::Named;
 use scylla_core::train::graph::{Compute, PackedRows, Parameters, Tape};
 use scylla_draft::checkpoint::{Checkpoint, DraftConfig, Layout};
-use scylla_draft::recipe::{Batch, BatchLoss, TrainHost, parameters};
+use scylla_draft::recipe::{Batch, BatchLoss, Recipe, TrainHost, parameters};
 
 use super::{ModelOptions, print_json, print_text, with_download};
 use crate::experiment::Override;
@@ -197,11 +197,10 @@ impl Loss {
         }
         let on = self.compute(&session)?;
         let recipe = recipe_of(&quiet, &checkpoint.config, ids.as_deref(), &session, &on)?;
-        let taps = self.states(&given, &mut session, &recipe.taps())?;
-        let logits = given
-            .logits
-            .clone()
-            .map(|(values, columns)| Matrix::host(values, columns));
+        let taps = self.states(&given, &mut session, recipe.as_ref())?;
+        // Where they are as good as a state; others are learned from as they are.
+        let logits = given.logits.clone().filter(|_| recipe.spared() > 0);
+        let logits = logits.map(|(values, columns)| Matrix::host(values, columns));
         let host = TrainHost::new(&on, &session.target.tokens)?;
         let named = parameters(&checkpoint, &on)?;
         let batch = Batch {
@@ -233,13 +232,18 @@ impl Loss {
     }
 
     /// The states that the recipe learns from: those of the file, or the target's.
-    fn states(&self, given: &Given, session: &mut Session, taps: &[Tap]) -> Result<Vec<Matrix>> {
+    fn states(
+        &self,
+        given: &Given,
+        session: &mut Session,
+        recipe: &dyn Recipe,
+    ) -> Result<Vec<Matrix>> {
+        let taps = &recipe.taps()[..];
         let h = session.target.config.hidden;
         let m = given.rows.count();
         if let Some((values, width)) = &given.features {
-            // EAGLE-3 takes its final state only where no logits are given.
             let count = width / h;
-            let least = taps.len() - usize::from(given.logits.is_some() && taps.len() > 1);
+            let least = taps.len() - given.logits.as_ref().map_or(0, |_| recipe.spared());
             if count * h != *width || !(least..=taps.len()).contains(&count) {
                 return Err(Error::file(
                     &self.input,
