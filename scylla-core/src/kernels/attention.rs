@@ -601,7 +601,10 @@ fn mix<S: Simd, E: Element, const Q: usize, const W: usize>(
         }
     }
     for (q, query) in queries.iter().enumerate() {
-        let mut acc: [S::V; W] = std::array::from_fn(|w| S::load(&sums[q][w]));
+        let mut acc = [S::zero(); W];
+        for w in 0..W {
+            acc[w] = S::load(&sums[q][w]);
+        }
         let contiguous = base + common..query.row.contiguous;
         let scattered = query.row.scattered.iter().map(|&p| p as usize);
         for (position, place) in contiguous.chain(scattered).enumerate() {

@@ -242,8 +242,10 @@ impl<W: Element> Product for Rows<'_, W> {
         let ahead = part.ahead + part.pass * count / part.passes;
         for i in 0..count {
             let x = &x[i / RUN * RUN * R + i % RUN..][..(R - 1) * RUN + 1];
-            let columns: [W::Line<S>; T] =
-                std::array::from_fn(|t| W::load::<S>(&weights[t][i * line..(i + 1) * line]));
+            let mut columns = [W::load::<S>(&weights[0][i * line..(i + 1) * line]); T];
+            for t in 1..T {
+                columns[t] = W::load::<S>(&weights[t][i * line..(i + 1) * line]);
+            }
             for weights in weights {
                 S::prefetch(&weights[0], (ahead + ((i * share) >> 16)) * line);
             }

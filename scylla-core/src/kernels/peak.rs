@@ -59,6 +59,21 @@ pub fn multiply_adds(pool: &Pool, of: Operand) -> f64 {
     (portions * each) as f64 / begun.elapsed().as_secs_f64()
 }
 
+/// Keeps the compiler from leaving sums out.
+#[inline(always)]
+fn consume<S: Simd>(sums: [S::V; SUMS]) {
+    for sum in sums {
+        black_box(S::sum(sum));
+    }
+}
+
+#[inline(always)]
+fn consume_whole<S: Simd>(sums: [S::I; SUMS]) {
+    for sum in sums {
+        black_box(S::sum(S::to_f32(sum)));
+    }
+}
+
 #[inline(always)]
 fn floats<S: Simd>() {
     let (a, b) = (S::splat(black_box(0.5)), S::splat(black_box(1.0)));
@@ -68,7 +83,7 @@ fn floats<S: Simd>() {
             *sum = S::fma(*sum, a, b);
         }
     }
-    black_box(sums.map(S::sum));
+    consume::<S>(sums);
 }
 
 #[inline(always)]
@@ -81,7 +96,7 @@ fn pairs<S: Simd>() {
             *sum = S::dot_pairs(*sum, w, x);
         }
     }
-    black_box(sums.map(S::sum));
+    consume::<S>(sums);
 }
 
 #[inline(always)]
@@ -96,7 +111,7 @@ fn eights<S: Simd>() {
             *sum = S::dot_eight(*sum, w, *x);
         }
     }
-    black_box(sums.map(|s| S::sum(S::to_f32(s))));
+    consume_whole::<S>(sums);
 }
 
 #[inline(always)]
@@ -116,7 +131,7 @@ fn fours<S: Simd>() {
             *whole = S::add_i(*whole, S::end_small(sum, 0));
         }
     }
-    black_box(whole.map(|s| S::sum(S::to_f32(s))));
+    consume_whole::<S>(whole);
 }
 
 #[cfg(test)]

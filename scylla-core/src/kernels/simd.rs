@@ -114,6 +114,12 @@ pub(super) fn quantize(x: &[f32; 32], q: &mut [[i8; 4]; 8]) -> (f32, i32) {
     (d, sum)
 }
 
+/// A bf16 number, widened.
+#[inline(always)]
+fn wide(x: u16) -> f32 {
+    f32::from_bits(u32::from(x) << 16)
+}
+
 fn sum16(v: &[f32; 16]) -> f32 {
     let mut acc = [0.0f32; 4];
     for i in 0..4 {
@@ -142,16 +148,14 @@ impl Simd for Portable {
     type P = ([f32; 16], [f32; 16]);
     #[inline(always)]
     fn load_pairs(x: &[u16]) -> Self::P {
-        let wide = |i: usize| f32::from_bits(u32::from(x[i]) << 16);
         (
-            std::array::from_fn(|i| wide(2 * i)),
-            std::array::from_fn(|i| wide(2 * i + 1)),
+            std::array::from_fn(|i| wide(x[2 * i])),
+            std::array::from_fn(|i| wide(x[2 * i + 1])),
         )
     }
     #[inline(always)]
     fn dot_pairs(acc: Self::V, w: Self::P, x: [u16; 2]) -> Self::V {
-        let x = x.map(|x| f32::from_bits(u32::from(x) << 16));
-        Self::fma(w.0, [x[0]; 16], Self::fma(w.1, [x[1]; 16], acc))
+        Self::fma(w.0, [wide(x[0]); 16], Self::fma(w.1, [wide(x[1]); 16], acc))
     }
     #[inline(always)]
     fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
@@ -253,7 +257,7 @@ pub(super) use x86::{Avx2, Avx512};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Line, Simd};
+    use super::{Line, Simd, wide};
     use half::f16;
     use std::arch::x86_64::*;
 
@@ -325,7 +329,7 @@ mod x86 {
         }
         #[inline(always)]
         fn dot_pairs(acc: Self::V, w: Self::P, x: [u16; 2]) -> Self::V {
-            let [even, odd] = x.map(|x| Self::splat(f32::from_bits(u32::from(x) << 16)));
+            let (even, odd) = (Self::splat(wide(x[0])), Self::splat(wide(x[1])));
             unsafe {
                 let evens = |w| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(w));
                 let odds = |w| {
@@ -576,7 +580,7 @@ mod x86 {
                     let pairs = |i| std::mem::transmute::<__m512i, __m512bh>(i);
                     return _mm512_dpbf16_ps(acc, pairs(w), pairs(x));
                 }
-                let [even, odd] = x.map(|x| Self::splat(f32::from_bits(u32::from(x) << 16)));
+                let (even, odd) = (Self::splat(wide(x[0])), Self::splat(wide(x[1])));
                 let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
                 let odds = _mm512_castsi512_ps(_mm512_and_si512(w, upper));
                 let evens = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(w));

@@ -89,9 +89,11 @@ fn one<S: Simd, W: Element, const R: usize, const T: usize>(
     let left = &units(&part.left[panel * part.room..(panel + 1) * part.room])[..lines.len() * R];
     let mut sums = [[S::zero(); T]; R];
     for (i, left) in left.as_chunks::<R>().0.iter().enumerate() {
-        let columns: [W::Line<S>; T] = std::array::from_fn(|t| {
-            W::load::<S>(&right[t][i * TILE * W::PER..(i + 1) * TILE * W::PER])
-        });
+        let line = i * TILE * W::PER..(i + 1) * TILE * W::PER;
+        let mut columns = [W::load::<S>(&right[0][line.clone()]); T];
+        for t in 1..T {
+            columns[t] = W::load::<S>(&right[t][line.clone()]);
+        }
         for r in 0..R {
             let x = W::of_bits(left[r]);
             for t in 0..T {

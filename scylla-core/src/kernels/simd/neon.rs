@@ -6,7 +6,7 @@ use std::arch::asm;
 use half::f16;
 
 use super::super::exponential::{EXP, LN2_HIGH, LN2_LOW};
-use super::{Line, Simd, sum16};
+use super::{Line, Simd, sum16, wide};
 
 /// NEON. From `LEVEL` 1 on with products of signed bytes (dotprod), from 2 on with products of unsigned and signed bytes
 /// (i8mm) and of bf16 pairs. Used only after all were detected.
@@ -139,7 +139,7 @@ impl<const LEVEL: u8> Simd for Neon<LEVEL> {
     fn dot_pairs(acc: Self::V, w: Self::P, x: [u16; 2]) -> Self::V {
         let mut acc = acc;
         unsafe {
-            let [even, odd] = x.map(|x| vdupq_n_f32(f32::from_bits(u32::from(x) << 16)));
+            let (even, odd) = (vdupq_n_f32(wide(x[0])), vdupq_n_f32(wide(x[1])));
             let both = vdupq_n_u32(u32::from(x[1]) << 16 | u32::from(x[0]));
             for i in 0..4 {
                 if LEVEL > DOTPROD {
