@@ -1,6 +1,6 @@
 //! Linear layers of m rows beside their limit, `max(bytes / bandwidth, multiply-adds / peak)`, peaks measured in the same
-//! run and interleaved with the layers: bandwidth by reading memory, multiply-adds (of f32, of bf16, or of bytes for the
-//! quantised forms) on registers alone. Each product reads another copy of its weight, so that weights come from memory.
+//! run and interleaved with the layers: bandwidth by reading memory, multiply-adds (of f32, of bf16, or of
+//! weights of eight and of four bits with bytes) on registers alone. Each product reads another copy of its weight, so that weights come from memory.
 //!
 //! `cargo bench --bench linear [-- WORDS]` runs the lines that hold all the words; `SCYLLA_THREADS` sets the threads. Medians, not criterion's estimates: a layer takes
 //! tens of microseconds, and what counts is its ratio to a limit that drifts with the machine.
