@@ -38,34 +38,32 @@ fn pairs(w: int8x16_t, x: int8x16_t) -> int16x8_t {
     }
 }
 
-/// Adds to each lane the products of its four signed bytes.
-#[inline(always)]
-fn sdot(mut acc: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
-    unsafe {
-        asm!("sdot {a:v}.4s, {w:v}.16b, {x:v}.16b", a = inout(vreg) acc, w = in(vreg) w, x = in(vreg) x,
-            options(pure, nomem, nostack, preserves_flags));
-    }
-    acc
+/// An instruction that adds the products of two registers to a third.
+macro_rules! added {
+    ($(#[$doc:meta])* $name:ident($acc:ty, $w:ty, $x:ty): $text:literal) => {
+        $(#[$doc])*
+        #[inline(always)]
+        fn $name(mut acc: $acc, w: $w, x: $x) -> $acc {
+            unsafe {
+                asm!($text, a = inout(vreg) acc, w = in(vreg) w, x = in(vreg) x,
+                    options(pure, nomem, nostack, preserves_flags));
+            }
+            acc
+        }
+    };
 }
 
-/// The same with unsigned `w`.
-#[inline(always)]
-fn usdot(mut acc: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
-    unsafe {
-        asm!("usdot {a:v}.4s, {w:v}.16b, {x:v}.16b", a = inout(vreg) acc, w = in(vreg) w, x = in(vreg) x,
-            options(pure, nomem, nostack, preserves_flags));
-    }
-    acc
+added! {
+    /// Adds to each lane the products of its four signed bytes.
+    sdot(int32x4_t, int8x16_t, int8x16_t): "sdot {a:v}.4s, {w:v}.16b, {x:v}.16b"
 }
-
-/// Adds to each lane the products of its pair of bf16.
-#[inline(always)]
-fn bfdot(mut acc: float32x4_t, w: uint16x8_t, x: uint32x4_t) -> float32x4_t {
-    unsafe {
-        asm!("bfdot {a:v}.4s, {w:v}.8h, {x:v}.8h", a = inout(vreg) acc, w = in(vreg) w, x = in(vreg) x,
-            options(pure, nomem, nostack, preserves_flags));
-    }
-    acc
+added! {
+    /// The same with unsigned `w`.
+    usdot(int32x4_t, int8x16_t, int8x16_t): "usdot {a:v}.4s, {w:v}.16b, {x:v}.16b"
+}
+added! {
+    /// Adds to each lane the products of its pair of bf16.
+    bfdot(float32x4_t, uint16x8_t, uint32x4_t): "bfdot {a:v}.4s, {w:v}.8h, {x:v}.8h"
 }
 
 /// Four half-precision numbers, widened.
