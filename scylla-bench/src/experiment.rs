@@ -111,9 +111,10 @@ impl Default for VerifierSpec {
     }
 }
 
-/// How much is drafted: limits of the trees, and who chooses within them.
+/// How much is drafted: limits of the trees, and who chooses within them. Where no limit is given the machine's costs
+/// decide (`auto`); limits that are given are the budget (`fixed`), unless a policy is named beside them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(from = "GivenBudget")]
 pub struct BudgetSpec {
     /// Nodes verified, root included.
     pub total: usize,
@@ -129,6 +130,37 @@ pub struct BudgetSpec {
     pub table: Vec<TableRow>,
 }
 
+/// A budget as it is written.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GivenBudget {
+    total: Option<usize>,
+    width: Option<usize>,
+    depth: Option<usize>,
+    policy: Option<PolicyKind>,
+    #[serde(default)]
+    table: Vec<TableRow>,
+}
+
+impl From<GivenBudget> for BudgetSpec {
+    fn from(given: GivenBudget) -> Self {
+        let usual = Self::default();
+        let limited = given.total.or(given.width).or(given.depth).is_some();
+        Self {
+            total: given.total.unwrap_or(usual.total),
+            width: given.width.unwrap_or(usual.width),
+            depth: given.depth.unwrap_or(usual.depth),
+            policy: given
+                .policy
+                .unwrap_or(match limited || !given.table.is_empty() {
+                    true => PolicyKind::Fixed,
+                    false => usual.policy,
+                }),
+            table: given.table,
+        }
+    }
+}
+
 /// Who chooses the budget of a step.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -136,6 +168,9 @@ pub enum PolicyKind {
     /// The limits are the budget.
     #[default]
     Fixed,
+    /// As `adaptive`, by costs that were measured once on this machine and are kept: at one request at a time the same
+    /// tokens again, whatever the clock says.
+    Auto,
     /// What pays by measured costs and recent acceptance, within the limits.
     Adaptive,
     /// A table of budgets by batch.
@@ -166,7 +201,10 @@ pub struct TableRow {
 
 impl Default for BudgetSpec {
     fn default() -> Self {
-        Budget::chain(8).into()
+        Self {
+            policy: PolicyKind::Auto,
+            ..Budget::chain(8).into()
+        }
     }
 }
 
@@ -200,7 +238,7 @@ impl BudgetSpec {
         match self.policy {
             PolicyKind::Off => Budget::OFF,
             PolicyKind::Table => self.by_batch().map_or(Budget::OFF, |table| table.most()),
-            PolicyKind::Fixed | PolicyKind::Adaptive => Budget {
+            PolicyKind::Fixed | PolicyKind::Auto | PolicyKind::Adaptive => Budget {
                 total: self.total,
                 width: self.width,
                 depth: self.depth,
@@ -215,7 +253,7 @@ impl BudgetSpec {
     pub fn policy(&self) -> Result<Box<dyn BudgetPolicy>> {
         Ok(match self.policy {
             PolicyKind::Fixed => Box::new(FixedBudget),
-            PolicyKind::Adaptive => Box::new(AdaptiveBudget::default()),
+            PolicyKind::Auto | PolicyKind::Adaptive => Box::new(AdaptiveBudget::default()),
             PolicyKind::Table => Box::new(self.by_batch()?),
             PolicyKind::Off => Box::new(NoDrafting),
         })
@@ -438,6 +476,13 @@ impl Experiment {
                 )));
             }
             let mut table = Table::try_from(&base).map_err(whole)?;
+            let given = overrides.get("budget").and_then(Value::as_table);
+            if given.is_some_and(|b| !b.is_empty() && !b.contains_key("policy"))
+                && let Some(budget) = table.get_mut("budget").and_then(Value::as_table_mut)
+                && self.budget.policy == PolicyKind::Auto
+            {
+                budget.remove("policy"); // limits of its own are its budget
+            }
             merge(&mut table, overrides.clone());
             decoders.push(Self::from_table(table, &[])?);
         }
@@ -596,6 +641,44 @@ mod tests {
         assert_eq!(e.draft.settings["longest"], Value::Integer(5));
         assert_eq!((e.budget.total, e.sampling.temperature), (60, 0.7));
         assert_eq!(e.run.stop, ["a"]);
+    }
+
+    #[test]
+    fn a_budget_that_is_given_is_kept_and_any_other_is_chosen() {
+        let policy = |overrides: &[&str]| load(overrides).map(|e| e.budget.policy).ok();
+        assert_eq!(policy(&[]), Some(PolicyKind::Auto));
+        assert_eq!(policy(&["draft.name=ngram"]), Some(PolicyKind::Auto));
+        for key in ["total=4", "width=1", "depth=2"] {
+            let set = format!("budget.{key}");
+            assert_eq!(policy(&[&set]), Some(PolicyKind::Fixed), "{set}");
+            let with = |kind: &str| policy(&[&set, &format!("budget.policy={kind}")]);
+            assert_eq!(with("auto"), Some(PolicyKind::Auto));
+            assert_eq!(with("adaptive"), Some(PolicyKind::Adaptive));
+        }
+        assert_eq!(
+            policy(&["budget.table=[{batch=1,total=2,width=1,depth=0}]"]),
+            None
+        );
+        // Decoders that are compared: each has its own, or the experiment's.
+        let found = load(&[
+            "compare=[{draft={name='ngram'}},{draft={name='ngram'},budget={total=4,depth=2}}]",
+        ]);
+        let decoders = found.and_then(|e| e.decoders()).expect("valid");
+        let policies: Vec<PolicyKind> = decoders.iter().map(|d| d.budget.policy).collect();
+        assert_eq!(
+            policies,
+            [PolicyKind::Fixed, PolicyKind::Auto, PolicyKind::Fixed]
+        );
+        // What was resolved gives the same again.
+        let again: Table = decoders[1]
+            .to_toml()
+            .expect("TOML")
+            .parse()
+            .expect("parses");
+        assert_eq!(
+            Experiment::from_table(again, &[]).expect("valid").budget,
+            decoders[1].budget
+        );
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub mod cases;
 pub mod chi_square;
 pub mod cli;
 mod context;
+mod costs;
 pub mod data;
 pub mod doctor;
 mod drafts;

@@ -11,9 +11,11 @@ use scylla_core::assets::{self, OnProgress};
 use scylla_core::engine::{Draft, Engine, Measured, Options, Parts, Request};
 use scylla_core::model::{LoadOptions, Loaded, ModelFiles, parse_device};
 use scylla_core::plugin::{BudgetPolicy, DraftModel, Matrix, Verifier};
+use scylla_core::policy::StepTimes;
 use scylla_core::text::{Message, Tokenizer};
 
 use crate::context::DraftContext;
+use crate::costs;
 use crate::environment::{Environment, commit, cpu};
 use crate::experiment::Experiment;
 use crate::prompts::PromptSpec;
@@ -67,6 +69,8 @@ pub struct Composed {
     pub policy: Box<dyn BudgetPolicy>,
     /// What its engines have measured until now.
     pub measured: Measured,
+    /// Costs of this machine that its budgets go by, where they were measured beforehand.
+    pub times: Option<StepTimes>,
 }
 
 impl Session {
@@ -194,7 +198,23 @@ impl Session {
             )?,
             policy: experiment.budget.policy()?,
             measured: Measured::default(),
+            times: None,
         })
+    }
+
+    /// As [`Session::compose`]; a budget that nobody gave goes by what steps cost on this machine, which is measured where
+    /// it is not known yet.
+    ///
+    /// # Errors
+    /// If one of them cannot be made, or the target or the draft cannot run.
+    pub fn compose_here(
+        &mut self,
+        registry: &Registry,
+        experiment: &Experiment,
+    ) -> Result<Composed> {
+        let mut composed = self.compose(registry, experiment)?;
+        costs::settle(registry, self, experiment, &mut composed)?;
+        Ok(composed)
     }
 
     /// A request as an experiment has it, of a prompt whose random stream is that of `sequence`.

@@ -67,6 +67,7 @@ fn name(row: &Row) -> String {
     let limits = b.limits();
     let policy = match b.policy {
         PolicyKind::Fixed => String::new(),
+        PolicyKind::Auto => return format!("{} auto", row.draft),
         other => format!(" {other:?}").to_lowercase(),
     };
     format!(
@@ -136,6 +137,33 @@ fn cells(row: &Row) -> Vec<String> {
     ]
 }
 
+/// What budgets that nobody gave went by, and what they came to, one line per batch and decoder.
+fn chosen(rows: &[Row]) -> String {
+    let last = rows.last().map(|row| row.task.clone());
+    let mut out = String::new();
+    for row in rows.iter().filter(|row| Some(&row.task) == last.as_ref()) {
+        let (Some(times), Some(nodes)) = (&row.times, row.nodes) else {
+            continue;
+        };
+        let most = row.budget.limits().total;
+        let ratios: Vec<String> = [2, 4, 8, 16]
+            .into_iter()
+            .filter(|&rows| rows <= most)
+            .map(|rows| format!("{rows} rows {:.2} x", times.ratio(rows)))
+            .collect();
+        out.push_str(&format!(
+            "\n{}{}: {nodes:.2} nodes a cycle, of at most {most}, as this machine's costs call for (of one row: {})\n",
+            name(row),
+            match row.batch {
+                1 => String::new(),
+                batch => format!(", batch {batch}"),
+            },
+            ratios.join(", "),
+        ));
+    }
+    out
+}
+
 /// The whole summary.
 pub(crate) fn summary(summary: &Summary) -> String {
     let head = [
@@ -177,6 +205,7 @@ pub(crate) fn summary(summary: &Summary) -> String {
         out.push('\n');
         out.push_str(&by_batch(&summary.rows));
     }
+    out.push_str(&chosen(&summary.rows));
     let e = &summary.environment;
     let mib = |b: u64| b as f64 / (1 << 20) as f64;
     out.push_str(&format!(

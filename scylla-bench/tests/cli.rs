@@ -391,6 +391,15 @@ fn bench_prints_and_writes_what_scripts_rely_on() {
                 assert_eq!(row["speedup"]["median"], 1.0);
             }
         }
+        // Nobody gave a budget: costs of this machine were measured, for each of the two drafts, and kept.
+        for row in rows.iter().filter(|r| r["draft"] != "plain") {
+            assert_eq!(row["budget"]["policy"], "auto");
+            assert!(row["times"]["forward"][0][1].as_f64() > Some(0.0));
+            let nodes = row["nodes"].as_f64().expect("nodes");
+            assert!((1.0..=9.0).contains(&nodes), "{nodes}");
+        }
+        let costs = std::fs::read_dir(place.path("cache/costs")).expect("kept");
+        assert_eq!(costs.count(), if batch == "1" { 2 } else { 4 });
         let dir = place.dir.path().join(format!("out{batch}"));
         let summary: Value =
             serde_json::from_slice(&std::fs::read(dir.join("summary.json")).expect("summary"))
@@ -424,6 +433,7 @@ fn bench_prints_and_writes_what_scripts_rely_on() {
         // The resolved experiment runs again and gives the same tokens.
         let file = dir.join("experiment.toml").to_string_lossy().into_owned();
         let again = place.json(&["bench", &file, "--json", "--set", "run.output=again"]);
+        assert_eq!(rows[1]["times"], again["rows"][1]["times"]);
         for (a, b) in rows.iter().zip(again["rows"].as_array().expect("rows")) {
             assert_eq!(
                 (&a["tau"], &a["alpha"], &a["tokens"]),

@@ -4,6 +4,7 @@ mod chi_square;
 mod compare;
 mod cross;
 mod data;
+mod inlining;
 mod pack;
 
 use std::path::{Path, PathBuf};
@@ -21,6 +22,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
                   the tests of the kernels under Miri (portable path) and AddressSanitizer (the best path here), which
                   need a nightly toolchain with the component miri
   cross           the kernels for 64-bit ARM, built here and held against portable Rust in an emulator
+  inlining        the kernels built into a crate of somebody else's in three profiles: no intrinsic may be left a call
   compare [...]   beside llama.cpp, candle-transformers and, where installed, PyTorch, on the same files, prompts and threads;
                   `compare --help` lists its options
   data OUT        the default corpus for training: pinned packages under free licences, with a manifest; `data --help`
@@ -36,6 +38,7 @@ fn main() -> ExitCode {
         Some("test") => test(),
         Some("sound") => sound(rest),
         Some("cross") => cross::cross(),
+        Some("inlining") => inlining::check(),
         Some("prove") => chi_square::run(rest),
         Some("compare") if rest.iter().any(|a| a == "--help") => {
             let _ = std::io::Write::write_all(&mut std::io::stdout(), compare::USAGE.as_bytes());

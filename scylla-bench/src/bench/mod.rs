@@ -9,9 +9,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use scylla_core::engine::{Output, Step};
 use scylla_core::files;
+use scylla_core::policy::StepTimes;
 use scylla_core::text::ChatTemplate;
 use serde::{Deserialize, Serialize};
 
+use crate::costs;
 use crate::environment::{Environment, peak_resident};
 use crate::experiment::{self, BudgetSpec, Experiment, TraceKind};
 use crate::prompts::{self, Prompt};
@@ -106,6 +108,10 @@ pub struct Row {
     pub tokens: usize,
     /// Mean tokens per cycle, bonus included.
     pub tau: Option<f64>,
+    /// Mean nodes verified per cycle, root included.
+    pub nodes: Option<f64>,
+    /// What steps cost here, where budgets went by it.
+    pub times: Option<StepTimes>,
     /// Acceptance by depth given the depth above.
     pub alpha: Vec<Option<f64>>,
     /// Decoding speed over repeats.
@@ -192,6 +198,9 @@ pub fn run(
         engine.check(&request)?;
         drop(engine);
         decoders.push(composed);
+    }
+    for (spec, composed) in specs.iter().zip(&mut decoders) {
+        costs::settle(registry, session, spec, composed)?;
     }
     let prompts = prompts::select(prompts::load(&experiment.prompts.set)?, &experiment.prompts)?;
     let (prompts, mut skipped) = fitting(session, experiment, prompts)?;

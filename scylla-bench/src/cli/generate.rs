@@ -151,7 +151,7 @@ impl Generate {
             }
         };
         session.wording.check_length(&prompt)?;
-        let mut composed = session.compose(registry, &experiment)?;
+        let mut composed = session.compose_here(registry, &experiment)?;
         let request = session.request(&experiment, &composed, prompt.clone(), 0);
         let mut engine = session.engine(&mut composed, experiment.run.options(1))?;
         engine.check(&request)?;

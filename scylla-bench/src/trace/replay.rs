@@ -133,9 +133,14 @@ impl Replay {
                 ));
             }
         }
-        if self.budget.policy == PolicyKind::Adaptive {
+        let by_time = match self.budget.policy {
+            PolicyKind::Adaptive => Some("adaptive"),
+            PolicyKind::Auto => Some("auto"),
+            _ => None,
+        };
+        if let Some(policy) = by_time {
             return Err(cannot(
-                "budget.policy = adaptive",
+                &format!("budget.policy = {policy}"),
                 "it chooses by measured time, and a trace has none",
             ));
         }

@@ -1,6 +1,6 @@
 //! The budget that the run itself calls for: most expected tokens over the expected time of the next step.
 
-use super::{Acceptance, Costs};
+use super::{Acceptance, Costs, StepTimes};
 use crate::plugin::{BudgetPolicy, Drafting, Outlook};
 use crate::tree::Budget;
 
@@ -10,15 +10,21 @@ use crate::tree::Budget;
 /// trees of the request had it, those of all requests where it has few of its own. Time is that of forwards as a line over
 /// rows, of the draft at so many levels, and of the rest, as measured. What was never tried, or long ago, is taken to do
 /// well, so that it is tried (again) now and then; where it does not pay, nothing is drafted.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct AdaptiveBudget {
     /// Expected tokens per time must exceed plain decoding's by this share, or nothing is drafted.
     pub margin: f64,
+    /// Times of steps that are known beforehand: with them budgets depend on the requests and on what was accepted until then,
+    /// and not on the clock. Without them those of the run count.
+    pub times: Option<StepTimes>,
 }
 
 impl Default for AdaptiveBudget {
     fn default() -> Self {
-        Self { margin: 0.01 }
+        Self {
+            margin: 0.01,
+            times: None,
+        }
     }
 }
 
@@ -35,17 +41,20 @@ fn promise(own: &Acceptance, all: &Acceptance, depth: usize) -> (f64, f64) {
 }
 
 /// Expected milliseconds of steps of some sizes.
-struct Times<'a> {
-    costs: &'a Costs,
-    /// Of a forward of no rows, and of each row.
-    forward: (f64, f64),
-    others: f64,
+enum Times<'a> {
+    Known(&'a StepTimes, usize),
+    Measured {
+        costs: &'a Costs,
+        /// Of a forward of no rows, and of each row.
+        forward: (f64, f64),
+        others: f64,
+    },
 }
 
 impl<'a> Times<'a> {
     /// For steps of so many requests and `low` to `high` rows; `None` before the first.
-    fn new(costs: &'a Costs, requests: usize, low: f64, high: f64) -> Option<Self> {
-        Some(Self {
+    fn measured(costs: &'a Costs, requests: usize, low: f64, high: f64) -> Option<Self> {
+        Some(Self::Measured {
             costs,
             forward: costs.forward.fit(low, high)?,
             others: costs.others.at(requests).unwrap_or(0.0),
@@ -54,13 +63,23 @@ impl<'a> Times<'a> {
 
     /// Of a step of so many rows whose deepest budget has so many levels.
     fn of(&self, rows: f64, levels: usize) -> f64 {
-        let propose = self.costs.propose.at(levels).unwrap_or(0.0);
-        (self.forward.0 + self.forward.1 * rows + propose + self.others).max(1e-9)
+        let ms = match self {
+            Self::Known(times, requests) => times.of(*requests, rows, levels),
+            Self::Measured {
+                costs,
+                forward,
+                others,
+            } => {
+                let propose = costs.propose.at(levels).unwrap_or(0.0);
+                forward.0 + forward.1 * rows + propose + others
+            }
+        };
+        ms.max(1e-9)
     }
 }
 
 /// What a request allows, cut to so many levels; of a tree's nodes a share.
-fn cut(most: Budget, levels: usize) -> Budget {
+pub fn cut(most: Budget, levels: usize) -> Budget {
     match most.levels() {
         0 => Budget::OFF,
         all if levels >= all => most,
@@ -80,7 +99,11 @@ impl AdaptiveBudget {
         let mut levels = vec![0; requests.len()];
         let (mut rows, mut tokens) = (base, requests.len() as f64);
         let high = base + most.iter().sum::<usize>() as f64;
-        let Some(times) = Times::new(outlook.costs, requests.len(), base, high) else {
+        let times = match &self.times {
+            Some(times) => Some(Times::Known(times, requests.len())),
+            None => Times::measured(outlook.costs, requests.len(), base, high),
+        };
+        let Some(times) = times else {
             return most; // nothing is known: all that is allowed is tried
         };
         let mut best = (

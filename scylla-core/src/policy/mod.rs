@@ -2,9 +2,11 @@
 //! acceptance make of it.
 
 mod adaptive;
+mod known;
 mod measured;
 
-pub use adaptive::AdaptiveBudget;
+pub use adaptive::{AdaptiveBudget, cut};
+pub use known::StepTimes;
 pub use measured::{Acceptance, Costs, Curve, Line};
 
 use crate::plugin::{BudgetPolicy, Outlook};

@@ -1,0 +1,291 @@
+//! What a step costs on this machine: measured once for a target and a draft, and kept.
+//!
+//! Budgets that nobody gave go by it ([`crate::experiment::PolicyKind::Auto`]): how many rows pay is a matter of the
+//! processor, whose eight rows cost 1.7 times one, or 3.6 times.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use scylla_core::assets::{cache_dir, hash_files};
+use scylla_core::engine::{Event, Options};
+use scylla_core::files::{self, read_text};
+use scylla_core::plugin::{SlotRows, Step as Rows, Want};
+use scylla_core::policy::{AdaptiveBudget, FixedBudget, StepTimes, cut};
+use scylla_core::tree::Budget;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::environment::Environment;
+use crate::experiment::{Experiment, Named, PolicyKind};
+use crate::registry::Registry;
+use crate::session::{Composed, Session};
+use crate::{Error, Result};
+
+/// Version of the files; others are measured again.
+const VERSION: u32 = 1;
+/// Rows of forwards that are measured.
+const ROWS: [usize; 12] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, MOST];
+const MOST: usize = 64;
+/// Tokens in the cache meanwhile.
+const CONTEXT: usize = 64;
+/// Rounds of every size, and the seconds after which no further one begins.
+const ROUNDS: usize = 9;
+const SECONDS: f64 = 0.5;
+
+/// What costs belong to: another machine, build, target or draft has others.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Key {
+    version: u32,
+    environment: Environment,
+    draft: Named,
+    /// Sha256 of the draft's files.
+    draft_hash: String,
+    limits: Budget,
+    /// Rows of the largest forward that was to be measured.
+    rows: usize,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    of: Key,
+    times: StepTimes,
+}
+
+/// Lets an `auto` policy of a decoder go by the costs of this machine: those that are kept, else they are measured and kept.
+///
+/// # Errors
+/// If the target or the draft cannot run.
+pub(crate) fn settle(
+    registry: &Registry,
+    session: &mut Session,
+    experiment: &Experiment,
+    composed: &mut Composed,
+) -> Result<()> {
+    if experiment.budget.policy != PolicyKind::Auto || composed.draft.is_none() {
+        return Ok(());
+    }
+    let limits = experiment.budget.limits();
+    let side_by_side = experiment.run.batches().into_iter().max().unwrap_or(1);
+    let rows = limits.total.saturating_mul(side_by_side).min(MOST);
+    let key = Key {
+        version: VERSION,
+        environment: session.environment()?,
+        draft: experiment.draft.clone(),
+        draft_hash: draft_hash(experiment.draft.dir.as_deref())?,
+        limits,
+        rows,
+    };
+    let path = path(&key)?;
+    let times = match kept(&path, &key) {
+        Some(times) => times,
+        None => {
+            let times = measure(registry, session, experiment, limits, rows)?;
+            keep(&path, key, &times);
+            times
+        }
+    };
+    composed.policy = Box::new(AdaptiveBudget {
+        times: Some(times.clone()),
+        ..AdaptiveBudget::default()
+    });
+    composed.times = Some(times);
+    Ok(())
+}
+
+fn draft_hash(dir: Option<&Path>) -> Result<String> {
+    let Some(dir) = dir else {
+        return Ok(String::new());
+    };
+    if !dir.is_dir() {
+        return Ok(hash_files(&[dir.to_path_buf()])?);
+    }
+    let entries = std::fs::read_dir(dir).map_err(Error::io(dir))?;
+    let mut files: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).collect();
+    files.retain(|file| file.is_file());
+    files.sort();
+    Ok(hash_files(&files)?)
+}
+
+fn path(key: &Key) -> Result<PathBuf> {
+    let text = serde_json::to_string(key).map_err(|e| Error::Experiment(e.to_string()))?;
+    let name: String = Sha256::digest(text)[..12]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    Ok(cache_dir()?.join("costs").join(name + ".json"))
+}
+
+/// What a file holds, if it is of the same; anything else is as good as none.
+fn kept(path: &Path, key: &Key) -> Option<StepTimes> {
+    let kept: Kept = serde_json::from_str(&read_text(path).ok()?).ok()?;
+    (kept.of == *key && kept.times.is_sound()).then_some(kept.times)
+}
+
+/// Keeps costs for the next time. Where nothing can be written they are measured again.
+fn keep(path: &Path, of: Key, times: &StepTimes) {
+    let kept = Kept {
+        of,
+        times: times.clone(),
+    };
+    if let (Some(dir), Ok(text)) = (path.parent(), serde_json::to_string_pretty(&kept)) {
+        let _ = std::fs::create_dir_all(dir);
+        let _ = files::write(path, text.as_bytes());
+    }
+}
+
+/// Ids that a target knows, the same after every eight: what drafts by repetition propose from.
+fn tokens(session: &Session, count: usize) -> Vec<u32> {
+    let known = session.known_tokens().max(1);
+    (0..count)
+        .map(|i| ((i % 8 * 97 + 11) % known) as u32)
+        .collect()
+}
+
+fn measure(
+    registry: &Registry,
+    session: &mut Session,
+    experiment: &Experiment,
+    limits: Budget,
+    rows: usize,
+) -> Result<StepTimes> {
+    let forward = forwards(session, rows)?;
+    let (propose, others) = steps(registry, session, experiment, limits)?;
+    let times = StepTimes {
+        forward,
+        propose,
+        others,
+    };
+    match times.is_sound() {
+        true => Ok(times),
+        false => Err(Error::Experiment(
+            "the target's forwards could not be timed; give budgets (budget.total, width, depth)"
+                .into(),
+        )),
+    }
+}
+
+fn median(mut ms: Vec<f64>) -> f64 {
+    ms.sort_by(f64::total_cmp);
+    ms.get(ms.len() / 2).copied().unwrap_or(0.0)
+}
+
+/// Milliseconds of the target's forward by rows, up to the first size that holds `most`.
+fn forwards(session: &mut Session, most: usize) -> Result<Vec<(usize, f64)>> {
+    let room = session.target.model.shape().context;
+    let context = CONTEXT.min(room / 2);
+    let enough = ROWS.iter().position(|&rows| rows >= most);
+    let sizes = &ROWS[..enough.map_or(ROWS.len(), |at| at + 1)];
+    let sizes: Vec<usize> = sizes
+        .iter()
+        .copied()
+        .filter(|&rows| context + rows <= room)
+        .collect();
+    let ids = tokens(session, context.max(ROWS[ROWS.len() - 1]));
+    let model = &mut session.target.model;
+    let rows = |count: usize| Rows {
+        slots: vec![SlotRows {
+            slot: 0,
+            tokens: &ids[..count],
+            parents: &[],
+            want: Want::All,
+        }],
+        taps: &[],
+    };
+    model.open(0)?;
+    let mut run = || -> Result<Vec<Vec<f64>>> {
+        let filled = model.forward(&rows(context))?;
+        model.recycle(filled);
+        model.commit(0, &(0..context).collect::<Vec<_>>())?;
+        let mut all = vec![Vec::new(); sizes.len()];
+        let begun = Instant::now();
+        // The first round warms up.
+        for round in 0..=ROUNDS {
+            for (size, all) in sizes.iter().zip(&mut all) {
+                let one = Instant::now();
+                let done = model.forward(&rows(*size))?;
+                if let Some(logits) = done.logits.first() {
+                    // On a device this waits until it is done.
+                    std::hint::black_box(logits.row(0)?);
+                }
+                if round > 0 {
+                    all.push(one.elapsed().as_secs_f64() * 1e3);
+                }
+                model.recycle(done);
+                model.commit(0, &[])?;
+            }
+            if round > 1 && begun.elapsed().as_secs_f64() > SECONDS {
+                break;
+            }
+        }
+        Ok(all)
+    };
+    let all = run();
+    model.close(0);
+    let timed = sizes.iter().copied().zip(all?.into_iter().map(median));
+    Ok(timed.collect())
+}
+
+/// Milliseconds of proposing by levels, and of all but proposing and the forward.
+fn steps(
+    registry: &Registry,
+    session: &mut Session,
+    experiment: &Experiment,
+    limits: Budget,
+) -> Result<(Vec<(usize, f64)>, f64)> {
+    // A decoder of its own: what it learns of this text is nobody's business.
+    let mut composed = session.compose(registry, experiment)?;
+    composed.policy = Box::new(FixedBudget);
+    let most = limits.levels();
+    let mut levels: Vec<usize> = vec![0, 1, 2, 4, most];
+    levels.retain(|&l| l <= most);
+    levels.dedup();
+    let prompt = tokens(
+        session,
+        CONTEXT.min(session.target.model.shape().context / 2).max(1),
+    );
+    let (mut propose, mut others) = (vec![Vec::new(); levels.len()], Vec::new());
+    let begun = Instant::now();
+    // The first round warms up.
+    for round in 0..=2 {
+        for (&allowed, propose) in levels.iter().zip(&mut propose) {
+            let mut request = session.request(experiment, &composed, prompt.clone(), 0);
+            request.budget = cut(limits, allowed);
+            request.eos.clear();
+            request.stops.clear();
+            request.max_new_tokens = 4 * (allowed + 1);
+            let mut engine = session.engine(&mut composed, Options::default())?;
+            engine.submit(request)?;
+            while !engine.is_idle() {
+                for event in engine.step() {
+                    match event {
+                        Event::Step(step) if round > 0 && step.batch > 0 && step.prompts == 0 => {
+                            let rest = step.ms.propose - step.proposing_ms
+                                + step.ms.accept
+                                + step.ms.commit;
+                            others.push(rest);
+                            if step.levels == allowed {
+                                propose.push(step.proposing_ms);
+                            }
+                        }
+                        Event::Finished { output, .. } => {
+                            if let Some(failed) = output.failed {
+                                return Err(Error::Experiment(failed));
+                            }
+                        }
+                        _ => {}
+                    }
+                }
+            }
+        }
+        if round > 0 && begun.elapsed().as_secs_f64() > SECONDS {
+            break;
+        }
+    }
+    let propose = levels
+        .into_iter()
+        .zip(propose)
+        .filter(|(_, ms)| !ms.is_empty())
+        .map(|(levels, ms)| (levels, median(ms)))
+        .collect();
+    Ok((propose, median(others)))
+}
