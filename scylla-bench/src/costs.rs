@@ -22,7 +22,7 @@ use crate::session::{Composed, Session};
 use crate::{Error, Result};
 
 /// Version of the files; others are measured again.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Rows of forwards that are measured.
 const ROWS: [usize; 12] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, MOST];
 const MOST: usize = 64;
@@ -170,7 +170,8 @@ fn median(mut ms: Vec<f64>) -> f64 {
 }
 
 /// Least milliseconds of the target's forward by rows, up to the first size that holds `most`: what else a machine does comes
-/// and goes, and would make one row of a small model look dear.
+/// and goes, and would make one row of a small model look dear. Single rows are timed behind their like, as plain decoding
+/// has them, others between single ones, as drafts that propose now and then have them.
 fn forwards(session: &mut Session, most: usize) -> Result<Vec<(usize, f64)>> {
     let room = session.target.model.shape().context;
     let context = CONTEXT.min(room / 2);
@@ -199,24 +200,28 @@ fn forwards(session: &mut Session, most: usize) -> Result<Vec<(usize, f64)>> {
         model.commit(0, &(0..context).collect::<Vec<_>>())?;
         let mut all = vec![Vec::new(); sizes.len()];
         let begun = Instant::now();
-        for round in 0..ROUNDS {
-            for (size, all) in sizes.iter().zip(&mut all) {
-                // The first one finds in the caches what another size has left there; steps mostly follow their like.
-                for again in 0..3 {
-                    let one = Instant::now();
-                    let done = model.forward(&rows(*size))?;
-                    if let Some(logits) = done.logits.first() {
-                        // On a device this waits until it is done.
-                        std::hint::black_box(logits.row(0)?);
-                    }
-                    if again > 0 {
-                        all.push(one.elapsed().as_secs_f64() * 1e3);
-                    }
-                    model.recycle(done);
-                    model.commit(0, &[])?;
-                }
+        let mut timed = |count: usize| -> Result<f64> {
+            let one = Instant::now();
+            let done = model.forward(&rows(count))?;
+            if let Some(logits) = done.logits.first() {
+                // On a device this waits until it is done.
+                std::hint::black_box(logits.row(0)?);
             }
-            if round > 0 && begun.elapsed().as_secs_f64() > SECONDS {
+            let ms = one.elapsed().as_secs_f64() * 1e3;
+            model.recycle(done);
+            model.commit(0, &[])?;
+            Ok(ms)
+        };
+        for round in 0..ROUNDS {
+            timed(1)?;
+            for (&size, all) in sizes.iter().zip(&mut all) {
+                all.push(match size {
+                    1 => timed(1)?.min(timed(1)?),
+                    // What it does to the single row behind it is its own cost.
+                    _ => timed(size)? + timed(1)?,
+                });
+            }
+            if round > 1 && begun.elapsed().as_secs_f64() > SECONDS {
                 break;
             }
         }
@@ -225,8 +230,11 @@ fn forwards(session: &mut Session, most: usize) -> Result<Vec<(usize, f64)>> {
     let all = run();
     model.close(0);
     let least = |ms: Vec<f64>| ms.into_iter().fold(f64::INFINITY, f64::min);
-    let timed = sizes.iter().copied().zip(all?.into_iter().map(least));
-    Ok(timed.collect())
+    let mut least: Vec<f64> = all?.into_iter().map(least).collect();
+    if let Some((&mut one, more)) = least.split_first_mut() {
+        more.iter_mut().for_each(|ms| *ms = (*ms - one).max(one));
+    }
+    Ok(sizes.into_iter().zip(least).collect())
 }
 
 /// Milliseconds of proposing by levels, and of all but proposing and the forward.
