@@ -1,4 +1,4 @@
-//! What a step costs on this machine: measured once for a target and a draft, and kept.
+//! What a step costs on this machine: measured once, forwards for each target and the rest for each draft, and kept.
 //!
 //! Budgets that nobody gave go by it ([`crate::experiment::PolicyKind::Auto`]): how many rows pay is a matter of the
 //! processor, whose eight rows cost 1.7 times one, or 3.6 times.
@@ -12,6 +12,7 @@ use scylla_core::files::{self, read_text};
 use scylla_core::plugin::{SlotRows, Step as Rows, Want};
 use scylla_core::policy::{AdaptiveBudget, FixedBudget, StepTimes, cut};
 use scylla_core::tree::Budget;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -22,7 +23,7 @@ use crate::session::{Composed, Session};
 use crate::{Error, Result};
 
 /// Version of the files; others are measured again.
-const VERSION: u32 = 2;
+const VERSION: u32 = 1;
 /// Rows of forwards that are measured.
 const ROWS: [usize; 12] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, MOST];
 const MOST: usize = 64;
@@ -32,23 +33,31 @@ const CONTEXT: usize = 64;
 const ROUNDS: usize = 9;
 const SECONDS: f64 = 0.8;
 
-/// What costs belong to: another machine, build, target or draft has others.
+/// What forwards of a target cost belongs to: another machine, build or target has other costs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Key {
+struct Forwards {
+    version: u32,
+    environment: Environment,
+    /// Rows of the largest forward that was to be measured.
+    rows: usize,
+}
+
+/// What the rest of a step belongs to.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Drafted {
     version: u32,
     environment: Environment,
     draft: Named,
     /// Sha256 of the draft's files.
     draft_hash: String,
     limits: Budget,
-    /// Rows of the largest forward that was to be measured.
-    rows: usize,
 }
 
+/// A file: what was measured, and what it belongs to.
 #[derive(Serialize, Deserialize)]
-struct Kept {
-    of: Key,
-    times: StepTimes,
+struct Kept<K, T> {
+    of: K,
+    ms: T,
 }
 
 /// Lets an `auto` policy of a decoder go by the costs of this machine: those that are kept, else they are measured and kept.
@@ -67,23 +76,35 @@ pub(crate) fn settle(
     let limits = experiment.budget.limits();
     let side_by_side = experiment.run.batches().into_iter().max().unwrap_or(1);
     let rows = limits.total.saturating_mul(side_by_side).min(MOST);
-    let key = Key {
-        version: VERSION,
-        environment: session.environment()?,
+    let (version, environment) = (VERSION, session.environment()?);
+    let drafted = Drafted {
+        version,
+        environment: environment.clone(),
         draft: experiment.draft.clone(),
         draft_hash: draft_hash(experiment.draft.dir.as_deref())?,
         limits,
+    };
+    let forwards = Forwards {
+        version,
+        environment,
         rows,
     };
-    let path = path(&key)?;
-    let times = match kept(&path, &key) {
-        Some(times) => times,
-        None => {
-            let times = measure(registry, session, experiment, limits, rows)?;
-            keep(&path, key, &times);
-            times
-        }
+    let forward = known(forwards, || measure_forwards(session, rows))?;
+    let (propose, others) = known(drafted, || {
+        measure_steps(registry, session, experiment, limits)
+    })?;
+    let times = StepTimes {
+        forward,
+        propose,
+        others,
     };
+    if !times.is_sound() {
+        return Err(Error::Experiment(format!(
+            "the costs of steps in {} cannot be gone by; remove them and they are measured again, or give a budget \
+             (budget.total, width, depth)",
+            cache_dir()?.join("costs").display()
+        )));
+    }
     composed.policy = Box::new(AdaptiveBudget {
         times: Some(times.clone()),
         ..AdaptiveBudget::default()
@@ -106,31 +127,31 @@ fn draft_hash(dir: Option<&Path>) -> Result<String> {
     Ok(hash_files(&files)?)
 }
 
-fn path(key: &Key) -> Result<PathBuf> {
-    let text = serde_json::to_string(key).map_err(|e| Error::Experiment(e.to_string()))?;
+/// What is kept of the same, else what is measured, which is then kept. Where nothing can be written it is measured again
+/// the next time.
+fn known<K, T>(of: K, measure: impl FnOnce() -> Result<T>) -> Result<T>
+where
+    K: PartialEq + Serialize + DeserializeOwned,
+    T: Serialize + DeserializeOwned,
+{
+    let text = serde_json::to_string(&of).map_err(|e| Error::Experiment(e.to_string()))?;
     let name: String = Sha256::digest(text)[..12]
         .iter()
         .map(|byte| format!("{byte:02x}"))
         .collect();
-    Ok(cache_dir()?.join("costs").join(name + ".json"))
-}
-
-/// What a file holds, if it is of the same; anything else is as good as none.
-fn kept(path: &Path, key: &Key) -> Option<StepTimes> {
-    let kept: Kept = serde_json::from_str(&read_text(path).ok()?).ok()?;
-    (kept.of == *key && kept.times.is_sound()).then_some(kept.times)
-}
-
-/// Keeps costs for the next time. Where nothing can be written they are measured again.
-fn keep(path: &Path, of: Key, times: &StepTimes) {
-    let kept = Kept {
-        of,
-        times: times.clone(),
-    };
-    if let (Some(dir), Ok(text)) = (path.parent(), serde_json::to_string_pretty(&kept)) {
-        let _ = std::fs::create_dir_all(dir);
-        let _ = files::write(path, text.as_bytes());
+    let dir = cache_dir()?.join("costs");
+    let path = dir.join(name + ".json");
+    let found = read_text(&path).ok();
+    let found = found.and_then(|text| serde_json::from_str::<Kept<K, T>>(&text).ok());
+    if let Some(kept) = found.filter(|kept| kept.of == of) {
+        return Ok(kept.ms);
     }
+    let kept = Kept { of, ms: measure()? };
+    if let Ok(text) = serde_json::to_string_pretty(&kept) {
+        let _ = std::fs::create_dir_all(dir);
+        let _ = files::write(&path, text.as_bytes());
+    }
+    Ok(kept.ms)
 }
 
 /// Ids that a target knows, the same after every eight: what drafts by repetition propose from.
@@ -141,29 +162,6 @@ fn tokens(session: &Session, count: usize) -> Vec<u32> {
         .collect()
 }
 
-fn measure(
-    registry: &Registry,
-    session: &mut Session,
-    experiment: &Experiment,
-    limits: Budget,
-    rows: usize,
-) -> Result<StepTimes> {
-    let forward = forwards(session, rows)?;
-    let (propose, others) = steps(registry, session, experiment, limits)?;
-    let times = StepTimes {
-        forward,
-        propose,
-        others,
-    };
-    match times.is_sound() {
-        true => Ok(times),
-        false => Err(Error::Experiment(
-            "the target's forwards could not be timed; give budgets (budget.total, width, depth)"
-                .into(),
-        )),
-    }
-}
-
 fn median(mut ms: Vec<f64>) -> f64 {
     ms.sort_by(f64::total_cmp);
     ms.get(ms.len() / 2).copied().unwrap_or(0.0)
@@ -172,7 +170,7 @@ fn median(mut ms: Vec<f64>) -> f64 {
 /// Least milliseconds of the target's forward by rows, up to the first size that holds `most`: what else a machine does comes
 /// and goes, and would make one row of a small model look dear. Single rows are timed behind their like, as plain decoding
 /// has them, others between single ones, as drafts that propose now and then have them.
-fn forwards(session: &mut Session, most: usize) -> Result<Vec<(usize, f64)>> {
+fn measure_forwards(session: &mut Session, most: usize) -> Result<Vec<(usize, f64)>> {
     let room = session.target.model.shape().context;
     let context = CONTEXT.min(room / 2);
     let enough = ROWS.iter().position(|&rows| rows >= most);
@@ -238,7 +236,7 @@ fn forwards(session: &mut Session, most: usize) -> Result<Vec<(usize, f64)>> {
 }
 
 /// Milliseconds of proposing by levels, and of all but proposing and the forward.
-fn steps(
+fn measure_steps(
     registry: &Registry,
     session: &mut Session,
     experiment: &Experiment,
