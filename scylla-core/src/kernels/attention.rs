@@ -630,18 +630,17 @@ fn mix<S: Simd, E: Element, const Q: usize, const W: usize>(
 #[inline(always)]
 fn softmax<S: Simd>(scores: &mut [f32], scale: f32) -> f32 {
     let (largest, factor) = (S::splat(-scale * largest(scores)), S::splat(scale));
-    let exp = |scores: &[f32]| S::exp(S::fma(S::load(scores), factor, largest));
     // Sixteen partial sums by logical position, whatever the length.
     let mut sums = S::zero();
     let (tiles, rest) = scores.as_chunks_mut::<TILE>();
     for tile in tiles {
-        let weights = exp(tile);
+        let weights = S::exp(S::fma(S::load(tile), factor, largest));
         S::store(weights, tile);
         sums = S::add(sums, weights);
     }
     let mut last = [f32::NEG_INFINITY; TILE];
     last[..rest.len()].copy_from_slice(rest);
-    let weights = exp(&last);
+    let weights = S::exp(S::fma(S::load(&last), factor, largest));
     S::store(weights, &mut last);
     rest.copy_from_slice(&last[..rest.len()]);
     1.0 / S::sum(S::add(sums, weights))
