@@ -20,6 +20,7 @@ use crate::environment::Environment;
 use crate::experiment::{Experiment, Named, PolicyKind};
 use crate::registry::Registry;
 use crate::session::{Composed, Session};
+use crate::stats::spread;
 use crate::{Error, Result};
 
 /// Version of the files; others are measured again.
@@ -101,7 +102,7 @@ pub(crate) fn settle(
         propose,
         others,
     };
-    // A context too short to measure in: the run's own times count.
+    // A context too short to measure in: the limits are the budget.
     if !times.is_sound() {
         return Ok(());
     }
@@ -162,9 +163,8 @@ fn tokens(session: &Session, count: usize) -> Vec<u32> {
         .collect()
 }
 
-fn median(mut ms: Vec<f64>) -> f64 {
-    ms.sort_by(f64::total_cmp);
-    ms.get(ms.len() / 2).copied().unwrap_or(0.0)
+fn median(ms: &[f64]) -> f64 {
+    spread(ms).map_or(0.0, |of| of.median)
 }
 
 /// Least milliseconds of the target's forward by rows, up to the first size that holds `most`: what else a machine does comes
@@ -291,7 +291,7 @@ fn measure_steps(
         .into_iter()
         .zip(propose)
         .filter(|(_, ms)| !ms.is_empty())
-        .map(|(levels, ms)| (levels, median(ms)))
+        .map(|(levels, ms)| (levels, median(&ms)))
         .collect();
-    Ok((propose, median(others)))
+    Ok((propose, median(&others)))
 }

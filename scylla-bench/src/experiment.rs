@@ -246,14 +246,15 @@ impl BudgetSpec {
         }
     }
 
-    /// Who chooses.
+    /// Who chooses; of `auto`, who does before the machine's costs are known ([`crate::Session::settle`]).
     ///
     /// # Errors
     /// If a table is asked for that is none.
     pub fn policy(&self) -> Result<Box<dyn BudgetPolicy>> {
         Ok(match self.policy {
-            PolicyKind::Fixed => Box::new(FixedBudget),
-            PolicyKind::Auto | PolicyKind::Adaptive => Box::new(AdaptiveBudget::default()),
+            // Until a session knows what steps cost here, nothing goes by the clock.
+            PolicyKind::Fixed | PolicyKind::Auto => Box::new(FixedBudget),
+            PolicyKind::Adaptive => Box::new(AdaptiveBudget::default()),
             PolicyKind::Table => Box::new(self.by_batch()?),
             PolicyKind::Off => Box::new(NoDrafting),
         })

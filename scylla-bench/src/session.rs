@@ -202,19 +202,18 @@ impl Session {
         })
     }
 
-    /// As [`Session::compose`]; a budget that nobody gave goes by what steps cost on this machine, which is measured where
-    /// it is not known yet.
+    /// Lets a decoder whose budget nobody gave go by what steps cost on this machine, which takes some seconds where it is not
+    /// known yet; others stay what they are.
     ///
     /// # Errors
-    /// If one of them cannot be made, or the target or the draft cannot run.
-    pub fn compose_here(
+    /// If the target or the draft cannot run.
+    pub fn settle(
         &mut self,
         registry: &Registry,
         experiment: &Experiment,
-    ) -> Result<Composed> {
-        let mut composed = self.compose(registry, experiment)?;
-        costs::settle(registry, self, experiment, &mut composed)?;
-        Ok(composed)
+        composed: &mut Composed,
+    ) -> Result<()> {
+        costs::settle(registry, self, experiment, composed)
     }
 
     /// A request as an experiment has it, of a prompt whose random stream is that of `sequence`.

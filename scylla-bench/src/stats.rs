@@ -243,6 +243,8 @@ pub struct Totals {
     pub decoded: usize,
     /// Cycles.
     pub cycles: usize,
+    /// Nodes verified in them, roots included.
+    pub nodes: usize,
     /// Tokens of prompts that were run.
     pub prompt_tokens: usize,
     /// Time.
@@ -255,6 +257,7 @@ impl Totals {
         self.tokens += output.ids.len();
         self.prompt_tokens += output.prompt_tokens - output.reused_tokens;
         self.cycles += output.cycles.len();
+        self.nodes += output.cycles.iter().map(|c| c.nodes).sum::<usize>();
         self.decoded += output.cycles.iter().map(|c| c.committed).sum::<usize>();
         self.ms.add(&output.ms);
     }
@@ -273,6 +276,11 @@ impl Totals {
     /// Mean tokens per cycle, bonus included.
     pub fn tau(&self) -> Option<f64> {
         (self.cycles > 0).then(|| self.decoded as f64 / self.cycles as f64)
+    }
+
+    /// Mean nodes per cycle, root included.
+    pub fn nodes(&self) -> Option<f64> {
+        (self.cycles > 0).then(|| self.nodes as f64 / self.cycles as f64)
     }
 }
 

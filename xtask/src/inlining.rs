@@ -25,11 +25,6 @@ const PROFILES: [(&str, &str); 3] = [
     ),
 ];
 
-const MAIN: &str = "fn main() {
-    println!(\"{:?}\", scylla_core::kernels::InstructionSet::detect());
-}
-";
-
 /// Builds the crate in each profile and counts the calls.
 pub(crate) fn check() -> Result<()> {
     let place = root().join("target/inlining");
@@ -44,7 +39,7 @@ pub(crate) fn check() -> Result<()> {
         manifest += &format!("\n[profile.{name}]\n{settings}");
     }
     std::fs::write(outside.join("Cargo.toml"), manifest)?;
-    std::fs::write(outside.join("src/main.rs"), MAIN)?;
+    std::fs::write(outside.join("src/main.rs"), "fn main() {}\n")?;
     // The versions that the workspace builds with.
     std::fs::copy(root().join("Cargo.lock"), outside.join("Cargo.lock"))?;
     let mut bad = Vec::new();

@@ -13,7 +13,6 @@ use scylla_core::policy::StepTimes;
 use scylla_core::text::ChatTemplate;
 use serde::{Deserialize, Serialize};
 
-use crate::costs;
 use crate::environment::{Environment, peak_resident};
 use crate::experiment::{self, BudgetSpec, Experiment, TraceKind};
 use crate::prompts::{self, Prompt};
@@ -199,13 +198,13 @@ pub fn run(
         drop(engine);
         decoders.push(composed);
     }
-    for (spec, composed) in specs.iter().zip(&mut decoders) {
-        costs::settle(registry, session, spec, composed)?;
-    }
     let prompts = prompts::select(prompts::load(&experiment.prompts.set)?, &experiment.prompts)?;
     let (prompts, mut skipped) = fitting(session, experiment, prompts)?;
     // Made before the work, so that an output that cannot be written is known in time.
     let output = output_dir(&run.output)?;
+    for (spec, composed) in specs.iter().zip(&mut decoders) {
+        session.settle(registry, spec, composed)?;
+    }
     let environment = session.environment()?;
     let batches = run.batches();
     let groups: Vec<Vec<Vec<Talk>>> = batches.iter().map(|&b| groups(&prompts, b, run)).collect();

@@ -79,6 +79,7 @@ fn row(
     let all = own.values().fold(Totals::default(), |mut a, t| {
         a.decoded += t.decoded;
         a.cycles += t.cycles;
+        a.nodes += t.nodes;
         a.ms.add(&t.ms);
         a
     });
@@ -107,7 +108,7 @@ fn row(
             .count(),
         tokens: first.tokens,
         tau: all.tau(),
-        nodes: mean(outputs().flat_map(|o| &o.cycles).map(|c| c.nodes as f64)),
+        nodes: all.nodes(),
         times: composed.times.clone(),
         alpha: alpha(cycles),
         tokens_per_s: spread(&speeds),
@@ -133,11 +134,6 @@ fn row(
         },
         identical: spec.sampling.is_greedy().then(|| identical(&mine, here)),
     }
-}
-
-fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
-    let (sum, count) = values.fold((0.0, 0usize), |(sum, n), v| (sum + v, n + 1));
-    (count > 0).then(|| sum / count as f64)
 }
 
 /// Turns of the first repeat whose ids are those of plain decoding, and their number.

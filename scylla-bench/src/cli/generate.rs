@@ -151,10 +151,15 @@ impl Generate {
             }
         };
         session.wording.check_length(&prompt)?;
-        let mut composed = session.compose_here(registry, &experiment)?;
+        let mut composed = session.compose(registry, &experiment)?;
         let request = session.request(&experiment, &composed, prompt.clone(), 0);
-        let mut engine = session.engine(&mut composed, experiment.run.options(1))?;
-        engine.check(&request)?;
+        let options = experiment.run.options(1);
+        // What can be refused is refused before costs are measured.
+        session
+            .engine(&mut composed, options.clone())?
+            .check(&request)?;
+        session.settle(registry, &experiment, &mut composed)?;
+        let mut engine = session.engine(&mut composed, options)?;
         // What became of standard output: whether somebody still reads, or why it cannot be written to.
         let mut told = Ok(true);
         let mut on_event = |event: &Event| {
