@@ -1,14 +1,15 @@
 //! What the registry knows without being told: the drafts, rules and aligners of this project.
 
-use scylla_core::plugin::Verifier;
-use scylla_draft::{Ngram, Suffix};
+use scylla_core::plugin::{DraftModel, Verifier};
+use scylla_draft::{Hybrid, Ngram, Suffix};
 use scylla_verify::{
     Block, Chain, DeterministicTree, Greedy, KSeq, RrsWithoutReplacement, SpecInfer, Traversal,
     Typical,
 };
 use serde::Deserialize;
+use toml::Table;
 
-use crate::context::parse;
+use crate::context::{DraftContext, parse};
 use crate::registry::Registry;
 use crate::{Error, Result, aligners, drafts};
 
@@ -21,13 +22,14 @@ impl Default for Registry {
         });
         registry.draft("suffix", |_, settings| {
             let s: SuffixSettings = parse("draft", settings)?;
-            Ok(Box::new(Suffix::new(s.shortest, s.per_match)?))
+            Ok(Box::new(s.suffix()?))
         });
-        registry.draft("draft-lm", drafts::draft_lm);
-        registry.draft("eagle2", drafts::eagle2);
-        registry.draft("eagle3", drafts::eagle3);
-        registry.draft("hass", drafts::hass);
-        registry.draft("scylla", drafts::scylla);
+        registry.draft("hybrid", hybrid);
+        for name in drafts::NETWORKS {
+            registry.draft(name, move |context, settings| {
+                Ok(Box::new(drafts::with_network(name, context, settings)?))
+            });
+        }
         registry.rule("greedy", |settings| no_settings(settings, Greedy));
         registry.rule("chain", |settings| no_settings(settings, Chain));
         registry.rule("block", |settings| no_settings(settings, Block));
@@ -70,6 +72,45 @@ impl Default for NgramSettings {
 struct SuffixSettings {
     shortest: usize,
     per_match: f64,
+}
+
+impl SuffixSettings {
+    fn suffix(&self) -> Result<Suffix> {
+        Ok(Suffix::new(self.shortest, self.per_match)?)
+    }
+}
+
+/// `hybrid`: a suffix draft's settings and its own beside those of a draft with a network, which `network` names.
+fn hybrid(context: &DraftContext<'_>, mut settings: Table) -> Result<Box<dyn DraftModel>> {
+    let mut take = |keys: &[&str]| -> Table {
+        let own = keys.iter();
+        own.filter_map(|&key| Some((key.to_string(), settings.remove(key)?)))
+            .collect()
+    };
+    let repeats: SuffixSettings = parse("draft", take(&["shortest", "per_match"]))?;
+    let own: HybridSettings = parse("draft", take(&["network", "sure"]))?;
+    let name = match &own.network {
+        Some(name) => name,
+        None => drafts::network_of(context)?,
+    };
+    let network = drafts::with_network(name, context, settings)?;
+    Ok(Box::new(Hybrid::new(repeats.suffix()?, network, own.sure)?))
+}
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct HybridSettings {
+    network: Option<String>,
+    sure: f64,
+}
+
+impl Default for HybridSettings {
+    fn default() -> Self {
+        Self {
+            network: None,
+            sure: 0.8,
+        }
+    }
 }
 
 impl Default for SuffixSettings {

@@ -109,6 +109,7 @@ pub(crate) fn settle(
     composed.policy = Box::new(AdaptiveBudget {
         margin: MARGIN,
         times: Some(times.clone()),
+        ..AdaptiveBudget::default()
     });
     composed.times = Some(times);
     Ok(())

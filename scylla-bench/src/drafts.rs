@@ -6,7 +6,6 @@ use std::sync::Arc;
 use scylla_core::assets;
 use scylla_core::files::read_text;
 use scylla_core::model::{LoadOptions, ModelFiles, WeightForm, load_on};
-use scylla_core::plugin::DraftModel;
 use scylla_core::text::Tokenizer;
 use scylla_draft::network::{self, DraftHost, DraftLm, NODES, Network};
 use scylla_draft::tree::{TreeDraft, TreeSettings};
@@ -151,38 +150,64 @@ fn feature<N: Network + 'static>(
     context: &DraftContext<'_>,
     table: Table,
     load: impl FnOnce(&Path, Option<&[usize]>, &DraftHost) -> scylla_core::Result<N>,
-) -> Result<Box<dyn DraftModel>> {
+) -> Result<TreeDraft> {
     let (own, tree) = settings(table)?;
     let dir = weights_of(context, name)?;
     warn_of_other_target(&dir, context)?;
     let network = load(&dir, own.taps.as_deref(), &host(context, &own)?)?;
     network.notes().iter().for_each(|note| warn(note));
-    Ok(Box::new(TreeDraft::new(network, &tree)?))
+    Ok(TreeDraft::new(network, &tree)?)
 }
 
-pub(crate) fn eagle2(context: &DraftContext<'_>, table: Table) -> Result<Box<dyn DraftModel>> {
-    without(&["taps"], "eagle2", &table)?;
-    feature("eagle2", context, table, |dir, _, s| network::eagle(dir, s))
+/// One that reads no layers of the target's but the last.
+fn untapped<N: Network + 'static>(
+    name: &str,
+    context: &DraftContext<'_>,
+    table: Table,
+    load: impl FnOnce(&Path, &DraftHost) -> scylla_core::Result<N>,
+) -> Result<TreeDraft> {
+    without(&["taps"], name, &table)?;
+    feature(name, context, table, |dir, _, host| load(dir, host))
 }
 
-pub(crate) fn hass(context: &DraftContext<'_>, table: Table) -> Result<Box<dyn DraftModel>> {
-    without(&["taps"], "hass", &table)?;
-    feature("hass", context, table, |dir, _, s| network::hass(dir, s))
+/// Names of the drafts that grow trees with a network.
+pub(crate) const NETWORKS: [&str; 5] = ["draft-lm", "eagle2", "eagle3", "hass", "scylla"];
+
+/// A draft that grows trees with a network, by one of [`NETWORKS`].
+pub(crate) fn with_network(
+    name: &str,
+    context: &DraftContext<'_>,
+    table: Table,
+) -> Result<TreeDraft> {
+    match name {
+        "draft-lm" => draft_lm(context, table),
+        "eagle2" => untapped(name, context, table, network::eagle),
+        "eagle3" => feature(name, context, table, network::eagle3),
+        "hass" => untapped(name, context, table, network::hass),
+        "scylla" => untapped(name, context, table, network::scylla),
+        _ => Err(scylla_core::Error::unknown("draft with a network", name, NETWORKS).into()),
+    }
 }
 
-pub(crate) fn scylla(context: &DraftContext<'_>, table: Table) -> Result<Box<dyn DraftModel>> {
-    without(&["taps"], "scylla", &table)?;
-    feature("scylla", context, table, |dir, _, s| {
-        network::scylla(dir, s)
-    })
-}
-
-pub(crate) fn eagle3(context: &DraftContext<'_>, table: Table) -> Result<Box<dyn DraftModel>> {
-    feature("eagle3", context, table, network::eagle3)
+/// Which of [`NETWORKS`] a folder holds, where its files say it.
+pub(crate) fn network_of(context: &DraftContext<'_>) -> Result<&'static str> {
+    let dir = weights_of(context, "hybrid")?;
+    let text = std::fs::read_to_string(dir.join("config.json")).unwrap_or_default();
+    let json: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+    let said = json["architectures"][0].as_str().unwrap_or_default();
+    match said {
+        _ if said.ends_with("Eagle3") => Ok("eagle3"),
+        _ if said.starts_with("Scylla") => Ok("scylla"),
+        _ => Err(Error::Experiment(format!(
+            "[draft]: {} does not say which network it holds; draft.network is one of {}",
+            dir.display(),
+            NETWORKS.join(", ")
+        ))),
+    }
 }
 
 /// A whole language model; it must have the target's tokenizer.
-pub(crate) fn draft_lm(context: &DraftContext<'_>, table: Table) -> Result<Box<dyn DraftModel>> {
+fn draft_lm(context: &DraftContext<'_>, table: Table) -> Result<TreeDraft> {
     without(&["taps", "head", "head_size"], "draft-lm", &table)?;
     let (own, tree) = settings(table)?;
     let files = ModelFiles::open(&weights_of(context, "draft-lm")?)?;
@@ -209,7 +234,7 @@ pub(crate) fn draft_lm(context: &DraftContext<'_>, table: Table) -> Result<Box<d
     let model = load_on(&files, &options, executor)?;
     let known = context.session.known_tokens();
     let network = DraftLm::new(model.model, model.weight_bytes, context.target.vocab, known)?;
-    Ok(Box::new(TreeDraft::new(network, &tree)?))
+    Ok(TreeDraft::new(network, &tree)?)
 }
 
 /// Token by token, special ones too: a vocabulary of the same size may still be another one.

@@ -62,6 +62,7 @@ fn every_registered_draft_decodes_greedily_what_plain_decoding_decodes() {
         "hass:hass",
         "scylla:scylla",
         "draft-lm:model",
+        "hybrid:scylla",
     ] {
         let found = place.json(&generate(draft, &TREE));
         assert_eq!(found["ids"], plain["ids"], "{draft}");
@@ -164,6 +165,7 @@ fn drafts_without_weights_or_with_those_of_another_kind_say_so() {
     check("eagle2:scylla", &["a Scylla network", "EAGLE-1/2"]);
     check("scylla:eagle3", &["an EAGLE-3 network", "a Scylla network"]);
     check("draft-lm:nowhere", &["nowhere"]);
+    check("hybrid:eagle2", &["which network", "draft.network"]);
     check("eagle4:eagle3", &["eagle4", "eagle3", "suffix"]);
 }
 

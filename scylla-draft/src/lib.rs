@@ -8,8 +8,10 @@ pub mod network;
 pub mod recipe;
 pub mod tree;
 
+mod hybrid;
 mod ngram;
 mod suffix;
 
+pub use hybrid::Hybrid;
 pub use ngram::Ngram;
 pub use suffix::Suffix;

@@ -3,20 +3,27 @@
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashMap};
 
-use scylla_core::plugin::{Committed, DraftModel, Request, Slot};
+use scylla_core::plugin::{Committed, DraftModel, Price, Request, Slot};
 use scylla_core::sampling::Sampling;
 use scylla_core::tree::{Budget, Drawing, Tree};
 use scylla_core::{Error, Result};
+
+use crate::tree::Scored;
 
 /// Suffix drafting (as SAM decoding, arXiv:2411.10666, with the frequency-weighted trees of SuffixDecoding,
 /// arXiv:2411.04975). Point masses, so it needs no q and is exact under any rule for deterministic trees.
 ///
 /// The automaton grows by amortised constant work per token and knows the longest suffix of the text that occurred
 /// before, of any length, at no cost. Branches are tried by how often they followed, later ones first among equals.
+///
+/// How probable a node is, it tells from how often matches of its length were right in this text until now ([`Trust`]): a
+/// branch of a match of n tokens is believed by that, and by its share among those that followed; what shorter matches add
+/// shares what longer ones leave. Nodes that are not worth a row ([`DraftModel::price`]) are left out.
 #[derive(Debug, Clone)]
 pub struct Suffix {
     shortest: usize,
     per_match: f64,
+    price: Price,
     slots: HashMap<Slot, Automaton>,
 }
 
@@ -34,8 +41,92 @@ impl Suffix {
         Ok(Self {
             shortest,
             per_match,
+            price: Price::default(),
             slots: HashMap::new(),
         })
+    }
+
+    /// Grows a tree for one request, of all nodes that may pay.
+    pub(crate) fn scored(&self, request: &Request<'_>) -> Scored {
+        let mut scored = Scored {
+            tree: Tree::root(request.root),
+            scores: vec![0.0],
+        };
+        let Some(automaton) = self.slots.get(&request.slot) else {
+            return scored;
+        };
+        // In a repetitive text every suffix says the same: a few in a row that add nothing are the end.
+        let least = self.price.least();
+        let (mut idle, mut left) = (0, 1.0);
+        for state in automaton.matches(self.shortest).take(COUNTED) {
+            if scored.tree.len() >= request.budget.total || idle > 3 {
+                break;
+            }
+            let before = scored.tree.len();
+            let length = automaton.states[state].len;
+            let levels = (self.per_match * length as f64).ceil() as usize;
+            let budget = request.budget.within(levels, request.budget.total);
+            let from = Match {
+                state,
+                length,
+                left,
+            };
+            if budget.levels() > 0 {
+                grow(automaton, from, budget, least, &mut scored);
+            }
+            idle = match scored.tree.len() == before {
+                true => idle + 1,
+                false => 0,
+            };
+            left *= 1.0 - automaton.trust.of(length);
+        }
+        scored
+    }
+
+    /// Tokens of the longest match behind which a slot's text stands; 0 where there is none.
+    pub fn matched(&self, slot: Slot) -> usize {
+        let automaton = self.slots.get(&slot);
+        let state = automaton.and_then(|a| Some(a.states[a.matches(self.shortest).next()?].len));
+        state.unwrap_or(0)
+    }
+}
+
+/// How often what most often followed a match of some length came next, in one text.
+#[derive(Debug, Clone, Default)]
+struct Trust([(f64, f64); LENGTHS.len()]);
+
+/// Matches by length, from so many tokens on, and the share of them that is right before a text has shown its own: what the
+/// default model's answers to the dev prompts have.
+const LENGTHS: [(usize, f64); 8] = [
+    (1, 0.2),
+    (2, 0.48),
+    (3, 0.57),
+    (4, 0.72),
+    (5, 0.85),
+    (7, 0.86),
+    (10, 0.92),
+    (16, 0.95),
+];
+/// Matches that weigh as much as what was believed before.
+const BELIEF: f64 = 10.0;
+
+impl Trust {
+    fn kind(length: usize) -> usize {
+        LENGTHS.partition_point(|&(from, _)| from <= length).max(1) - 1
+    }
+
+    /// A match of so many tokens was right, or not.
+    fn add(&mut self, length: usize, right: bool) {
+        let (hits, seen) = &mut self.0[Self::kind(length)];
+        *hits += f64::from(u8::from(right));
+        *seen += 1.0;
+    }
+
+    /// The share of matches of so many tokens that is right.
+    fn of(&self, length: usize) -> f64 {
+        let kind = Self::kind(length);
+        let (hits, seen) = self.0[kind];
+        (hits + LENGTHS[kind].1 * BELIEF) / (seen + BELIEF)
     }
 }
 
@@ -76,6 +167,7 @@ struct Automaton {
     /// State of the whole text.
     last: usize,
     len: usize,
+    trust: Trust,
 }
 
 impl Default for Automaton {
@@ -90,11 +182,33 @@ impl Default for Automaton {
             }],
             last: 0,
             len: 0,
+            trust: Trust::default(),
         }
     }
 }
 
 impl Automaton {
+    /// What follows the text: whether its longest match said so is remembered.
+    fn follow(&mut self, token: u32) {
+        let longest = self.matches(1).next();
+        if let Some(state) = longest {
+            let length = self.states[state].len;
+            let said = self.said(state);
+            self.trust.add(length, said == Some(token));
+        }
+        self.push(token);
+    }
+
+    /// What most often followed a state, the latest of equals.
+    fn said(&self, state: usize) -> Option<u32> {
+        let next = self.states[state].next.iter();
+        let order = |&&(token, s): &&(u32, usize)| {
+            let state = &self.states[s];
+            (state.count.max(1), state.recent, u32::MAX - token)
+        };
+        next.max_by_key(order).map(|&(token, _)| token)
+    }
+
     /// Appends a token (Blumer et al. 1985).
     fn push(&mut self, token: u32) {
         self.len += 1;
@@ -194,13 +308,24 @@ impl PartialEq for Candidate {
 
 impl Eq for Candidate {}
 
-/// Grows a tree from one state, the most probable branch first; branches that are there already are followed.
-fn grow(automaton: &Automaton, state: usize, levels: usize, budget: Budget, tree: &mut Tree) {
+/// A match to go on from.
+struct Match {
+    state: usize,
+    /// Its tokens.
+    length: usize,
+    /// What longer matches leave it of all probability.
+    left: f64,
+}
+
+/// Grows a tree from one match, the most probable branch first, as long as they are held at least so probable; branches that
+/// are there already are followed.
+fn grow(automaton: &Automaton, from: Match, budget: Budget, least: f64, scored: &mut Scored) {
     let mut heap = BinaryHeap::new();
     let offer = |heap: &mut BinaryHeap<Candidate>, parent, depth, state: usize, score: f64| {
         let next = &automaton.states[state].next;
         let count = |s: usize| f64::from(automaton.states[s].count.max(1));
         let sum: f64 = next.iter().map(|&(_, s)| count(s)).sum();
+        let score = score * automaton.trust.of(from.length + depth - 1);
         heap.extend(next.iter().map(|&(token, state)| Candidate {
             score: score * count(state) / sum,
             recent: automaton.states[state].recent,
@@ -210,17 +335,28 @@ fn grow(automaton: &Automaton, state: usize, levels: usize, budget: Budget, tree
             state,
         }));
     };
-    offer(&mut heap, 0, 1, state, 1.0);
+    offer(&mut heap, 0, 1, from.state, from.left);
     while let Some(best) = heap.pop() {
+        if best.score < least {
+            return;
+        }
+        let tree = &mut scored.tree;
         let same = |&child: &usize| tree.tokens[child] == best.token;
         let known = tree.children(best.parent).find(same);
         let node = match known {
-            Some(node) => node,
+            Some(node) => {
+                let score = &mut scored.scores[node];
+                *score = score.max(best.score.ln());
+                node
+            }
             None if tree.len() >= budget.total => return,
             None if tree.children(best.parent).count() >= budget.width => continue,
-            None => tree.push(best.parent, best.token),
+            None => {
+                scored.scores.push(best.score.ln());
+                tree.push(best.parent, best.token)
+            }
         };
-        if best.depth < levels {
+        if best.depth < budget.levels() {
             offer(&mut heap, node, best.depth + 1, best.state, best.score);
         }
     }
@@ -245,41 +381,23 @@ impl DraftModel for Suffix {
             let closed = || Error::Invalid(format!("slot {} is not open", c.slot));
             let automaton = self.slots.get_mut(&c.slot).ok_or_else(closed)?;
             for &token in c.tokens {
-                automaton.push(token);
+                automaton.follow(token);
             }
         }
         Ok(())
     }
 
+    fn price(&mut self, price: &Price) {
+        self.price.clone_from(price);
+    }
+
+    fn weighs(&self) -> bool {
+        true
+    }
+
     fn propose(&mut self, requests: &mut [Request<'_>]) -> Result<Vec<Tree>> {
-        let propose = |r: &Request<'_>| {
-            let mut tree = Tree::root(r.root);
-            let Some(automaton) = self.slots.get(&r.slot) else {
-                return tree;
-            };
-            // In a repetitive text every suffix says the same: a few in a row that add nothing are the end.
-            let mut idle = 0;
-            for state in automaton.matches(self.shortest).take(COUNTED) {
-                if tree.len() >= r.budget.total || idle > 3 {
-                    break;
-                }
-                let before = tree.len();
-                let length = automaton.states[state].len as f64;
-                let levels = r
-                    .budget
-                    .levels()
-                    .min((self.per_match * length).ceil() as usize);
-                if levels > 0 {
-                    grow(automaton, state, levels, r.budget, &mut tree);
-                }
-                idle = match tree.len() == before {
-                    true => idle + 1,
-                    false => 0,
-                };
-            }
-            tree
-        };
-        Ok(requests.iter().map(propose).collect())
+        let propose = |r: &Request<'_>| self.scored(r).worth(r.budget, &self.price);
+        requests.iter().map(propose).collect()
     }
 }
 

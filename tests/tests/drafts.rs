@@ -5,18 +5,20 @@ use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
+use scylla_core::Result;
 use scylla_core::chance::Seeded;
 use scylla_core::engine::Request as Asked;
 use scylla_core::model::ModelFiles;
 use scylla_core::plugin::{
-    Chance, Committed, DraftModel, Matrix, Request, SlotRows, Step, TargetModel, Verifier, Want,
+    Chance, Committed, DraftModel, Matrix, Price, Request, Slot, SlotRows, Step, Tap, TargetModel,
+    Verifier, Want,
 };
 use scylla_core::sampling::Sampling;
 use scylla_core::tabular::Law;
 use scylla_core::tree::{Budget, Drawing, Tree};
 use scylla_draft::network::{self, DraftLm};
 use scylla_draft::tree::{Scored, TreeDraft, TreeKind, TreeSettings};
-use scylla_draft::{Ngram, Suffix};
+use scylla_draft::{Hybrid, Ngram, Suffix};
 use scylla_tests::{Bench, NEAR_TIE, NETWORKS, TINY, Tiny, parting, refusal, whole};
 use scylla_verify::prove::prove;
 use scylla_verify::{
@@ -190,6 +192,9 @@ fn greedy_text(cases: u32, make: &dyn Fn(Tiny, usize) -> Bench, margin: f32) -> 
             let head = head.as_deref().filter(|_| name != "draft-lm");
             drafts.push((name, Box::new(bench.draft(name, &tree, head))));
         }
+        drafts.push(("hybrid", Box::new(hybrid(&bench, head.as_deref()))));
+        let priced = Priced::new(hybrid(&bench, head.as_deref()));
+        drafts.push(("hybrid at a price", Box::new(priced)));
         let mut rules: Vec<&'static dyn Verifier> = vec![&Greedy, &DeterministicTree, &Traversal];
         if budget.width == 1 {
             rules.extend([&Chain as &'static dyn Verifier, &Block]);
@@ -222,6 +227,47 @@ fn greedy_text(cases: u32, make: &dyn Fn(Tiny, usize) -> Bench, margin: f32) -> 
         accepted.get()
     );
     near_ties.get()
+}
+
+/// What the text repeats and an EAGLE-3 network in one tree.
+fn hybrid(bench: &Bench, head: Option<&[u32]>) -> Hybrid {
+    let network = bench.draft("eagle3", &TreeSettings::default(), head);
+    let repeats = Suffix::new(1, 4.0).expect("suffix");
+    Hybrid::new(repeats, network, 0.6).expect("hybrid")
+}
+
+/// A hybrid draft at one price: rows that cost more and more, and a level of drafting that costs something.
+struct Priced(Hybrid);
+
+impl Priced {
+    fn new(mut draft: Hybrid) -> Self {
+        draft.price(&Price {
+            rows: vec![0.05, 0.12, 0.25, 0.4, 0.6],
+            level: 0.02,
+        });
+        Self(draft)
+    }
+}
+
+impl DraftModel for Priced {
+    fn taps(&self) -> Vec<Tap> {
+        self.0.taps()
+    }
+    fn drawing(&self, sampling: &Sampling) -> Drawing {
+        self.0.drawing(sampling)
+    }
+    fn open(&mut self, slot: Slot) -> Result<()> {
+        self.0.open(slot)
+    }
+    fn close(&mut self, slot: Slot) {
+        self.0.close(slot);
+    }
+    fn observe(&mut self, committed: &[Committed<'_>]) -> Result<()> {
+        self.0.observe(committed)
+    }
+    fn propose(&mut self, requests: &mut [Request<'_>]) -> Result<Vec<Tree>> {
+        self.0.propose(requests)
+    }
 }
 
 /// Targets of every family that drafts are made for, some with a window that a text outgrows.
@@ -347,13 +393,17 @@ fn one_cycle_follows_the_targets_law_with_every_network_and_way_of_drawing() {
         ..Sampling::default()
     };
     let target = law(&bench, &prompt, &sampling, tiny.vocab);
-    for name in NETWORKS {
+    for name in NETWORKS.into_iter().chain(["hybrid"]) {
         for (tree, rule) in &ways {
             for head in [None, Some(&[0u32, 2, 3][..])] {
                 if name == "draft-lm" && head.is_some() {
                     continue;
                 }
-                let mut draft = bench.draft(name, tree, head);
+                let mut draft: Box<dyn DraftModel> = match name {
+                    "hybrid" if tree.tree != TreeKind::Dynamic => continue,
+                    "hybrid" => Box::new(Priced::new(hybrid(&bench, head))),
+                    _ => Box::new(bench.draft(name, tree, head)),
+                };
                 let drawing = draft.drawing(&sampling);
                 assert!(
                     rule.exact_for(drawing, 2, &sampling),

@@ -21,7 +21,7 @@ use scylla_core::tabular::{Law, TableDraft, TableTarget};
 use scylla_core::tree::{Budget, Drawing, Tree};
 use scylla_core::{Decoder, Error, Result};
 use scylla_draft::tree::{TreeDraft, TreeKind, TreeSettings};
-use scylla_draft::{Ngram, Suffix};
+use scylla_draft::{Hybrid, Ngram, Suffix};
 use scylla_tests::{Bench, TINY, Tiny};
 use scylla_verify::{Auto, Block, Chain, DeterministicTree, Greedy, Traversal};
 
@@ -142,6 +142,11 @@ fn draft(bench: &Bench, name: &str) -> Option<Box<dyn DraftModel>> {
         "plain" => return None,
         "ngram" => Box::new(Ngram::new(1, 3).expect("ngram")),
         "suffix" => Box::new(Suffix::new(1, 4.0).expect("suffix")),
+        "hybrid" => {
+            let network = bench.draft("eagle3", &tree(TreeKind::Dynamic), None);
+            let repeats = Suffix::new(1, 4.0).expect("suffix");
+            Box::new(Hybrid::new(repeats, network, 0.6).expect("hybrid"))
+        }
         "eagle3-chain" => Box::new(bench.draft("eagle3", &tree(TreeKind::Chain), None)),
         "lm-widths" => {
             let tree = TreeSettings {
@@ -154,10 +159,11 @@ fn draft(bench: &Bench, name: &str) -> Option<Box<dyn DraftModel>> {
     })
 }
 
-const DRAFTS: [&str; 7] = [
+const DRAFTS: [&str; 8] = [
     "plain",
     "ngram",
     "suffix",
+    "hybrid",
     "eagle2",
     "scylla",
     "eagle3-chain",

@@ -5,8 +5,8 @@ use std::time::Instant;
 use super::request::{check_width, not_exact};
 use super::{Accepted, Cycle, Engine, Event, Live, LogitRows, Phases, Step};
 use crate::plugin::{
-    Committed, Drafting, Forward, Matrix, Outlook, Request as Asked, SlotRows, Step as Forwarded,
-    Verdict, Want,
+    Committed, Drafting, Forward, Matrix, Outlook, Price, Request as Asked, SlotRows,
+    Step as Forwarded, Verdict, Want,
 };
 use crate::tree::{Budget, Tree};
 use crate::{Error, Result};
@@ -151,9 +151,9 @@ impl Engine<'_> {
             // A cycle adds the bonus too, so drafting the last token would be wasted.
             live.request.budget.within(left.min(room) - 1, room + 1)
         };
-        if self.parts.draft.is_none() {
+        let Some(draft) = &self.parts.draft else {
             return vec![Budget::OFF; decoding.len()];
-        }
+        };
         let requests: Vec<Drafting<'_>> = decoding
             .iter()
             .map(|&index| {
@@ -171,10 +171,14 @@ impl Engine<'_> {
             acceptance: &self.measured.acceptance,
             costs: &self.measured.costs,
         });
+        let weighs = draft.model.weighs() && self.parts.policy.price().is_some();
         let mut chosen = chosen.into_iter();
         let within = |r: &Drafting<'_>| {
-            let budget = chosen.next().unwrap_or(Budget::OFF);
             let most = r.most;
+            let budget = match chosen.next().unwrap_or(Budget::OFF) {
+                budget if weighs && budget.levels() > 0 => most,
+                budget => budget,
+            };
             Budget {
                 width: budget.width.clamp(1, most.width),
                 ..budget.within(most.levels(), most.total)
@@ -252,6 +256,10 @@ impl Engine<'_> {
                 sampling: &live.request.sampling,
                 chance: &mut live.chance,
             });
+        }
+        match self.parts.policy.price() {
+            Some(price) => draft.model.price(price),
+            None => draft.model.price(&Price::default()),
         }
         let trees = draft.model.propose(&mut requests)?;
         drop(requests);

@@ -95,6 +95,56 @@ impl Candidates {
     }
 }
 
+/// What drafting costs, in the tokens that the decoder would commit meanwhile.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Price {
+    /// What `n + 1` nodes below a root take, ascending; empty where nothing is known.
+    pub rows: Vec<f64>,
+    /// What a level of drafting takes behind the first, all requests together.
+    pub level: f64,
+}
+
+impl Price {
+    /// Whether rows have one.
+    pub fn is_known(&self) -> bool {
+        !self.rows.is_empty()
+    }
+
+    /// How many of a tree's nodes are worth their rows, their probabilities descending: those whose expected tokens exceed what
+    /// they cost by most; all where rows have no price. Beyond the rows that have one each costs what the last of them adds.
+    pub fn paying(&self, probabilities: impl Iterator<Item = f64>) -> usize {
+        let rows = &self.rows;
+        let Some(&last) = rows.last() else {
+            return probabilities.count();
+        };
+        let step = last - rows.len().checked_sub(2).map_or(0.0, |at| rows[at]);
+        let beyond = |n: usize| last + step * (n + 1 - rows.len()) as f64;
+        let ((mut most, mut best), mut sum) = ((0.0, 0), 0.0);
+        for (n, p) in probabilities.enumerate() {
+            sum += p;
+            let value = sum - rows.get(n).copied().unwrap_or_else(|| beyond(n));
+            if value > most {
+                (most, best) = (value, n + 1);
+            }
+        }
+        best
+    }
+
+    /// The least probability at which a node may be worth a row, whatever stands beside it.
+    pub fn least(&self) -> f64 {
+        let before = std::iter::once(&0.0).chain(&self.rows);
+        let steps = self
+            .rows
+            .iter()
+            .zip(before)
+            .map(|(row, before)| row - before);
+        match self.is_known() {
+            true => steps.fold(1.0, f64::min).max(0.0),
+            false => 0.0,
+        }
+    }
+}
+
 /// The model or method that proposes.
 ///
 /// ```
@@ -147,6 +197,13 @@ pub trait DraftModel: Send {
     /// Proposes one tree per request, within its budget, rooted at its root. Where it fails for several it is asked again
     /// for each of them alone, so that one slot's error stays its own.
     fn propose(&mut self, requests: &mut [Request<'_>]) -> Result<Vec<Tree>>;
+    /// What drafting costs from now on. It is for drafts that know how probable their nodes are, which leave out what does not pay,
+    /// and for point masses alone: what was drawn at random may not be judged by its value.
+    fn price(&mut self, _price: &Price) {}
+    /// Whether it heeds the price: within its budget it then chooses levels and nodes itself.
+    fn weighs(&self) -> bool {
+        false
+    }
     /// All that trees within the request's limits, or any smaller ones, would be chosen from, whether they are re-ranked or of
     /// a fixed shape of most probable children; `follows` is what the target says next, and so what such a tree is followed
     /// along. Asking changes nothing.
@@ -195,6 +252,12 @@ macro_rules! forwarded {
             fn propose(&mut self, requests: &mut [Request<'_>]) -> Result<Vec<Tree>> {
                 (**self).propose(requests)
             }
+            fn price(&mut self, price: &Price) {
+                (**self).price(price);
+            }
+            fn weighs(&self) -> bool {
+                (**self).weighs()
+            }
             fn candidates(&mut self, request: &mut Request<'_>, follows: &[u32]) -> Result<Candidates> {
                 (**self).candidates(request, follows)
             }
@@ -212,3 +275,51 @@ macro_rules! forwarded {
 }
 
 forwarded!(&mut T, Box<T>);
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn without_a_price_all_nodes_pay() {
+        let free = Price::default();
+        assert_eq!(free.paying([0.5, 0.001].into_iter()), 2);
+        assert_eq!((free.least(), free.is_known()), (0.0, false));
+    }
+
+    #[test]
+    fn a_dear_row_pays_where_those_behind_it_are_cheap() {
+        // The second row costs much, the third little: two nodes of 0.3 do not pay, three do.
+        let price = Price {
+            rows: vec![0.1, 0.5, 0.55],
+            level: 0.0,
+        };
+        assert_eq!(price.paying([0.3, 0.3].into_iter()), 1);
+        assert_eq!(price.paying([0.3, 0.3, 0.3].into_iter()), 3);
+        assert!((price.least() - 0.05).abs() < 1e-12);
+    }
+
+    proptest! {
+        #[test]
+        fn no_other_number_of_nodes_is_worth_more_and_none_below_the_least_pays(
+            steps in prop::collection::vec(0.0f64..0.5, 1..9), mut p in prop::collection::vec(0.0f64..1.0, 0..12),
+        ) {
+            p.sort_by(|a, b| b.total_cmp(a));
+            let sums = |values: &[f64]| -> Vec<f64> {
+                values.iter().scan(0.0, |sum, v| { *sum += v; Some(*sum) }).collect()
+            };
+            let price = Price { rows: sums(&steps), level: 0.0 };
+            let mut costs = steps.clone();
+            // Beyond what has a price as the last of it.
+            costs.resize(steps.len().max(p.len()), steps[steps.len() - 1]);
+            let value = |n: usize| p[..n].iter().sum::<f64>() - costs[..n].iter().sum::<f64>();
+            let best = price.paying(p.iter().copied());
+            for n in 0..=p.len() {
+                prop_assert!(value(n) <= value(best) + 1e-9, "{} is worth more than {}", n, best);
+            }
+            prop_assert!(p[..best].iter().all(|&p| p >= price.least() - 1e-9));
+        }
+    }
+}

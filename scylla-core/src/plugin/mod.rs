@@ -10,7 +10,7 @@ mod policy;
 mod rule;
 mod target;
 
-pub use draft::{Candidates, Committed, DraftModel, Request};
+pub use draft::{Candidates, Committed, DraftModel, Price, Request};
 pub use matrix::{Matrix, TopRows};
 pub use packed::PackedRows;
 pub use policy::{BudgetPolicy, Drafting, Outlook};

@@ -1,5 +1,6 @@
 //! How much to draft.
 
+use super::Price;
 use crate::engine::Step;
 use crate::policy::{Acceptance, Costs};
 use crate::tree::Budget;
@@ -59,6 +60,11 @@ pub struct Outlook<'a> {
 pub trait BudgetPolicy: Send {
     /// One budget for each request of the outlook, in its order.
     fn budgets(&mut self, outlook: &Outlook<'_>) -> Vec<Budget>;
+    /// What drafting costs, behind the budgets of the same outlook, where that is known: drafts that heed it choose levels and nodes
+    /// themselves within what a request allows, as long as its budget allows any.
+    fn price(&self) -> Option<&Price> {
+        None
+    }
     /// Learns what a step cost and what became of its trees.
     fn observe(&mut self, _step: &Step) {}
 }
@@ -69,6 +75,9 @@ macro_rules! forwarded {
         impl<T: BudgetPolicy + ?Sized> BudgetPolicy for $kind {
             fn budgets(&mut self, outlook: &Outlook<'_>) -> Vec<Budget> {
                 (**self).budgets(outlook)
+            }
+            fn price(&self) -> Option<&Price> {
+                (**self).price()
             }
             fn observe(&mut self, step: &Step) {
                 (**self).observe(step);

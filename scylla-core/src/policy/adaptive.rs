@@ -1,7 +1,7 @@
 //! The budget that the run itself calls for: most expected tokens over the expected time of the next step.
 
 use super::{Acceptance, Costs, StepTimes};
-use crate::plugin::{BudgetPolicy, Drafting, Outlook};
+use crate::plugin::{BudgetPolicy, Drafting, Outlook, Price};
 use crate::tree::Budget;
 
 /// Goodput: levels are added to requests, the most promising first, as long as expected tokens over expected time grow.
@@ -17,6 +17,8 @@ pub struct AdaptiveBudget {
     /// Times of steps that are known beforehand: with them budgets depend on the requests and on what was accepted until then,
     /// and not on the clock. Without them those of the run count.
     pub times: Option<StepTimes>,
+    /// What drafting took in expected tokens at the last budgets, where times are known ([`BudgetPolicy::price`]).
+    pub price: Option<Price>,
 }
 
 impl Default for AdaptiveBudget {
@@ -24,6 +26,7 @@ impl Default for AdaptiveBudget {
         Self {
             margin: 0.01,
             times: None,
+            price: None,
         }
     }
 }
@@ -91,8 +94,8 @@ pub fn cut(most: Budget, levels: usize) -> Budget {
 }
 
 impl AdaptiveBudget {
-    /// Levels for each request.
-    fn levels(&self, outlook: &Outlook<'_>) -> Vec<usize> {
+    /// Levels for each request, and the price of drafting.
+    fn levels(&self, outlook: &Outlook<'_>) -> (Vec<usize>, Option<Price>) {
         let requests = outlook.requests;
         let base = (requests.len() + outlook.prompt_rows) as f64;
         let most: Vec<usize> = requests.iter().map(|r| r.most.levels()).collect();
@@ -104,12 +107,10 @@ impl AdaptiveBudget {
             None => Times::measured(outlook.costs, requests.len(), base, high),
         };
         let Some(times) = times else {
-            return most; // nothing is known: all that is allowed is tried
+            return (most, None); // nothing is known: all that is allowed is tried
         };
-        let mut best = (
-            tokens / times.of(rows, 0) * (1.0 + self.margin),
-            levels.clone(),
-        );
+        let mut fastest = tokens / times.of(rows, 0);
+        let mut best = (fastest * (1.0 + self.margin), levels.clone());
         // The next level of each request, by what it promises for a row; no more than the level above it.
         let worth = |r: &Drafting<'_>, depth: usize| {
             let (nodes, accepted) = promise(r.acceptance, outlook.acceptance, depth);
@@ -131,20 +132,37 @@ impl AdaptiveBudget {
             let speed = tokens / times.of(rows, deepest);
             if speed > best.0 {
                 best = (speed, levels.clone());
+                fastest = speed;
             }
         }
-        best.1
+        // By the clock nothing is weighed: what is sampled would not be the same twice. As if all requests had as many nodes.
+        let price = self.times.as_ref().map(|times| {
+            let each = requests.len() as f64;
+            let nodes = requests.iter().map(|r| r.most.total).max().unwrap_or(1);
+            let forward = |n: usize| times.of(requests.len(), base + each * n as f64, 0);
+            let rows = (1..nodes).map(|n| fastest * (forward(n) - forward(0)) / each);
+            Price {
+                rows: rows.collect(),
+                level: fastest * times.level(),
+            }
+        });
+        (best.1, price)
     }
 }
 
 impl BudgetPolicy for AdaptiveBudget {
     fn budgets(&mut self, outlook: &Outlook<'_>) -> Vec<Budget> {
-        let levels = self.levels(outlook);
+        let levels;
+        (levels, self.price) = self.levels(outlook);
         let requests = outlook.requests.iter();
         requests
             .zip(levels)
             .map(|(r, levels)| cut(r.most, levels))
             .collect()
+    }
+
+    fn price(&self) -> Option<&Price> {
+        self.price.as_ref()
     }
 }
 
@@ -203,6 +221,46 @@ mod tests {
             [4],
             "nothing measured yet"
         );
+    }
+
+    #[test]
+    fn with_known_times_rows_and_levels_have_a_price_in_tokens() {
+        let (all, own) = (seen(2), seen(2));
+        let most = Budget::chain(4);
+        let one = Drafting {
+            most,
+            positions: 100,
+            acceptance: &own,
+        };
+        let costs = Costs::default();
+        let outlook = Outlook {
+            requests: &[one],
+            prompt_rows: 0,
+            acceptance: &all,
+            costs: &costs,
+        };
+        let times = StepTimes {
+            forward: vec![(1, 2.0), (2, 2.2), (5, 3.1)],
+            propose: vec![(0, 0.0), (1, 0.4), (3, 0.8)],
+            others: 0.0,
+        };
+        let mut policy = AdaptiveBudget {
+            times: Some(times),
+            ..AdaptiveBudget::default()
+        };
+        assert_eq!(policy.budgets(&outlook)[0].levels(), 2);
+        // Two levels of one node: about three tokens in 2.5 and 0.6 milliseconds.
+        let price = policy.price().expect("times are known");
+        let speed = price.level / 0.2;
+        assert!((0.9..1.0).contains(&speed), "{speed} tokens a millisecond");
+        let rows = [0.2, 0.5, 0.8, 1.1].map(|ms| ms * speed);
+        assert_eq!(price.rows.len(), rows.len());
+        for (found, expected) in price.rows.iter().zip(rows) {
+            assert!((found - expected).abs() < 1e-9, "{found} for {expected}");
+        }
+        let mut clock = AdaptiveBudget::default();
+        clock.budgets(&outlook);
+        assert_eq!(clock.price(), None, "nothing is weighed by the clock");
     }
 
     #[test]

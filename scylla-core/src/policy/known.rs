@@ -34,6 +34,15 @@ impl StepTimes {
         along(&self.forward, rows) + along(&self.propose, levels as f64) + others
     }
 
+    /// What a level of drafting takes behind the first, on average over those that were measured.
+    pub fn level(&self) -> f64 {
+        let mut levels = self.propose.iter().filter(|(levels, _)| *levels > 0);
+        match (levels.next(), levels.next_back()) {
+            (Some(first), Some(last)) => (last.1 - first.1).max(0.0) / (last.0 - first.0) as f64,
+            _ => 0.0,
+        }
+    }
+
     /// What a forward of so many rows costs over one of one row.
     pub fn ratio(&self, rows: usize) -> f64 {
         along(&self.forward, rows as f64) / along(&self.forward, 1.0)
@@ -91,6 +100,12 @@ mod tests {
         }
         assert_eq!(times.of(3, 3.0, 0), 5.5);
         assert_eq!(times.ratio(9), 4.0);
+        assert_eq!(times.level(), 0.0, "one level was measured");
+        let levels = StepTimes {
+            propose: vec![(0, 0.0), (1, 1.0), (2, 1.5), (5, 3.0)],
+            ..times.clone()
+        };
+        assert_eq!(levels.level(), 0.5);
         assert!(!StepTimes::default().is_sound());
         let broken = StepTimes {
             forward: vec![(1, f64::NAN)],

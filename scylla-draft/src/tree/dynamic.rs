@@ -8,7 +8,7 @@ use super::{Growth, Level, Shape};
 
 /// Level 0 holds the `width` most probable children of the root; then `depth` times the best `width` nodes of the
 /// last level get `width` children each. Of all of them the best `total - 1` are proposed, a node's score being the
-/// probability of its path under the draft. Point masses only: re-ranking what was drawn at random is not exact.
+/// probability of its path under the draft; those that do not pay for a row are left out. Point masses only: re-ranking what was drawn at random is not exact.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Dynamic;
 
@@ -37,7 +37,10 @@ impl Shape for Dynamic {
         let first = growth.tree.len();
         for (i, node) in std::mem::take(&mut growth.frontier).into_iter().enumerate() {
             for (token, log) in level.top(i, &growth.tree, node, width)? {
-                growth.push(node, token, growth.scores[node] + log, 0);
+                let score = growth.scores[node] + log;
+                if score >= growth.least {
+                    growth.push(node, token, score, 0);
+                }
             }
         }
         if growth.level < budget.depth {
@@ -52,6 +55,10 @@ impl Shape for Dynamic {
         Ok(())
     }
 
+    fn is_ranked(&self) -> bool {
+        true
+    }
+
     fn chosen(&self, growth: &Growth, budget: Budget) -> Vec<usize> {
         let mut nodes = best(&growth.scores, 1, budget.total.saturating_sub(1));
         nodes.push(0);
@@ -64,7 +71,8 @@ impl Shape for Dynamic {
 mod tests {
     use proptest::prelude::*;
     use scylla_core::chance::Seeded;
-    use scylla_core::plugin::{Candidates, DraftModel, Request};
+    use scylla_core::plugin::{Candidates, DraftModel, Price, Request};
+    use scylla_core::tree::Tree;
 
     use super::*;
     use crate::tree::table::{Table, VOCAB, logits};
@@ -107,6 +115,41 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn at_a_price_the_nodes_that_pay_are_the_best_of_those_without_one(
+            seed in 0u64..100_000, total in 2usize..30, width in 1usize..9, depth in 0usize..5,
+            rows in prop::collection::vec(0.0f64..0.3, 1..8),
+        ) {
+            let budget = Budget { total, width, depth };
+            let sampling = Sampling::default();
+            let rows: Vec<f64> = rows.iter().scan(0.0, |sum, r| { *sum += r; Some(*sum) }).collect();
+            let price = Price { rows, level: 0.0 };
+            let grow = |price: &Price| {
+                let mut draft = TreeDraft::new(Table::new(seed), &TreeSettings::default()).expect("draft");
+                draft.price(price);
+                draft.open(0).expect("open");
+                let request = Request { slot: 0, root: 3, budget, sampling: &sampling, chance: &mut Seeded::new(0, 0) };
+                draft.propose(&mut [request]).expect("propose").remove(0)
+            };
+            let (all, kept) = (grow(&Price::default()), grow(&price));
+            prop_assert!(kept.check(3, VOCAB, budget).is_ok());
+            // Scores of all nodes there could be, by path.
+            let scores = naive(seed, budget);
+            let of = |path: &[u32]| scores.iter().find(|(p, _)| p[..] == *path).map(|s| s.1);
+            let probability = |tree: &Tree, n: usize| of(&tree.tokens_to(n)[1..]).map(f64::exp);
+            let mut best: Vec<f64> = (1..all.len()).filter_map(|n| probability(&all, n)).collect();
+            best.sort_by(|a, b| b.total_cmp(a));
+            prop_assert_eq!(best.len(), all.len() - 1);
+            let worth = price.paying(best.iter().copied());
+            let sum: f64 = best[..worth].iter().sum();
+            let found: Vec<f64> = (1..kept.len()).filter_map(|n| probability(&kept, n)).collect();
+            // Levels that are not expected to pay are not drafted, so there may be fewer, never worse ones.
+            prop_assert_eq!(found.len(), kept.len() - 1);
+            prop_assert!(found.len() <= worth);
+            prop_assert!(found.iter().sum::<f64>() <= sum + 1e-6);
+            prop_assert!(found.iter().all(|&p| p >= price.least() - 1e-6));
+        }
+
         #[test]
         fn leaving_out_hopeless_nodes_does_not_change_the_tree(
             seed in 0u64..100_000, total in 2usize..30, width in 1usize..9, depth in 0usize..5,

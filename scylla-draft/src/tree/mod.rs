@@ -7,12 +7,14 @@ mod optimal;
 mod settings;
 mod stop;
 #[cfg(test)]
-mod table;
+pub(crate) mod table;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use scylla_core::plugin::{Candidates, Committed, DraftModel, Matrix, Request, Slot, Tap, TopRows};
+use scylla_core::plugin::{
+    Candidates, Committed, DraftModel, Matrix, Price, Request, Slot, Tap, TopRows,
+};
 use scylla_core::sampling::{Sampling, top_log_probabilities};
 use scylla_core::tree::{Budget, Drawing, Tree};
 use scylla_core::{Error, Result};
@@ -38,6 +40,8 @@ pub struct Growth {
     pub frontier: Vec<usize>,
     /// Levels grown.
     pub level: usize,
+    /// Least log-probability of a path that pays for its row, where shapes may choose.
+    pub least: f64,
     /// For each node the order in which it was forwarded.
     rows: Vec<Option<usize>>,
     forwarded: usize,
@@ -64,6 +68,7 @@ impl Growth {
             places: vec![0],
             frontier: vec![0],
             level: 0,
+            least: f64::NEG_INFINITY,
             rows: vec![None],
             forwarded: 0,
             room: 0,
@@ -240,6 +245,10 @@ pub trait Shape: Send {
     fn drawing(&self, sampling: &Sampling) -> Drawing;
     /// Adds the children of the frontier's nodes and chooses the next frontier; an empty one ends the growth.
     fn grow(&mut self, growth: &mut Growth, level: &mut Level<'_, '_>) -> Result<()>;
+    /// Whether its nodes may be left out by their value: point masses, the least probable first.
+    fn is_ranked(&self) -> bool {
+        false
+    }
     /// The nodes that are proposed, the root first and in order.
     fn chosen(&self, growth: &Growth, budget: Budget) -> Vec<usize>;
 }
@@ -251,6 +260,29 @@ pub struct Scored {
     pub tree: Tree,
     /// Its scores.
     pub scores: Vec<f64>,
+}
+
+impl Scored {
+    /// The nodes that are worth their rows at a price, the most probable ones within the budget, best first. As probable as its
+    /// parent a child is at most, and stands behind it.
+    pub(crate) fn worth(&self, budget: Budget, price: &Price) -> Result<Tree> {
+        let (tree, scores) = (&self.tree, &self.scores);
+        let mut order: Vec<usize> = (1..tree.len()).collect();
+        order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+        let (mut kept, mut children) = (vec![0], vec![0; tree.len()]);
+        let mut chosen = vec![false; tree.len()];
+        chosen[0] = true;
+        for node in order {
+            let parent = tree.parents[node];
+            if kept.len() < budget.total && chosen[parent] && children[parent] < budget.width {
+                children[parent] += 1;
+                chosen[node] = true;
+                kept.push(node);
+            }
+        }
+        kept.truncate(1 + price.paying(kept[1..].iter().map(|&n| scores[n].exp())));
+        tree.select(&kept)
+    }
 }
 
 /// Ids that occurred, each once.
@@ -270,6 +302,9 @@ impl Seen {
     }
 }
 
+/// The share of a path's probability that its best child is expected to keep.
+const KEPT: f64 = 0.65;
+
 /// A draft: a network and the shape of its trees.
 pub struct TreeDraft {
     network: Box<dyn Network>,
@@ -279,6 +314,7 @@ pub struct TreeDraft {
     seen: HashMap<Slot, Seen>,
     logits: Matrix,
     scratch: Vec<f64>,
+    price: Price,
 }
 
 impl TreeDraft {
@@ -291,6 +327,7 @@ impl TreeDraft {
             seen: HashMap::new(),
             logits: Matrix::default(),
             scratch: Vec::new(),
+            price: Price::default(),
         })
     }
 
@@ -383,9 +420,23 @@ impl DraftModel for TreeDraft {
         self.network.trim();
     }
 
+    fn price(&mut self, price: &Price) {
+        self.price.clone_from(price);
+    }
+
+    fn weighs(&self) -> bool {
+        self.shape.is_ranked()
+    }
+
     fn propose(&mut self, requests: &mut [Request<'_>]) -> Result<Vec<Tree>> {
         let scored = self.propose_scored(requests)?;
-        Ok(scored.into_iter().map(|s| s.tree).collect())
+        let tree = |(scored, request): (Scored, &mut Request<'_>)| match self.shape.is_ranked()
+            && self.price.is_known()
+        {
+            true => scored.worth(request.budget, &self.price),
+            false => Ok(scored.tree),
+        };
+        scored.into_iter().zip(requests).map(tree).collect()
     }
 
     fn candidates(&mut self, request: &mut Request<'_>, follows: &[u32]) -> Result<Candidates> {
@@ -402,6 +453,7 @@ impl TreeDraft {
             let room = self.network.room(r.slot).filter(|_| r.budget.levels() > 0);
             let (drawing, ids) = (self.drawing(r.sampling), self.network.ids());
             let mut growth = Growth::new(r.root, drawing, ids, room.unwrap_or(0));
+            growth.least = self.price.least().ln();
             match room {
                 Some(_) => slots.push(r.slot),
                 None => growth.frontier.clear(),
@@ -421,6 +473,18 @@ impl TreeDraft {
         growths.into_iter().zip(requests).map(scored).collect()
     }
 
+    /// Whether the children of the frontiers are expected to be worth their rows and what it takes to draft them.
+    fn another_level_pays(&self, growths: &[Growth]) -> bool {
+        let rows = &self.price.rows;
+        let Some(&all) = rows.last() else { return true };
+        let row = all / rows.len() as f64;
+        let nodes = growths
+            .iter()
+            .flat_map(|g| g.frontier.iter().map(|&n| g.scores[n].exp()));
+        let gain: f64 = nodes.map(|path| (path * KEPT - row).max(0.0)).sum();
+        gain >= self.price.level
+    }
+
     /// Grows the trees level by level, one forward for all slots each.
     fn grow_all(
         &mut self,
@@ -437,6 +501,9 @@ impl TreeDraft {
             if let Some(stop) = &mut self.stop
                 && !stop.pays(growths)
             {
+                return Ok(());
+            }
+            if self.shape.is_ranked() && !self.another_level_pays(growths) {
                 return Ok(());
             }
             let rows: Vec<(Slot, Vec<u32>, Vec<Option<usize>>)> = growths

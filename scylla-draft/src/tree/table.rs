@@ -7,10 +7,10 @@ use scylla_core::plugin::{Committed, Matrix, Slot, Tap};
 
 use crate::network::{Ids, Network, Nodes};
 
-pub(super) const VOCAB: usize = 7;
+pub(crate) const VOCAB: usize = 7;
 
 /// Logits after the tokens below the root: any function of them that has ties now and then.
-pub(super) fn logits(path: &[u32], seed: u64) -> Vec<f32> {
+pub(crate) fn logits(path: &[u32], seed: u64) -> Vec<f32> {
     let mut state = seed;
     for &t in path {
         state = (state ^ u64::from(t + 1)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
@@ -25,7 +25,7 @@ pub(super) fn logits(path: &[u32], seed: u64) -> Vec<f32> {
 }
 
 /// A network that is such a function.
-pub(super) struct Table {
+pub(crate) struct Table {
     seed: u64,
     ids: Ids,
     /// Tokens below the root of each node forwarded, by slot.
@@ -33,7 +33,7 @@ pub(super) struct Table {
 }
 
 impl Table {
-    pub(super) fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self {
             seed,
             ids: Ids::same(VOCAB, VOCAB),
