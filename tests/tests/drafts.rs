@@ -194,7 +194,7 @@ fn greedy_text(cases: u32, make: &dyn Fn(Tiny, usize) -> Bench, margin: f32) -> 
         }
         drafts.push(("hybrid", Box::new(hybrid(&bench, head.as_deref()))));
         let priced = Priced::new(hybrid(&bench, head.as_deref()));
-        drafts.push(("hybrid at a price", Box::new(priced)));
+        drafts.push((PRICED, Box::new(priced)));
         let mut rules: Vec<&'static dyn Verifier> = vec![&Greedy, &DeterministicTree, &Traversal];
         if budget.width == 1 {
             rules.extend([&Chain as &'static dyn Verifier, &Block]);
@@ -235,6 +235,9 @@ fn hybrid(bench: &Bench, head: Option<&[u32]>) -> Hybrid {
     let repeats = Suffix::new(1, 4.0).expect("suffix");
     Hybrid::new(repeats, network, 0.6).expect("hybrid")
 }
+
+/// Name of [`Priced`].
+const PRICED: &str = "hybrid at a price";
 
 /// A hybrid draft at one price: rows that cost more and more, and a level of drafting that costs something.
 struct Priced(Hybrid);
@@ -393,15 +396,16 @@ fn one_cycle_follows_the_targets_law_with_every_network_and_way_of_drawing() {
         ..Sampling::default()
     };
     let target = law(&bench, &prompt, &sampling, tiny.vocab);
-    for name in NETWORKS.into_iter().chain(["hybrid"]) {
+    for name in NETWORKS.into_iter().chain(["hybrid", PRICED]) {
         for (tree, rule) in &ways {
             for head in [None, Some(&[0u32, 2, 3][..])] {
                 if name == "draft-lm" && head.is_some() {
                     continue;
                 }
                 let mut draft: Box<dyn DraftModel> = match name {
-                    "hybrid" if tree.tree != TreeKind::Dynamic => continue,
-                    "hybrid" => Box::new(Priced::new(hybrid(&bench, head))),
+                    "hybrid" | PRICED if tree.tree != TreeKind::Dynamic => continue,
+                    "hybrid" => Box::new(hybrid(&bench, head)),
+                    PRICED => Box::new(Priced::new(hybrid(&bench, head))),
                     _ => Box::new(bench.draft(name, tree, head)),
                 };
                 let drawing = draft.drawing(&sampling);
@@ -436,7 +440,9 @@ fn one_cycle_follows_the_targets_law_with_every_network_and_way_of_drawing() {
                 let proof = prove(*rule, &mut drawn, &target, root, tiny.vocab, 2).expect(name);
                 let off = proof.tv_to_target;
                 assert!(off < 1e-9, "{name}, {}, head {head:?}: {off}", rule.name());
-                assert!(proof.expected_committed > 1.0 && proof.branches > 1);
+                // What does not pay may be all there is.
+                let any = proof.expected_committed > 1.0 && proof.branches > 1;
+                assert!(any || name == PRICED, "{name}, {}", rule.name());
             }
         }
     }
