@@ -108,7 +108,7 @@ impl Default for HybridSettings {
     fn default() -> Self {
         Self {
             network: None,
-            sure: 0.8,
+            sure: 0.6,
         }
     }
 }

@@ -82,13 +82,6 @@ impl Suffix {
         }
         scored
     }
-
-    /// Tokens of the longest match behind which a slot's text stands; 0 where there is none.
-    pub fn matched(&self, slot: Slot) -> usize {
-        let automaton = self.slots.get(&slot);
-        let state = automaton.and_then(|a| Some(a.states[a.matches(self.shortest).next()?].len));
-        state.unwrap_or(0)
-    }
 }
 
 /// How often what most often followed a match of some length came next, in one text.
