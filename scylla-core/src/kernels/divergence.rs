@@ -225,7 +225,7 @@ mod tests {
                 .map(|i| ((i * 7919 + (i + 1) * i * seed * 31) % 1009) as f32 * 0.004 - 2.0)
                 .collect()
         };
-        for n in [1, 5, 33, 300] {
+        for n in [1, 5, 33, if cfg!(miri) { 40 } else { 300 }] {
             let (student, teacher) = (row(n, 1), row(n, 2));
             let wide: Vec<f64> = student.iter().map(|&v| f64::from(v)).collect();
             let goal: Vec<f64> = teacher.iter().map(|&v| f64::from(v)).collect();
