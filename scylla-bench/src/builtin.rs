@@ -82,13 +82,9 @@ impl SuffixSettings {
 
 /// `hybrid`: a suffix draft's settings and its own beside those of a draft with a network, which `network` names.
 fn hybrid(context: &DraftContext<'_>, mut settings: Table) -> Result<Box<dyn DraftModel>> {
-    let mut take = |keys: &[&str]| -> Table {
-        let own = keys.iter();
-        own.filter_map(|&key| Some((key.to_string(), settings.remove(key)?)))
-            .collect()
-    };
-    let repeats: SuffixSettings = parse("draft", take(&["shortest", "per_match"]))?;
-    let own: HybridSettings = parse("draft", take(&["network", "sure"]))?;
+    let repeats = drafts::take(&mut settings, &["shortest", "per_match"]);
+    let repeats: SuffixSettings = parse("draft", repeats)?;
+    let own: HybridSettings = parse("draft", drafts::take(&mut settings, &["network", "sure"]))?;
     let name = match &own.network {
         Some(name) => name,
         None => drafts::network_of(context)?,

@@ -37,11 +37,16 @@ const KEYS: [&str; 4] = ["weights", "taps", "head", "head_size"];
 
 /// Takes a draft's own settings out of its table; the rest is the tree's.
 fn settings(mut table: Table) -> Result<(WeightSettings, TreeSettings)> {
-    let own = KEYS
-        .iter()
-        .filter_map(|&key| Some((key.to_string(), table.remove(key)?)));
-    let own: WeightSettings = parse("draft", own.collect())?;
+    let own: WeightSettings = parse("draft", take(&mut table, &KEYS))?;
     Ok((own, parse("draft", table)?))
+}
+
+/// Takes the settings of some names out of a table.
+pub(crate) fn take(table: &mut Table, keys: &[&str]) -> Table {
+    let taken = keys.iter();
+    taken
+        .filter_map(|&key| Some((key.to_string(), table.remove(key)?)))
+        .collect()
 }
 
 /// The settings of a draft that knows only some of the keys.
@@ -128,10 +133,15 @@ fn host(context: &DraftContext<'_>, own: &WeightSettings) -> Result<DraftHost> {
     })
 }
 
+/// What a draft's folder says of it; nothing, where that cannot be read: whoever loads it says so.
+fn config_of(dir: &Path) -> serde_json::Value {
+    let text = std::fs::read_to_string(dir.join("config.json")).unwrap_or_default();
+    serde_json::from_str(&text).unwrap_or_default()
+}
+
 /// A draft that was trained for another target works, and accepts little.
 fn warn_of_other_target(dir: &Path, context: &DraftContext<'_>) -> Result<()> {
-    let text = std::fs::read_to_string(dir.join("config.json")).unwrap_or_default();
-    let json: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+    let json = config_of(dir);
     let Some(hash) = json.get("target_sha256").and_then(|v| v.as_str()) else {
         return Ok(());
     };
@@ -192,8 +202,7 @@ pub(crate) fn with_network(
 /// Which of [`NETWORKS`] a folder holds, where its files say it.
 pub(crate) fn network_of(context: &DraftContext<'_>) -> Result<&'static str> {
     let dir = weights_of(context, "hybrid")?;
-    let text = std::fs::read_to_string(dir.join("config.json")).unwrap_or_default();
-    let json: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+    let json = config_of(&dir);
     let said = json["architectures"][0].as_str().unwrap_or_default();
     match said {
         _ if said.ends_with("Eagle3") => Ok("eagle3"),
