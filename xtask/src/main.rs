@@ -4,6 +4,7 @@ mod chi_square;
 mod compare;
 mod cross;
 mod data;
+mod grid;
 mod inlining;
 mod pack;
 
@@ -27,6 +28,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
                   `compare --help` lists its options
   data OUT        the default corpus for training: pinned packages under free licences, with a manifest; `data --help`
   data prompts CORPUS OUT    questions over six tasks, composed out of that corpus, for the target to answer
+  grid [--small]  trains the drafts behind the laws: families, layers and token budgets, with their results; `grid --help`
   gpu-pack OUT    what a machine with a GPU and neither network nor Rust needs, in parts to carry there; `gpu-pack --help`
 ";
 
@@ -50,6 +52,11 @@ fn main() -> ExitCode {
             Ok(())
         }
         Some("data") => data::make(rest),
+        Some("grid") if rest.iter().any(|a| a == "--help") => {
+            let _ = std::io::Write::write_all(&mut std::io::stdout(), grid::USAGE.as_bytes());
+            Ok(())
+        }
+        Some("grid") => grid::grid(rest),
         Some("gpu-pack") if rest.iter().any(|a| a == "--help") => {
             let _ = std::io::Write::write_all(&mut std::io::stdout(), pack::USAGE.as_bytes());
             Ok(())

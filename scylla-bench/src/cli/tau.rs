@@ -3,12 +3,14 @@
 use std::sync::atomic::AtomicBool;
 
 use clap::Args;
-use scylla_core::engine::Cycle;
+use scylla_core::engine::{Cycle, tau};
+use scylla_core::plugin::DraftModel;
 use serde::Serialize;
 
 use super::{ModelOptions, open_session, print_json, print_text};
 use crate::experiment::{Experiment, Override};
-use crate::train::{Tester, TrainExperiment};
+use crate::stats::alpha;
+use crate::train::{PromptTau, Tester, TrainExperiment};
 use crate::{Error, Registry, Result};
 
 #[derive(Args)]
@@ -16,12 +18,15 @@ pub(super) struct Tau {
     /// The draft's target: `default`, a directory, a GGUF file, or a hub id
     #[arg(long, default_value = "default")]
     target: String,
-    /// Draft by name, with the directory of its weights behind a colon
-    #[arg(long, value_name = "NAME[:DIR]")]
-    draft: String,
+    /// Draft by name, with the directory of its weights behind a colon; may be given again, all on the same answers
+    #[arg(long, value_name = "NAME[:DIR]", required = true)]
+    draft: Vec<String>,
     /// New tokens to decode, about: prompts are answered again and again, each time with other draws
     #[arg(long, default_value_t = 2000)]
     tokens: usize,
+    /// Walk along the target's own answers only, without decoding: at temperature 0 on a CPU it is the same number
+    #[arg(long)]
+    walked: bool,
     /// Override any field of the experiment: sampling.temperature=1, budget.total=20, prompts.part=test
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
@@ -68,66 +73,158 @@ impl Measured {
     }
 }
 
+/// Output tokens that one value of [`Report::positions`] covers.
+const STRETCH: usize = 32;
+
+/// Tokens and cycles of those that begin in a stretch of the output.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+struct Stretch {
+    /// Its first output token.
+    from: usize,
+    tokens: usize,
+    cycles: usize,
+}
+
+/// What cycles commit, by where in the output they begin.
+fn by_position(answers: &[Vec<Cycle>]) -> Vec<Stretch> {
+    let mut all: Vec<Stretch> = Vec::new();
+    for cycles in answers {
+        let mut at = 0;
+        for cycle in cycles {
+            let stretch = at / STRETCH;
+            while all.len() <= stretch {
+                let from = all.len() * STRETCH;
+                all.push(Stretch {
+                    from,
+                    ..Stretch::default()
+                });
+            }
+            all[stretch].tokens += cycle.committed;
+            all[stretch].cycles += 1;
+            at += cycle.committed;
+        }
+    }
+    all
+}
+
+/// What a draft is worth. Where it was only walked, `real` and `same` are missing, and the rest is of the walk; else of decoding.
 #[derive(Serialize)]
 struct Report {
+    draft: String,
     simulated: Measured,
-    real: Measured,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    real: Option<Measured>,
     /// Answers whose cycles are the same in both.
-    same: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    same: Option<usize>,
     answers: usize,
+    /// Acceptance by depth given the depth above.
+    alpha: Vec<Option<f64>>,
+    positions: Vec<Stretch>,
+    /// Answer by answer, a prompt once for each time it was answered.
+    prompts: Vec<PromptTau>,
+}
+
+/// A draft with the cycles of every answer until now.
+struct Tested {
+    name: String,
+    model: Box<dyn DraftModel>,
+    simulated: Vec<Vec<Cycle>>,
+    real: Vec<Vec<Cycle>>,
+}
+
+impl Tested {
+    fn report(self, ids: &[String]) -> Report {
+        let bare = |c: &Cycle| (c.nodes, c.accepted, c.committed);
+        let mut pairs = self.simulated.iter().zip(&self.real);
+        let counted = if self.real.is_empty() {
+            &self.simulated
+        } else {
+            &self.real
+        };
+        let of = |(id, cycles): (&String, &Vec<Cycle>)| PromptTau {
+            id: id.clone(),
+            tau: tau(cycles).unwrap_or(1.0),
+            tokens: cycles.iter().map(|c| c.committed).sum(),
+            cycles: cycles.len(),
+            alpha: alpha(cycles.iter()),
+        };
+        Report {
+            simulated: Measured::of(&self.simulated),
+            real: (!self.real.is_empty()).then(|| Measured::of(&self.real)),
+            same: (!self.real.is_empty()).then(|| {
+                let equal =
+                    |(a, b): &(&Vec<Cycle>, &Vec<Cycle>)| a.iter().map(bare).eq(b.iter().map(bare));
+                pairs.by_ref().filter(equal).count()
+            }),
+            answers: self.simulated.len(),
+            alpha: alpha(counted.iter().flatten()),
+            positions: by_position(counted),
+            prompts: ids.iter().zip(counted).map(of).collect(),
+            draft: self.name,
+        }
+    }
 }
 
 impl Tau {
     pub(super) fn run(self, registry: &Registry, stop: &AtomicBool) -> Result<()> {
-        let mut overrides = self.model.with(&self.target, &self.draft);
-        overrides.push(Override::new("prompts.part", "dev"));
-        overrides.extend(Override::parse_all(&self.set)?);
-        let experiment = Experiment::from_overrides(&overrides)?;
-        let mut session = open_session(&experiment)?;
-        let mut composed = session.compose(registry, &experiment)?;
-        let Some(draft) = &mut composed.draft else {
-            return Err(Error::Experiment(
-                "plain decoding proposes nothing: tau is 1".into(),
-            ));
+        let experiment = |draft: &str| {
+            let mut overrides = self.model.with(&self.target, draft);
+            overrides.push(Override::new("prompts.part", "dev"));
+            overrides.extend(Override::parse_all(&self.set)?);
+            Experiment::from_overrides(&overrides)
         };
-        let checked = TrainExperiment::checking(&experiment);
+        let [first, ..] = &self.draft[..] else {
+            return Err(Error::Experiment("--draft is needed".into()));
+        };
+        let shared = experiment(first)?;
+        let mut session = open_session(&shared)?;
+        let mut drafts = Vec::new();
+        for name in &self.draft {
+            let composed = session.compose(registry, &experiment(name)?)?;
+            let model = composed.draft.ok_or_else(|| {
+                Error::Experiment("plain decoding proposes nothing: tau is 1".into())
+            })?;
+            drafts.push(Tested {
+                name: name.clone(),
+                model,
+                simulated: Vec::new(),
+                real: Vec::new(),
+            });
+        }
+        let checked = TrainExperiment::checking(&shared);
         let mut tester = Tester::new(&mut session, &checked, stop)?;
-        let (mut simulated, mut real) = (Vec::new(), Vec::new());
-        let mut tokens = 0;
+        let (mut ids, mut tokens) = (Vec::new(), 0);
         for round in 0.. {
-            if round > 0 || !experiment.sampling.is_greedy() {
-                tester.sampled(
-                    &mut session,
-                    experiment.sampling.clone(),
-                    experiment.run.seed + round,
-                    stop,
-                )?;
+            let seed = shared.run.seed + round;
+            if round > 0 || !shared.sampling.is_greedy() {
+                tester.sampled(&mut session, shared.sampling.clone(), seed, stop)?;
             }
-            simulated.extend(tester.simulated(&mut session, draft, stop)?);
-            // Decoding draws for itself: the same draws would say nothing.
-            tester.reseed(experiment.run.seed + round + (1 << 32));
-            real.extend(tester.real(&mut session, draft, stop)?);
-            tokens += tester
-                .answers
-                .iter()
-                .map(|a| a.text.len() - a.prompt)
-                .sum::<usize>();
-            if tokens >= self.tokens || experiment.sampling.is_greedy() {
+            for draft in &mut drafts {
+                tester.reseed(seed);
+                let walked = tester.simulated(&mut session, &mut draft.model, stop)?;
+                draft.simulated.extend(walked);
+                if !self.walked {
+                    // Decoding draws for itself: the same draws would say nothing.
+                    tester.reseed(seed + (1 << 32));
+                    let decoded = tester.real(&mut session, &mut draft.model, stop)?;
+                    draft.real.extend(decoded);
+                }
+            }
+            for answer in &tester.answers {
+                ids.push(answer.id.clone());
+                tokens += answer.text.len() - answer.prompt;
+            }
+            if tokens >= self.tokens || shared.sampling.is_greedy() {
                 break;
             }
         }
-        let pairs = simulated.iter().zip(&real);
-        let bare = |c: &Cycle| (c.nodes, c.accepted, c.committed);
-        let report = Report {
-            same: pairs
-                .filter(|(a, b)| a.iter().map(bare).eq(b.iter().map(bare)))
-                .count(),
-            answers: simulated.len(),
-            simulated: Measured::of(&simulated),
-            real: Measured::of(&real),
-        };
+        let reports: Vec<Report> = drafts.into_iter().map(|d| d.report(&ids)).collect();
         if self.json {
-            return print_json(&report);
+            return match &reports[..] {
+                [one] => print_json(one),
+                all => print_json(&serde_json::json!({ "drafts": all })),
+            };
         }
         let line = |name: &str, m: Measured| {
             format!(
@@ -135,12 +232,52 @@ impl Tau {
                 m.tau, m.error, m.tokens, m.cycles
             )
         };
-        print_text(&format!(
-            "{}{}{} of {} answers have the same cycles in both\n",
-            line("walked along the target's own answers", report.simulated),
-            line("decoded with the draft", report.real),
-            report.same,
-            report.answers
-        ))
+        let mut text = String::new();
+        for report in &reports {
+            if reports.len() > 1 {
+                text += &format!("{}\n", report.draft);
+            }
+            text += &line("walked along the target's own answers", report.simulated);
+            if let (Some(real), Some(same)) = (report.real, report.same) {
+                text += &line("decoded with the draft", real);
+                text += &format!(
+                    "{same} of {} answers have the same cycles in both\n",
+                    report.answers
+                );
+            }
+        }
+        print_text(&text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cycle(committed: usize) -> Cycle {
+        Cycle {
+            step: 0,
+            nodes: committed,
+            depth: committed,
+            accepted: committed - 1,
+            committed,
+            ranks: Vec::new(),
+            offered: Vec::new(),
+            cut: false,
+        }
+    }
+
+    #[test]
+    fn cycles_count_where_they_begin() {
+        let first: Vec<Cycle> = [30, 1, 4, 2].map(cycle).into();
+        let second: Vec<Cycle> = [32, 40].map(cycle).into();
+        let of = |from, tokens, cycles| Stretch {
+            from,
+            tokens,
+            cycles,
+        };
+        // 30 begins at 0, 1 at 30, 4 at 31, 2 at 35; 32 at 0, 40 at 32.
+        assert_eq!(by_position(&[first, second]), [of(0, 67, 4), of(32, 42, 2)]);
+        assert_eq!(by_position(&[]), []);
     }
 }

@@ -352,7 +352,10 @@ fn add_transposed_of<S: Simd, R: Real>(matrix: &[R], u: &[R], out: &mut [R]) {
 mod tests {
     use super::*;
 
-    const SIZES: [usize; 7] = [1, 5, 16, 33, 2048, 2049, 6001];
+    const SIZES: &[usize] = match cfg!(miri) {
+        true => &[1, 5, 33, 530],
+        false => &[1, 5, 16, 33, 2048, 2049, 6001],
+    };
 
     fn row(n: usize) -> Vec<f64> {
         let value = |i: usize| ((i * 7919) % 1009) as f64 * 0.02 - 9.0;
@@ -366,7 +369,7 @@ mod tests {
 
     #[test]
     fn sums_follow_the_library_function_in_both_precisions() {
-        for n in SIZES {
+        for &n in SIZES {
             let x = row(n);
             let found = sums(&x, 0.5);
             let max = x.iter().copied().fold(f64::MIN, f64::max);
@@ -390,7 +393,7 @@ mod tests {
 
     #[test]
     fn what_is_not_finite_leaves_nan_and_minus_infinity_has_no_mass() {
-        for n in [1, 17, 3000] {
+        for n in [1, 17, if cfg!(miri) { 530 } else { 3000 }] {
             for bad in [f64::NAN, f64::INFINITY] {
                 for at in [0, n / 2, n - 1] {
                     let mut x = row(n);
@@ -431,7 +434,7 @@ mod tests {
 
     #[test]
     fn weighted_exponentials_equal_the_plain_loops() {
-        for n in SIZES {
+        for &n in SIZES {
             let x = row(n);
             let max = sums(&x, 1.0).reference;
             let mut mass: Vec<f64> = (0..n).map(|i| i as f64).collect();

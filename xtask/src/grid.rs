@@ -1,0 +1,288 @@
+//! `cargo xtask grid`: the runs behind the laws, smallest budgets first, so that what is there when it is broken off is whole.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::{root, run, scylla};
+
+pub(crate) const USAGE: &str = "usage: cargo xtask grid [--small] [--until TOKENS] [--work DIR] [--results DIR] [--gather]
+
+Trains the grid of drafts of the default model: Scylla with 1, 2 and 4 layers at eight token budgets from 32,768 to 4,194,304 (factor 2),
+EAGLE-2, HASS and EAGLE-3 at three of them, on the target's own answers (assets/answers). The target's states are computed once and
+kept (13 GB); budgets of a setting share a trunk. Broken off, the same command goes on. Results go to docs/results/grid/runs.jsonl
+after each part, one line a run.
+
+  --small          one and two layers, 32,768 to 262,144 tokens, two seeds, EAGLE-2 and EAGLE-3 at the largest: under half an hour;
+                   nothing is written to docs/results
+  --until TOKENS   budgets up to this one
+  --work DIR       folder for states and drafts (runs/grid, or runs/grid-small)
+  --results DIR    folder for runs.jsonl (docs/results/grid)
+  --gather         only gather what is there
+";
+
+/// Eight budgets, whole steps of two lines of 512 rows.
+const BUDGETS: [u64; 8] = [
+    1 << 15,
+    1 << 16,
+    1 << 17,
+    1 << 18,
+    1 << 19,
+    1 << 20,
+    1 << 21,
+    1 << 22,
+];
+/// Those at which families are compared.
+const COMPARED: [u64; 3] = [1 << 18, 1 << 20, 1 << 22];
+/// The budgets of one pass over all settings end here: the small ones of all settings are done before a large one is begun.
+const UNTIL: [u64; 4] = [1 << 18, 1 << 20, 1 << 21, 1 << 22];
+
+/// Settings that learn side by side.
+struct Part {
+    /// The family, and its experiment file.
+    family: &'static str,
+    layers: &'static [usize],
+    seeds: &'static [u64],
+    budgets: &'static [u64],
+}
+
+const GRID: [Part; 5] = [
+    Part {
+        family: "scylla",
+        layers: &[1, 2, 4],
+        seeds: &[0],
+        budgets: &BUDGETS,
+    },
+    Part {
+        family: "scylla",
+        layers: &[1, 2],
+        seeds: &[1],
+        budgets: &BUDGETS,
+    },
+    Part {
+        family: "eagle3",
+        layers: &[1],
+        seeds: &[0],
+        budgets: &COMPARED,
+    },
+    Part {
+        family: "eagle2",
+        layers: &[],
+        seeds: &[0],
+        budgets: &COMPARED,
+    },
+    Part {
+        family: "hass",
+        layers: &[],
+        seeds: &[0],
+        budgets: &COMPARED,
+    },
+];
+
+const SMALL: [Part; 3] = [
+    Part {
+        family: "scylla",
+        layers: &[1, 2],
+        seeds: &[0, 1],
+        budgets: BUDGETS.split_at(4).0,
+    },
+    Part {
+        family: "eagle3",
+        layers: &[1],
+        seeds: &[0],
+        budgets: COMPARED.split_at(1).0,
+    },
+    Part {
+        family: "eagle2",
+        layers: &[],
+        seeds: &[0],
+        budgets: COMPARED.split_at(1).0,
+    },
+];
+
+/// What was asked for.
+struct Options {
+    small: bool,
+    until: u64,
+    work: PathBuf,
+    results: Option<PathBuf>,
+    gather: bool,
+}
+
+impl Options {
+    fn parse(args: &[String]) -> Result<Self> {
+        let (mut small, mut gather, mut until) = (false, false, u64::MAX);
+        let (mut work, mut results) = (None, None);
+        let mut args = args.iter();
+        while let Some(name) = args.next() {
+            let mut value = || args.next().with_context(|| format!("{name}: no value"));
+            match name.as_str() {
+                "--small" => small = true,
+                "--gather" => gather = true,
+                "--until" => {
+                    let text = value()?;
+                    until = text
+                        .parse()
+                        .with_context(|| format!("--until {text}: tokens"))?;
+                }
+                "--work" => work = Some(PathBuf::from(value()?)),
+                "--results" => results = Some(PathBuf::from(value()?)),
+                other => bail!("unknown option `{other}`\n{USAGE}"),
+            }
+        }
+        if until < BUDGETS[0] {
+            bail!("--until {until}: the smallest budget is {}", BUDGETS[0]);
+        }
+        let standard = if small {
+            "runs/grid-small"
+        } else {
+            "runs/grid"
+        };
+        Ok(Self {
+            small,
+            until,
+            work: root().join(work.unwrap_or_else(|| standard.into())),
+            results: match (results, small) {
+                (None, true) => None,
+                (given, _) => {
+                    Some(root().join(given.unwrap_or_else(|| "docs/results/grid".into())))
+                }
+            },
+            gather,
+        })
+    }
+}
+
+pub(crate) fn grid(args: &[String]) -> Result<()> {
+    let options = Options::parse(args)?;
+    let scylla = scylla()?;
+    if options.gather {
+        return gather(&scylla, &options);
+    }
+    run(Command::new(&scylla).args(["assets", "fetch"]))?;
+    let features = features(&scylla, &options)?;
+    let parts: &[Part] = if options.small { &SMALL } else { &GRID };
+    for until in UNTIL {
+        for part in parts {
+            let budgets: Vec<u64> = part.budgets.to_vec();
+            let budgets: Vec<u64> = budgets
+                .into_iter()
+                .filter(|&tokens| tokens <= until.min(options.until))
+                .collect();
+            if budgets.is_empty() {
+                continue;
+            }
+            sweep(&scylla, &options, part, &budgets, &features)?;
+            gather(&scylla, &options)?;
+        }
+    }
+    Ok(())
+}
+
+/// The target's states of the answers, computed where they are not there.
+fn features(scylla: &Path, options: &Options) -> Result<PathBuf> {
+    let answers = root().join("assets/answers/answers.jsonl");
+    if !answers.exists() {
+        let partial = answers.with_extension("partial");
+        let out = File::create(&partial).with_context(|| format!("{}", partial.display()))?;
+        let mut xz = Command::new("xz");
+        xz.args(["--decompress", "--stdout"])
+            .arg(answers.with_extension("jsonl.xz"));
+        run(xz.stdout(Stdio::from(out))).context("xz unpacks the answers")?;
+        std::fs::rename(&partial, &answers)?;
+    }
+    let features = options.work.join("features");
+    let mut command = Command::new(scylla);
+    // All families' at once: three layers' inputs and the final state.
+    command
+        .args([
+            "data",
+            "features",
+            "assets/answers/answers.jsonl",
+            "--draft",
+            "eagle3",
+            "--output",
+        ])
+        .arg(&features);
+    if options.small {
+        command.args(["--tokens", "270000"]);
+    }
+    run(command.current_dir(root()))?;
+    Ok(features)
+}
+
+fn sweep(
+    scylla: &Path,
+    options: &Options,
+    part: &Part,
+    budgets: &[u64],
+    features: &Path,
+) -> Result<()> {
+    let list = |values: &[u64]| {
+        let texts: Vec<String> = values.iter().map(u64::to_string).collect();
+        texts.join(",")
+    };
+    let mut command = Command::new(scylla);
+    command.current_dir(root()).arg("sweep").arg("--config");
+    command.arg(root().join(format!("assets/experiments/grid/{}.toml", part.family)));
+    command
+        .arg("--output")
+        .arg(options.work.join(part.family))
+        .arg("--set")
+        .arg(format!("stage.data.features={}", features.display()))
+        .args(["--seeds", &list(part.seeds), "--grid"])
+        .arg(format!("data.tokens={}", list(budgets)));
+    if !part.layers.is_empty() {
+        let layers: Vec<u64> = part.layers.iter().map(|&l| l as u64).collect();
+        command.arg(format!("draft.layers={}", list(&layers)));
+    }
+    run(command.stdout(Stdio::null()))
+}
+
+/// Writes the results of all runs that are done, one line each, in the order of family, layers, seed and tokens.
+fn gather(scylla: &Path, options: &Options) -> Result<()> {
+    let Some(results) = &options.results else {
+        return Ok(());
+    };
+    let mut all: Vec<Value> = Vec::new();
+    for family in ["eagle2", "eagle3", "hass", "scylla"] {
+        let dir = options.work.join(family);
+        let begun = std::fs::read_dir(&dir).is_ok_and(|mut found| {
+            found.any(|e| e.is_ok_and(|e| e.path().join("summary.json").exists()))
+        });
+        if !begun {
+            continue;
+        }
+        let out = Command::new(scylla)
+            .args(["sweep", "--json", "--gather"])
+            .arg(&dir)
+            .output()?;
+        if !out.status.success() {
+            bail!(
+                "{}: {}",
+                dir.display(),
+                String::from_utf8_lossy(&out.stderr)
+            );
+        }
+        let mut found: Value = serde_json::from_slice(&out.stdout)?;
+        if let Some(runs) = found["runs"].as_array_mut() {
+            all.append(runs);
+        }
+    }
+    let number = |run: &Value, key: &str| run[key].as_u64().unwrap_or(0);
+    all.sort_by_key(|run| {
+        let family = run["family"].as_str().unwrap_or_default().to_string();
+        let rest = ["layers", "seed", "tokens"].map(|key| number(run, key));
+        (family, rest)
+    });
+    let lines: Vec<String> = all.iter().map(Value::to_string).collect();
+    std::fs::create_dir_all(results)?;
+    let path = results.join("runs.jsonl");
+    std::fs::write(&path, lines.join("\n") + "\n")
+        .with_context(|| format!("{}", path.display()))?;
+    eprintln!("{} runs in {}", all.len(), path.display());
+    Ok(())
+}
