@@ -59,25 +59,42 @@ fn without(keys: &[&str], name: &str, table: &Table) -> Result<()> {
     }
 }
 
-/// Where the draft's weights lie.
-fn weights_of(context: &DraftContext<'_>, name: &str) -> Result<PathBuf> {
-    let Some(dir) = &context.dir else {
-        return Err(Error::Experiment(format!(
-            "draft `{name}` needs its weights: --draft {name}:DIR (draft.dir)"
-        )));
+/// The environment variable that names the folder of the shipped drafts.
+const SHIPPED: &str = "SCYLLA_DRAFTS";
+
+/// The shipped draft of a name: in the folder that [`SHIPPED`] names, or among the sources that this program was built from.
+fn shipped(name: &str) -> Option<PathBuf> {
+    let folder = match std::env::var_os(SHIPPED) {
+        Some(folder) => PathBuf::from(folder),
+        None => {
+            let sources = Path::new(env!("CARGO_MANIFEST_DIR")).parent()?;
+            sources.join("assets/drafts")
+        }
     };
-    Ok(assets::resolve(&dir.to_string_lossy(), &mut |_| {})?)
+    let dir = folder.join(if name == "hybrid" { "eagle3" } else { name });
+    dir.join("config.json").is_file().then_some(dir)
 }
 
-/// The ids of a truncated head.
-fn head(context: &DraftContext<'_>, own: &WeightSettings) -> Result<Option<Arc<[u32]>>> {
+/// Where the draft's weights lie; the shipped ones, where none are named.
+fn weights_of(context: &DraftContext<'_>, name: &str) -> Result<PathBuf> {
+    match (&context.dir, shipped(name)) {
+        (Some(dir), _) => Ok(assets::resolve(&dir.to_string_lossy(), &mut |_| {})?),
+        (None, Some(dir)) => Ok(dir),
+        (None, None) => Err(Error::Experiment(format!(
+            "draft `{name}` needs its weights: --draft {name}:DIR (draft.dir); {SHIPPED} names the folder of shipped drafts"
+        ))),
+    }
+}
+
+/// The ids of a truncated head, for a draft whose weights lie in `dir`.
+fn head(
+    context: &DraftContext<'_>,
+    dir: &Path,
+    own: &WeightSettings,
+) -> Result<Option<Arc<[u32]>>> {
     let known = context.session.known_tokens();
     // What training leaves beside a draft with a truncated head.
-    let beside = match context.dir {
-        Some(_) => Some(weights_of(context, "")?.join(HEAD)),
-        None => None,
-    };
-    let beside = beside.filter(|path| path.is_file());
+    let beside = Some(dir.join(HEAD)).filter(|path| path.is_file());
     let mut ids: Vec<u32> = match (own.head.as_ref().or(beside.as_ref()), own.head_size) {
         (None, None) => return Ok(None),
         (Some(path), _) => read_ids(path)?,
@@ -124,11 +141,11 @@ fn read_ids(path: &Path) -> Result<Vec<u32>> {
         .collect()
 }
 
-fn host(context: &DraftContext<'_>, own: &WeightSettings) -> Result<DraftHost> {
+fn host(context: &DraftContext<'_>, dir: &Path, own: &WeightSettings) -> Result<DraftHost> {
     Ok(DraftHost {
         known: context.session.known_tokens(),
         weights: own.weights,
-        head: head(context, own)?,
+        head: head(context, dir, own)?,
         ..DraftHost::of(&context.session.target)
     })
 }
@@ -164,7 +181,7 @@ fn feature<N: Network + 'static>(
     let (own, tree) = settings(table)?;
     let dir = weights_of(context, name)?;
     warn_of_other_target(&dir, context)?;
-    let network = load(&dir, own.taps.as_deref(), &host(context, &own)?)?;
+    let network = load(&dir, own.taps.as_deref(), &host(context, &dir, &own)?)?;
     network.notes().iter().for_each(|note| warn(note));
     Ok(TreeDraft::new(network, &tree)?)
 }

@@ -1,5 +1,6 @@
 //! Developer automation: starts cargo and the built binary, and links none of the crates.
 
+mod chart;
 mod chi_square;
 mod compare;
 mod cross;

@@ -1,5 +1,7 @@
 //! `cargo xtask grid`: the runs behind the laws, smallest budgets first, so that what is there when it is broken off is whole.
 
+mod page;
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -21,7 +23,7 @@ after each part, one line a run.
   --until TOKENS   budgets up to this one
   --work DIR       folder for states and drafts (runs/grid, or runs/grid-small)
   --results DIR    folder for runs.jsonl (docs/results/grid)
-  --gather         only gather what is there
+  --gather         only gather what is there, and write tables and figures
 ";
 
 /// Eight budgets, whole steps of two lines of 512 rows.
@@ -167,11 +169,8 @@ pub(crate) fn grid(args: &[String]) -> Result<()> {
     let parts: &[Part] = if options.small { &SMALL } else { &GRID };
     for until in UNTIL {
         for part in parts {
-            let budgets: Vec<u64> = part.budgets.to_vec();
-            let budgets: Vec<u64> = budgets
-                .into_iter()
-                .filter(|&tokens| tokens <= until.min(options.until))
-                .collect();
+            let mut budgets = part.budgets.to_vec();
+            budgets.retain(|&tokens| tokens <= until.min(options.until));
             if budgets.is_empty() {
                 continue;
             }
@@ -284,5 +283,8 @@ fn gather(scylla: &Path, options: &Options) -> Result<()> {
     std::fs::write(&path, lines.join("\n") + "\n")
         .with_context(|| format!("{}", path.display()))?;
     eprintln!("{} runs in {}", all.len(), path.display());
-    Ok(())
+    match all.is_empty() {
+        true => Ok(()),
+        false => page::write(results),
+    }
 }
