@@ -63,7 +63,7 @@ fn without(keys: &[&str], name: &str, table: &Table) -> Result<()> {
 const SHIPPED: &str = "SCYLLA_DRAFTS";
 
 /// The shipped draft of a name: in the folder that [`SHIPPED`] names, or among the sources that this program was built from.
-fn shipped(name: &str) -> Option<PathBuf> {
+pub(crate) fn shipped(name: &str) -> Option<PathBuf> {
     let folder = match std::env::var_os(SHIPPED) {
         Some(folder) => PathBuf::from(folder),
         None => {

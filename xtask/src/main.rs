@@ -8,6 +8,7 @@ mod data;
 mod grid;
 mod inlining;
 mod pack;
+mod picture;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -30,6 +31,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   data OUT        the default corpus for training: pinned packages under free licences, with a manifest; `data --help`
   data prompts CORPUS OUT    questions over six tasks, composed out of that corpus, for the target to answer
   grid [--small]  trains the drafts behind the laws: families, layers and token budgets, with their results; `grid --help`
+  picture RUN OUT.svg    the speed-ups of a comparison by task, as a picture
   gpu-pack OUT    what a machine with a GPU and neither network nor Rust needs, in parts to carry there; `gpu-pack --help`
 ";
 
@@ -58,6 +60,7 @@ fn main() -> ExitCode {
             Ok(())
         }
         Some("grid") => grid::grid(rest),
+        Some("picture") => picture::picture(rest),
         Some("gpu-pack") if rest.iter().any(|a| a == "--help") => {
             let _ = std::io::Write::write_all(&mut std::io::stdout(), pack::USAGE.as_bytes());
             Ok(())

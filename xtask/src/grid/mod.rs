@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::{root, run, scylla};
 
-pub(crate) const USAGE: &str = "usage: cargo xtask grid [--small] [--until TOKENS] [--work DIR] [--results DIR] [--gather]
+pub(crate) const USAGE: &str = "usage: cargo xtask grid [--small] [--until TOKENS] [--work DIR] [--results DIR] [--gather | --test SET]
 
 Trains the grid of drafts of the default model: Scylla with 1, 2 and 4 layers at eight token budgets from 32,768 to 4,194,304 (factor 2),
 EAGLE-2, HASS and EAGLE-3 at three of them, on the target's own answers (assets/answers). The target's states are computed once and
@@ -24,6 +24,8 @@ after each part, one line a run.
   --work DIR       folder for states and drafts (runs/grid, or runs/grid-small)
   --results DIR    folder for runs.jsonl (docs/results/grid)
   --gather         only gather what is there, and write tables and figures
+  --test SET       only walk every draft that is there along the target's answers to the test part of a prompt set (core, or a file), at
+                   temperatures 0 and 1, into test-SET.json: once, at the end, as nothing may be chosen by it
 ";
 
 /// Eight budgets, whole steps of two lines of 512 rows.
@@ -112,12 +114,13 @@ struct Options {
     work: PathBuf,
     results: Option<PathBuf>,
     gather: bool,
+    test: Option<String>,
 }
 
 impl Options {
     fn parse(args: &[String]) -> Result<Self> {
         let (mut small, mut gather, mut until) = (false, false, u64::MAX);
-        let (mut work, mut results) = (None, None);
+        let (mut work, mut results, mut test) = (None, None, None);
         let mut args = args.iter();
         while let Some(name) = args.next() {
             let mut value = || args.next().with_context(|| format!("{name}: no value"));
@@ -131,6 +134,7 @@ impl Options {
                         .with_context(|| format!("--until {text}: tokens"))?;
                 }
                 "--work" => work = Some(PathBuf::from(value()?)),
+                "--test" => test = Some(value()?.clone()),
                 "--results" => results = Some(PathBuf::from(value()?)),
                 other => bail!("unknown option `{other}`\n{USAGE}"),
             }
@@ -154,6 +158,7 @@ impl Options {
                 }
             },
             gather,
+            test,
         })
     }
 }
@@ -165,6 +170,9 @@ pub(crate) fn grid(args: &[String]) -> Result<()> {
         return gather(&scylla, &options);
     }
     run(Command::new(&scylla).args(["assets", "fetch"]))?;
+    if let Some(set) = &options.test {
+        return test(&scylla, &options, set);
+    }
     let features = features(&scylla, &options)?;
     let parts: &[Part] = if options.small { &SMALL } else { &GRID };
     for until in UNTIL {
@@ -241,13 +249,89 @@ fn sweep(
     run(command.stdout(Stdio::null()))
 }
 
+/// Families, and the folders of their runs.
+const FAMILIES: [&str; 4] = ["eagle2", "eagle3", "hass", "scylla"];
+
+/// What every draft of the grid is worth on a prompt set that nothing was chosen by.
+fn test(scylla: &Path, options: &Options, set: &str) -> Result<()> {
+    let Some(results) = &options.results else {
+        bail!("--test with --small needs --results DIR");
+    };
+    let mut drafts = Vec::new();
+    for family in FAMILIES {
+        let Ok(entries) = std::fs::read_dir(options.work.join(family)) else {
+            continue;
+        };
+        let mut runs: Vec<PathBuf> = entries
+            .filter_map(|e| Some(e.ok()?.path()))
+            .filter(|run| run.join("summary.json").exists() && run.join("best").exists())
+            .collect();
+        runs.sort();
+        drafts.extend(
+            runs.iter()
+                .map(|run| format!("{family}:{}", run.join("best").display())),
+        );
+    }
+    if drafts.is_empty() {
+        bail!("{}: no draft", options.work.display());
+    }
+    let mut found = serde_json::Map::new();
+    for temperature in ["0", "1"] {
+        let mut command = Command::new(scylla);
+        command.args(["inspect", "tau", "--json", "--walked", "--tokens", "10000"]);
+        for draft in &drafts {
+            command.args(["--draft", draft]);
+        }
+        for setting in [
+            &format!("prompts.set={set}"),
+            "prompts.part=test",
+            "run.max_new_tokens=96",
+            "budget.total=20",
+            "budget.width=5",
+            "budget.depth=4",
+            &format!("sampling.temperature={temperature}"),
+        ] {
+            command.args(["--set", setting]);
+        }
+        eprintln!("{} drafts at temperature {temperature}", drafts.len());
+        let out = command.stderr(Stdio::inherit()).output()?;
+        if !out.status.success() {
+            bail!("inspect tau: {}", out.status);
+        }
+        let all: Value = serde_json::from_slice(&out.stdout)?;
+        let all = match all["drafts"].as_array() {
+            Some(all) => all.clone(),
+            None => vec![all],
+        };
+        let place = options.work.display().to_string();
+        let named = all.into_iter().map(|mut one| {
+            let name = one["draft"].as_str().unwrap_or_default();
+            let name = name.replace(&format!("{place}/"), "").replace("/best", "");
+            one["draft"] = name.into();
+            one
+        });
+        found.insert(
+            format!("temperature_{temperature}"),
+            Value::Array(named.collect()),
+        );
+    }
+    let name = Path::new(set)
+        .file_stem()
+        .unwrap_or_default()
+        .to_string_lossy();
+    let path = results.join(format!("test-{name}.json"));
+    std::fs::create_dir_all(results)?;
+    std::fs::write(&path, serde_json::to_string(&Value::Object(found))?)
+        .with_context(|| format!("{}", path.display()))
+}
+
 /// Writes the results of all runs that are done, one line each, in the order of family, layers, seed and tokens.
 fn gather(scylla: &Path, options: &Options) -> Result<()> {
     let Some(results) = &options.results else {
         return Ok(());
     };
     let mut all: Vec<Value> = Vec::new();
-    for family in ["eagle2", "eagle3", "hass", "scylla"] {
+    for family in FAMILIES {
         let dir = options.work.join(family);
         let begun = std::fs::read_dir(&dir).is_ok_and(|mut found| {
             found.any(|e| e.is_ok_and(|e| e.path().join("summary.json").exists()))
