@@ -18,6 +18,8 @@ struct Run {
     tau: f64,
     /// Standard error over prompts.
     error: f64,
+    /// Tokens and cycles of each prompt.
+    each: Vec<(f64, f64)>,
     alpha: Vec<Option<f64>>,
 }
 
@@ -40,6 +42,7 @@ impl Run {
             tokens: number("tokens")?,
             tau,
             error,
+            each,
             alpha: alpha(prompts),
         })
     }
@@ -62,6 +65,56 @@ fn ratio(each: &[(f64, f64)]) -> (f64, f64) {
     let n = each.len() as f64;
     let squares: f64 = each.iter().map(|(t, c)| (t - tau * c).powi(2)).sum();
     (tau, (squares * n / (n - 1.0)).sqrt() / cycles)
+}
+
+/// A line through tau by doublings of something.
+struct Line {
+    /// What a doubling brings.
+    slope: f64,
+    /// Its standard error over prompts (jackknife).
+    error: f64,
+    /// Share of the variance between the runs that the line explains.
+    explained: f64,
+}
+
+/// The least squares line through tau by log2 of `x` of each run, the prompts being those of all. `None` of fewer than three runs.
+fn line(runs: &[&Run], x: impl Fn(&Run) -> f64) -> Option<Line> {
+    let count = runs.first()?.each.len();
+    if runs.len() < 3 || count < 2 || runs.iter().any(|run| run.each.len() != count) {
+        return None;
+    }
+    let x: Vec<f64> = runs.iter().map(|run| x(run).log2()).collect();
+    let mean = |v: &[f64]| v.iter().sum::<f64>() / v.len() as f64;
+    let middle = mean(&x);
+    let width: f64 = x.iter().map(|x| (x - middle).powi(2)).sum();
+    // Without one of the prompts, or with all.
+    let taus = |without: Option<usize>| -> Vec<f64> {
+        let of = |run: &&Run| {
+            let kept = run.each.iter().enumerate();
+            let kept = kept.filter(|(i, _)| Some(*i) != without);
+            let sums = kept.fold((0.0, 0.0), |(a, b), (_, (t, c))| (a + t, b + c));
+            sums.0 / sums.1
+        };
+        runs.iter().map(of).collect()
+    };
+    let slope = |tau: &[f64]| {
+        let together = x.iter().zip(tau).map(|(x, t)| (x - middle) * t);
+        together.sum::<f64>() / width
+    };
+    let tau = taus(None);
+    let all = slope(&tau);
+    let left_out: Vec<f64> = (0..count).map(|i| slope(&taus(Some(i)))).collect();
+    let between = mean(&left_out);
+    let spread: f64 = left_out.iter().map(|s| (s - between).powi(2)).sum();
+    let level = mean(&tau);
+    let rest = |(x, t): (&f64, &f64)| (t - level - all * (x - middle)).powi(2);
+    let unexplained: f64 = x.iter().zip(&tau).map(rest).sum();
+    let variance: f64 = tau.iter().map(|t| (t - level).powi(2)).sum();
+    Some(Line {
+        slope: all,
+        error: (spread * (count - 1) as f64 / count as f64).sqrt(),
+        explained: 1.0 - unexplained / variance,
+    })
 }
 
 /// Acceptance by depth over prompts, each weighed by the cycles that came so far.
@@ -111,6 +164,18 @@ fn by_setting(runs: &[Run]) -> BTreeMap<(String, u64), Vec<&Run>> {
     all
 }
 
+/// Scylla's runs of the first seed by tokens, where there are several, by layers.
+fn by_layers(runs: &[Run]) -> Vec<(u64, Vec<&Run>)> {
+    let mut all: BTreeMap<u64, Vec<&Run>> = BTreeMap::new();
+    for run in runs.iter().filter(|r| r.family == "scylla" && r.seed == 0) {
+        all.entry(run.tokens).or_default().push(run);
+    }
+    all.retain(|_, of| of.len() > 1);
+    all.values_mut()
+        .for_each(|of| of.sort_by_key(|run| run.layers));
+    all.into_iter().collect()
+}
+
 fn tables(runs: &[Run]) -> String {
     let mut budgets: Vec<u64> = runs.iter().map(|r| r.tokens).collect();
     budgets.sort_unstable();
@@ -136,6 +201,28 @@ fn tables(runs: &[Run]) -> String {
             }
         }
         text.push('\n');
+    }
+    text += "\nWhat a doubling brings: least squares lines through tau, with the standard error of their slope over prompts (jackknife) and R2.\n\n";
+    text += "| of | runs | tau by doubling | R2 |\n|---|---|---|---|\n";
+    let mut row = |name: String, runs: &[&Run], x: fn(&Run) -> f64| {
+        if let Some(line) = line(runs, x) {
+            let _ = writeln!(
+                text,
+                "| {name} | {} | {:+.4} ({:.4}) | {:.2} |",
+                runs.len(),
+                line.slope,
+                line.error,
+                line.explained
+            );
+        }
+    };
+    for ((setting, seed), of) in &settings {
+        let name = format!("tokens, {setting}, seed {seed}");
+        row(name, of, |run| run.tokens as f64);
+    }
+    for (tokens, of) in by_layers(runs) {
+        let name = format!("layers, scylla, {tokens} tokens, seed 0");
+        row(name, &of, |run| run.layers as f64);
     }
     text += "\nAcceptance by depth given the depth above, at the largest budget of each.\n\n";
     text += "| draft | seed | tokens | alpha 1, 2, .. |\n|---|---|---|---|\n";
@@ -176,22 +263,14 @@ fn figures(runs: &[Run], results: &Path) -> Result<()> {
         ratios: true,
     };
     lines(&results.join("tokens.svg"), &axes, &by_tokens)?;
-    let mut by_layers: BTreeMap<u64, Vec<&Run>> = BTreeMap::new();
-    for run in runs.iter().filter(|r| r.family == "scylla" && r.seed == 0) {
-        by_layers.entry(run.tokens).or_default().push(run);
-    }
-    let by_layers: Vec<Series> = by_layers
+    let by_layers: Vec<Series> = by_layers(runs)
         .into_iter()
-        .filter(|(_, of)| of.len() > 1)
-        .map(|(tokens, mut of)| {
-            of.sort_by_key(|run| run.layers);
-            Series {
-                name: format!("{tokens} tokens"),
-                points: of
-                    .iter()
-                    .map(|r| (r.layers as f64, r.tau, r.error))
-                    .collect(),
-            }
+        .map(|(tokens, of)| Series {
+            name: format!("{tokens} tokens"),
+            points: of
+                .iter()
+                .map(|r| (r.layers as f64, r.tau, r.error))
+                .collect(),
         })
         .collect();
     let axes = Axes {
@@ -201,4 +280,40 @@ fn figures(runs: &[Run], results: &Path) -> Result<()> {
         ratios: true,
     };
     lines(&results.join("layers.svg"), &axes, &by_layers)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_found_again_and_a_prompt_that_differs_shows_in_its_error() {
+        let run = |layers: u64, odd: f64| Run {
+            family: "scylla".into(),
+            layers,
+            seed: 0,
+            tokens: 1,
+            tau: 0.0,
+            error: 0.0,
+            each: (0..4)
+                .map(|i| {
+                    let slope = if i == 0 { odd } else { 0.25 };
+                    (10.0 * (1.5 + slope * (layers as f64).log2()), 10.0)
+                })
+                .collect(),
+            alpha: Vec::new(),
+        };
+        let of = |odd: f64| {
+            let runs = [1, 2, 4].map(|layers| run(layers, odd));
+            let runs: Vec<&Run> = runs.iter().collect();
+            line(&runs, |run| run.layers as f64).expect("a line")
+        };
+        let same = of(0.25);
+        assert!((same.slope - 0.25).abs() < 1e-12 && same.error < 1e-12);
+        assert!((same.explained - 1.0).abs() < 1e-12);
+        // Slopes of 0.65, 0.25, 0.25, 0.25: their mean, and its error, the standard deviation 0.2 over the root of 4.
+        let odd = of(0.65);
+        assert!((odd.slope - 0.35).abs() < 1e-12 && (odd.error - 0.1).abs() < 1e-12);
+        assert!(line(&[&run(1, 0.0), &run(2, 0.0)], |run| run.layers as f64).is_none());
+    }
 }
