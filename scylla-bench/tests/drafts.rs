@@ -170,6 +170,28 @@ fn drafts_without_weights_or_with_those_of_another_kind_say_so() {
 }
 
 #[test]
+fn a_draft_without_a_folder_is_the_shipped_one() {
+    let place = place();
+    let ids = |shipped: &str, draft: &str| {
+        let args = generate(draft, &TREE);
+        let mut command = place.command(&args);
+        command.env("SCYLLA_DRAFTS", place.path(shipped));
+        let output = command.output().expect("runs");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let json: Option<Value> = serde_json::from_slice(&output.stdout).ok();
+        json.map(|json| json["ids"].clone()).ok_or(said)
+    };
+    let plain = place.json(&generate("plain", &[]));
+    assert_eq!(ids(".", "scylla"), Ok(plain["ids"].clone()));
+    // Elsewhere there is none, and what would have been looked for is said.
+    let error = ids("model", "scylla").expect_err("refused");
+    assert!(
+        error.contains("--draft scylla:DIR") && error.contains("SCYLLA_DRAFTS"),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_sampled_text_is_the_same_again_and_inexact_pairs_are_refused() {
     let place = place();
     let sampled = |draft, more: &[&'static str]| {

@@ -1009,31 +1009,46 @@ fn a_truncated_head_is_trained_kept_and_served() {
     );
     // Served from its folder it is the draft that was checked, and proposes no other token.
     let tau = real(&done["tau"]);
-    let found = json(
-        &place,
-        &[
-            "inspect",
-            "tau",
-            "--target",
-            "talker",
-            "--draft",
-            "eagle2:out/best",
-            "--json",
-            "--set",
-            "prompts.set=prompts.jsonl",
-            "--set",
-            "prompts.part=all",
-            "--set",
-            "run.max_new_tokens=24",
-            "--set",
-            "budget.total=6",
-            "--set",
-            "budget.width=2",
-            "--set",
-            "budget.depth=2",
-        ],
-    );
+    let asked = [
+        "inspect",
+        "tau",
+        "--target",
+        "talker",
+        "--draft",
+        "eagle2:out/best",
+        "--json",
+        "--set",
+        "prompts.set=prompts.jsonl",
+        "--set",
+        "prompts.part=all",
+        "--set",
+        "run.max_new_tokens=24",
+        "--set",
+        "budget.total=6",
+        "--set",
+        "budget.width=2",
+        "--set",
+        "budget.depth=2",
+    ];
+    let found = json(&place, &asked);
     assert_eq!(found["real"]["tau"].as_f64(), Some(tau));
+    // Beside another draft, and walked alone, it has the same answers and the same cycles; at temperature 0 both ways agree.
+    let sum = |key: &str| -> u64 {
+        let prompts = found["prompts"].as_array().expect("prompts");
+        prompts.iter().filter_map(|p| p[key].as_u64()).sum()
+    };
+    assert_eq!(Some(sum("tokens")), found["real"]["tokens"].as_u64());
+    assert_eq!(Some(sum("cycles")), found["real"]["cycles"].as_u64());
+    let mut more = asked.to_vec();
+    more.extend(["--draft", "ngram", "--walked"]);
+    let both = json(&place, &more);
+    let [first, second] = both["drafts"].as_array().expect("drafts").as_slice() else {
+        panic!("{both}");
+    };
+    assert!(first["real"].is_null() && second["draft"] == "ngram");
+    assert_eq!(first["simulated"], found["simulated"]);
+    assert_eq!(first["prompts"], found["prompts"]);
+    assert_eq!(first["positions"], found["positions"]);
     // A run that was broken off has the same head.
     json(
         &place,

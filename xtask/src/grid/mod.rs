@@ -21,6 +21,8 @@ after each part, one line a run.
   --small          one and two layers, 32,768 to 262,144 tokens, two seeds, EAGLE-2 and EAGLE-3 at the largest: under half an hour;
                    nothing is written to docs/results
   --until TOKENS   budgets up to this one
+  --corpus DIR     the default corpus (`cargo xtask data DIR`): with budgets of 1,048,576 tokens and above also a run that has half of them
+                   from raw text, beside the one of answers alone (docs/results/grid/pretrained.json)
   --work DIR       folder for states and drafts (runs/grid, or runs/grid-small)
   --results DIR    folder for runs.jsonl (docs/results/grid)
   --gather         only gather what is there, and write tables and figures
@@ -115,12 +117,13 @@ struct Options {
     results: Option<PathBuf>,
     gather: bool,
     test: Option<String>,
+    corpus: Option<PathBuf>,
 }
 
 impl Options {
     fn parse(args: &[String]) -> Result<Self> {
         let (mut small, mut gather, mut until) = (false, false, u64::MAX);
-        let (mut work, mut results, mut test) = (None, None, None);
+        let (mut work, mut results, mut test, mut corpus) = (None, None, None, None);
         let mut args = args.iter();
         while let Some(name) = args.next() {
             let mut value = || args.next().with_context(|| format!("{name}: no value"));
@@ -134,6 +137,7 @@ impl Options {
                         .with_context(|| format!("--until {text}: tokens"))?;
                 }
                 "--work" => work = Some(PathBuf::from(value()?)),
+                "--corpus" => corpus = Some(PathBuf::from(value()?)),
                 "--test" => test = Some(value()?.clone()),
                 "--results" => results = Some(PathBuf::from(value()?)),
                 other => bail!("unknown option `{other}`\n{USAGE}"),
@@ -159,6 +163,7 @@ impl Options {
             },
             gather,
             test,
+            corpus,
         })
     }
 }
@@ -185,8 +190,67 @@ pub(crate) fn grid(args: &[String]) -> Result<()> {
             sweep(&scylla, &options, part, &budgets, &features)?;
             gather(&scylla, &options)?;
         }
+        let whole = !options.small && until == PRETRAINED && options.until >= until;
+        if let Some(corpus) = options.corpus.as_deref().filter(|_| whole) {
+            pretrain(&scylla, &options, corpus)?;
+        }
     }
     Ok(())
+}
+
+/// Tokens of the run that begins on raw text, and of the one it is held against.
+const PRETRAINED: u64 = 1 << 20;
+
+/// Half of the tokens raw text, then answers; and what both this draft and the one of answers alone are worth.
+fn pretrain(scylla: &Path, options: &Options, corpus: &Path) -> Result<()> {
+    let alone = options
+        .work
+        .join(format!("scylla/layers-2_tokens-{PRETRAINED}_seed-0/best"));
+    let texts = options.work.join("texts.txt");
+    let mut mixed = String::new();
+    for name in ["documentation", "papers", "python", "rust"] {
+        let path = corpus.join(format!("{name}.txt"));
+        let text = std::fs::read_to_string(&path)
+            .with_context(|| format!("{}: see --corpus", path.display()))?;
+        // About 300,000 tokens of each, whole documents.
+        let begun = mixed.len();
+        for document in text.split_inclusive("<|endoftext|>\n") {
+            if mixed.len() - begun + document.len() > SHARE {
+                break;
+            }
+            mixed += document;
+        }
+    }
+    std::fs::write(&texts, mixed)?;
+    let features = options.work.join("features-texts");
+    run(Command::new(scylla)
+        .args(["data", "features", "--draft", "scylla", "--output"])
+        .args([&features, &texts]))?;
+    let plan = root().join("assets/experiments/grid/pretrained.toml");
+    let plan = std::fs::read_to_string(&plan)?;
+    let plan = plan.replace("runs/grid/", &format!("{}/", options.work.display()));
+    let config = options.work.join("pretrained.toml");
+    std::fs::write(&config, plan)?;
+    let out = options.work.join("pretrained");
+    let mut train = Command::new(scylla);
+    train.args(["train", "--resume", "--config"]).arg(&config);
+    run(train.arg("--output").arg(&out))?;
+    let mut command = Command::new(scylla);
+    command.args(["inspect", "tau", "--json"]);
+    for draft in [&out.join("best"), &alone] {
+        command
+            .arg("--draft")
+            .arg(format!("scylla:{}", draft.display()));
+    }
+    command.args(LIMITS.iter().flat_map(|setting| ["--set", setting]));
+    let found = command.stderr(Stdio::inherit()).output()?;
+    if !found.status.success() {
+        bail!("inspect tau: {}", found.status);
+    }
+    let results = options.results.as_deref().unwrap_or(&options.work);
+    let path = results.join("pretrained.json");
+    let all = drafts_of(&found.stdout, &options.work)?.to_string();
+    std::fs::write(&path, all).with_context(|| format!("{}", path.display()))
 }
 
 /// The target's states of the answers, computed where they are not there.
@@ -249,6 +313,34 @@ fn sweep(
     run(command.stdout(Stdio::null()))
 }
 
+/// Bytes that raw text of one kind takes at most, of what a run begins with.
+const SHARE: usize = 1_200_000;
+
+/// How drafts are tested.
+const LIMITS: [&str; 4] = [
+    "run.max_new_tokens=96",
+    "budget.total=20",
+    "budget.width=5",
+    "budget.depth=4",
+];
+
+/// What `scylla inspect tau --json` says of several drafts, named by their folders below `work`.
+fn drafts_of(said: &[u8], work: &Path) -> Result<Value> {
+    let said: Value = serde_json::from_slice(said)?;
+    let all = match said["drafts"].as_array() {
+        Some(all) => all.clone(),
+        None => vec![said],
+    };
+    let place = format!("{}/", work.display());
+    let named = all.into_iter().map(|mut one| {
+        let name = one["draft"].as_str().unwrap_or_default();
+        let name = name.replace(&place, "").replace("/best", "");
+        one["draft"] = name.into();
+        one
+    });
+    Ok(Value::Array(named.collect()))
+}
+
 /// Families, and the folders of their runs.
 const FAMILIES: [&str; 4] = ["eagle2", "eagle3", "hass", "scylla"];
 
@@ -276,21 +368,16 @@ fn test(scylla: &Path, options: &Options, set: &str) -> Result<()> {
         bail!("{}: no draft", options.work.display());
     }
     let mut found = serde_json::Map::new();
+    let set_of = [format!("prompts.set={set}"), "prompts.part=test".into()];
     for temperature in ["0", "1"] {
         let mut command = Command::new(scylla);
         command.args(["inspect", "tau", "--json", "--walked", "--tokens", "10000"]);
         for draft in &drafts {
             command.args(["--draft", draft]);
         }
-        for setting in [
-            &format!("prompts.set={set}"),
-            "prompts.part=test",
-            "run.max_new_tokens=96",
-            "budget.total=20",
-            "budget.width=5",
-            "budget.depth=4",
-            &format!("sampling.temperature={temperature}"),
-        ] {
+        let temperature_of = format!("sampling.temperature={temperature}");
+        command.args(LIMITS.iter().flat_map(|setting| ["--set", setting]));
+        for setting in set_of.iter().chain([&temperature_of]) {
             command.args(["--set", setting]);
         }
         eprintln!("{} drafts at temperature {temperature}", drafts.len());
@@ -298,22 +385,8 @@ fn test(scylla: &Path, options: &Options, set: &str) -> Result<()> {
         if !out.status.success() {
             bail!("inspect tau: {}", out.status);
         }
-        let all: Value = serde_json::from_slice(&out.stdout)?;
-        let all = match all["drafts"].as_array() {
-            Some(all) => all.clone(),
-            None => vec![all],
-        };
-        let place = options.work.display().to_string();
-        let named = all.into_iter().map(|mut one| {
-            let name = one["draft"].as_str().unwrap_or_default();
-            let name = name.replace(&format!("{place}/"), "").replace("/best", "");
-            one["draft"] = name.into();
-            one
-        });
-        found.insert(
-            format!("temperature_{temperature}"),
-            Value::Array(named.collect()),
-        );
+        let all = drafts_of(&out.stdout, &options.work)?;
+        found.insert(format!("temperature_{temperature}"), all);
     }
     let name = Path::new(set)
         .file_stem()
