@@ -36,9 +36,8 @@ pub(crate) fn picture(args: &[String]) -> Result<()> {
     let value = |task: &str, draft: &str| {
         let of = |row: &&Value| row["task"] == task && row["draft"] == draft;
         let row = rows.iter().find(of)?;
-        let median = row["speedup"]["median"].as_f64()?;
-        let end = |key: &str| row["speedup_interval"][key].as_f64().unwrap_or(median);
-        Some([median, end("low"), end("high")])
+        let of = |key: &str| row["speedup_interval"][key].as_f64();
+        Some([of("value")?, of("low")?, of("high")?])
     };
     let all: Vec<Bars> = drafts
         .iter()
