@@ -57,7 +57,7 @@ pub struct Target {
 impl Default for Target {
     fn default() -> Self {
         Self {
-            model: "default".into(),
+            model: DEFAULT_TARGET.into(),
             weights: WeightForm::AsIs,
             context: 0,
         }
@@ -374,8 +374,22 @@ impl Run {
     }
 }
 
+/// What an experiment calls the default model.
+const DEFAULT_TARGET: &str = "default";
+
+/// Whether a decoder of a comparison has a draft that is shipped: one with weights, whose folder is not named.
+fn is_shipped(decoder: &Table) -> bool {
+    let draft = decoder.get("draft").and_then(|draft| draft.as_table());
+    let name = |draft: &Table| draft.get("name")?.as_str().map(str::to_string);
+    draft.is_some_and(|draft| {
+        let named = name(draft).unwrap_or_default();
+        !draft.contains_key("dir") && ["eagle3", "hybrid", "scylla"].contains(&&*named)
+    })
+}
+
 impl Experiment {
-    /// Reads an experiment file (or the default one) and applies overrides.
+    /// Reads an experiment file (or the default one) and applies overrides. Of the default one the shipped drafts are left out
+    /// where the target is not the default model, which they are for.
     ///
     /// # Errors
     /// If the file cannot be read, or says what is not understood.
@@ -387,7 +401,17 @@ impl Experiment {
         let table: Table = text
             .parse()
             .map_err(|e| Error::file(path, format!("not TOML: {e}")))?;
-        Self::from_table(table, overrides)
+        let mut experiment = Self::from_table(table, overrides)?;
+        if file.is_none() && experiment.target.model != DEFAULT_TARGET {
+            let before = experiment.compare.len();
+            experiment.compare.retain(|decoder| !is_shipped(decoder));
+            if experiment.compare.len() < before {
+                crate::cli::warn(
+                    "the shipped drafts are for the default model, and are left out of the default comparison",
+                );
+            }
+        }
+        Ok(experiment)
     }
 
     /// An experiment of overrides alone.
@@ -785,6 +809,9 @@ mod tests {
 
     #[test]
     fn the_default_experiment_compares_and_survives_a_round_trip() {
+        let other = Override::parse("target.model=other").expect("valid");
+        let other = Experiment::load(None, &[other]).expect("another target");
+        assert_eq!(other.compare.len(), 2);
         let e = Experiment::load(None, &[]).expect("default");
         let decoders = e.decoders().expect("decoders");
         assert!(decoders.len() >= 2 && decoders[0].draft.name == "plain");
