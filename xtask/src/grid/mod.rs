@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::{root, run, scylla};
 
-pub(crate) const USAGE: &str = "usage: cargo xtask grid [--small] [--until TOKENS] [--work DIR] [--results DIR] [--gather | --test SET]
+pub(crate) const USAGE: &str = "usage: cargo xtask grid [--small] [--until TOKENS] [--corpus DIR] [--work DIR] [--results DIR] [--gather | --test SET]
 
 Trains the grid of drafts of the default model: Scylla with 1, 2 and 4 layers at eight token budgets from 32,768 to 4,194,304 (factor 2),
 EAGLE-2, HASS and EAGLE-3 at three of them, on the target's own answers (assets/answers). The target's states are computed once and
