@@ -3,7 +3,7 @@
 use std::sync::atomic::AtomicBool;
 
 use clap::Args;
-use scylla_core::engine::{Cycle, tau};
+use scylla_core::engine::Cycle;
 use scylla_core::plugin::DraftModel;
 use serde::Serialize;
 
@@ -135,32 +135,23 @@ struct Tested {
 
 impl Tested {
     fn report(self, ids: &[String]) -> Report {
+        let decoded = !self.real.is_empty();
+        let counted = if decoded { &self.real } else { &self.simulated };
         let bare = |c: &Cycle| (c.nodes, c.accepted, c.committed);
-        let mut pairs = self.simulated.iter().zip(&self.real);
-        let counted = if self.real.is_empty() {
-            &self.simulated
-        } else {
-            &self.real
-        };
-        let of = |(id, cycles): (&String, &Vec<Cycle>)| PromptTau {
-            id: id.clone(),
-            tau: tau(cycles).unwrap_or(1.0),
-            tokens: cycles.iter().map(|c| c.committed).sum(),
-            cycles: cycles.len(),
-            alpha: alpha(cycles.iter()),
-        };
+        let pairs = self.simulated.iter().zip(&self.real);
+        let same = pairs.filter(|(a, b)| a.iter().map(bare).eq(b.iter().map(bare)));
         Report {
             simulated: Measured::of(&self.simulated),
-            real: (!self.real.is_empty()).then(|| Measured::of(&self.real)),
-            same: (!self.real.is_empty()).then(|| {
-                let equal =
-                    |(a, b): &(&Vec<Cycle>, &Vec<Cycle>)| a.iter().map(bare).eq(b.iter().map(bare));
-                pairs.by_ref().filter(equal).count()
-            }),
+            real: decoded.then(|| Measured::of(&self.real)),
+            same: decoded.then(|| same.count()),
             answers: self.simulated.len(),
             alpha: alpha(counted.iter().flatten()),
             positions: by_position(counted),
-            prompts: ids.iter().zip(counted).map(of).collect(),
+            prompts: ids
+                .iter()
+                .zip(counted)
+                .map(|(id, c)| PromptTau::of(id, c))
+                .collect(),
             draft: self.name,
         }
     }

@@ -63,6 +63,19 @@ pub struct PromptTau {
     pub alpha: Vec<Option<f64>>,
 }
 
+impl PromptTau {
+    /// Of the cycles of one answer.
+    pub(crate) fn of(id: &str, cycles: &[Cycle]) -> Self {
+        Self {
+            id: id.into(),
+            tau: tau(cycles).unwrap_or(1.0),
+            tokens: cycles.iter().map(|c| c.committed).sum(),
+            cycles: cycles.len(),
+            alpha: alpha(cycles.iter()),
+        }
+    }
+}
+
 /// The slot that texts are walked in: no engine runs meanwhile.
 pub(crate) const SLOT: usize = 0;
 
@@ -361,14 +374,8 @@ impl Tester {
     ) -> Result<(Tau, Vec<PromptTau>)> {
         let simulated = self.simulated(session, draft, stop)?.concat();
         let real = self.real(session, draft, stop)?;
-        let of = |(answer, cycles): (&Answer, &Vec<Cycle>)| PromptTau {
-            id: answer.id.clone(),
-            tau: tau(cycles).unwrap_or(1.0),
-            tokens: cycles.iter().map(|c| c.committed).sum(),
-            cycles: cycles.len(),
-            alpha: alpha(cycles.iter()),
-        };
-        let by_prompt = self.answers.iter().zip(&real).map(of).collect();
+        let pairs = self.answers.iter().zip(&real);
+        let by_prompt = pairs.map(|(a, c)| PromptTau::of(&a.id, c)).collect();
         let both = Tau {
             simulated: tau(&simulated).unwrap_or(1.0),
             real: tau(&real.concat()).unwrap_or(1.0),
