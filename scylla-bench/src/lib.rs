@@ -23,6 +23,7 @@ mod drafts;
 mod environment;
 mod error;
 pub mod experiment;
+pub mod laws;
 pub mod prompts;
 
 mod registry;

@@ -58,7 +58,7 @@ pub fn interval(n: usize, statistic: impl Fn(&[usize]) -> f64) -> Option<Interva
 }
 
 /// The value below which a share of sorted ones lies, between the two nearest in proportion.
-fn quantile(sorted: &[f64], share: f64) -> Option<f64> {
+pub(crate) fn quantile(sorted: &[f64], share: f64) -> Option<f64> {
     let place = share * sorted.len().checked_sub(1)? as f64;
     let (low, high) = (
         sorted[place.floor() as usize],

@@ -6,6 +6,7 @@ mod bench;
 mod data;
 mod doctor;
 mod export;
+mod fit;
 mod frequencies;
 mod generate;
 mod inspect;
@@ -55,6 +56,8 @@ enum Command {
     Train(train::Train),
     /// Train a grid of drafts: resumable runs that share trunks and the target's pass.
     Sweep(sweep::Sweep),
+    /// Fit laws of tau over tokens and layers to runs, and predict runs that were not made.
+    Fit(fit::Fit),
     /// Why a draft accepts so little: its files against its target, and tau with each usual mistake undone.
     Doctor(doctor::Doctor),
     /// Look at what drafts are trained on.
@@ -157,6 +160,7 @@ pub fn run(registry: &Registry, args: impl IntoIterator<Item = OsString>) -> i32
         Command::Align(c) => c.run(registry),
         Command::Sweep(c) => c.run(&stop),
         Command::Train(c) => c.run(&stop),
+        Command::Fit(c) => c.run(),
         Command::Doctor(c) => c.run(registry, &stop),
         Command::Data(c) => c.run(registry, &stop),
         Command::Export(c) => c.run(),

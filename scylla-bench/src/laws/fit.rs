@@ -1,0 +1,696 @@
+//! Laws fitted to runs, the form chosen, and predictions with bands.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use serde::Serialize;
+
+use super::form::{At, Axis, Form, Model};
+use super::points::{Measure, Point};
+use super::solve::{Runs, Solution, Solver};
+use crate::{Error, Result};
+
+/// What a law's value varies with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Variable {
+    /// A(T), at one D.
+    Tokens,
+    /// A(D), at one T.
+    Layers,
+    /// A(T, D).
+    Joint,
+}
+
+/// The name of a fit over all families.
+pub const ALL: &str = "all";
+/// Forms whose AICc is within this of the least are held to be as good; among them the error on the held-out runs decides.
+const AS_GOOD: f64 = 2.0;
+/// Resamples of the prompts, and draws in all.
+const RESAMPLES: usize = 200;
+const DRAWS: usize = 4000;
+/// Degrees of freedom with which a family's own law is preferred to one over all families.
+const ENOUGH: usize = 3;
+
+/// A form fitted to a group of runs.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Fit {
+    /// The recipe, or `all`.
+    pub family: String,
+    /// What varies.
+    pub variable: Variable,
+    /// D, where tokens vary alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers: Option<usize>,
+    /// T, where layers vary alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<f64>,
+    /// What is measured: `tau`, or `alpha_1` and so on.
+    pub measure: String,
+    /// The form.
+    pub form: String,
+    /// Its coefficients, with tokens and layers counted singly.
+    pub parameters: BTreeMap<String, f64>,
+    /// Share of the variance that it explains, of the runs as they are.
+    pub r2: f64,
+    /// Akaike's criterion for small samples; `None` where runs are too few for it.
+    pub aicc: Option<f64>,
+    /// Mean absolute error on the runs that were held out: those marked so, or else each family's with most tokens (or layers).
+    pub heldout_error: Option<f64>,
+    /// Standard deviation of what trunks have of their own, and of the rest.
+    pub deviation: [f64; 2],
+    /// Runs and trunks that it was fitted to.
+    pub runs: usize,
+    /// See above.
+    pub trunks: usize,
+    /// Whether it was chosen among the forms of its group.
+    pub chosen: bool,
+}
+
+/// A run that is asked for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Query {
+    /// The recipe.
+    pub family: String,
+    /// D.
+    pub layers: usize,
+    /// T.
+    pub tokens: f64,
+}
+
+/// A value and the band that holds what a new run would have, with 90 % confidence.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Band {
+    /// By the chosen form.
+    pub value: f64,
+    /// The lower end.
+    pub low: f64,
+    /// The upper end.
+    pub high: f64,
+}
+
+/// What a run would have.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Prediction {
+    /// The recipe.
+    pub family: String,
+    /// D.
+    pub layers: usize,
+    /// T.
+    pub tokens: f64,
+    /// Mean tokens a cycle.
+    pub tau: f64,
+    /// The band's lower end.
+    pub low: f64,
+    /// Its upper end.
+    pub high: f64,
+    /// Acceptance by depth, where the runs tell it.
+    pub alpha: Vec<Band>,
+    /// The law that says so: family, what varies, form.
+    pub law: (String, Variable, String),
+    /// What each form of that law says.
+    pub forms: BTreeMap<String, f64>,
+    /// Tokens over the most, and layers over the most (or the fewest over them), that the law was fitted to; 1 within.
+    pub beyond: [f64; 2],
+}
+
+/// A run that was held out, and what was said of it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Held {
+    /// What was said.
+    #[serde(flatten)]
+    pub said: Prediction,
+    /// Its seed.
+    pub seed: u64,
+    /// What it has.
+    pub found: f64,
+}
+
+/// How predictions of held-out runs fare, beside two that need no law.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Score {
+    /// Runs.
+    pub runs: usize,
+    /// Mean absolute error of the predictions.
+    pub error: f64,
+    /// Of the value with most tokens that was seen of the family, at the depth nearest to the one asked for.
+    pub last_value: f64,
+    /// Of the mean of the family's runs.
+    pub mean: f64,
+    /// Share of the runs inside their band.
+    pub inside: f64,
+    /// Mean half-width of the bands.
+    pub half_width: f64,
+}
+
+/// A form of a group, ready to be asked.
+struct Candidate {
+    model: Model,
+    solution: Solution,
+    aicc: Option<f64>,
+    heldout_error: Option<f64>,
+    r2: f64,
+}
+
+/// Runs that a law is fitted to.
+struct Group {
+    family: String,
+    variable: Variable,
+    measure: Measure,
+    layers: Option<usize>,
+    tokens: Option<f64>,
+    families: Vec<String>,
+    /// Indices of the runs.
+    members: Vec<usize>,
+    at: Vec<At>,
+    trunk: Vec<usize>,
+    y: Vec<f64>,
+    candidates: Vec<Candidate>,
+    chosen: usize,
+}
+
+/// Laws of some runs.
+pub struct Laws {
+    points: Vec<Point>,
+    groups: Vec<Group>,
+}
+
+fn distinct(values: impl Iterator<Item = f64>) -> Vec<f64> {
+    let mut all: Vec<f64> = values.collect();
+    all.sort_by(f64::total_cmp);
+    all.dedup();
+    all
+}
+
+fn axis(levels: usize) -> Axis {
+    match levels {
+        0 | 1 => Axis::Absent,
+        2 => Axis::Line,
+        _ => Axis::Curve,
+    }
+}
+
+impl Group {
+    /// The group of some runs, with every form that they can tell; `None` where nothing varies, or too few runs are there.
+    fn new(
+        points: &[Point],
+        members: Vec<usize>,
+        (family, variable, measure): (&str, Variable, Measure),
+        held: &[usize],
+    ) -> Option<Self> {
+        let measured = |&i: &usize| Some((i, points[i].measured(measure, |_| 1.0)?));
+        let (members, y): (Vec<usize>, Vec<f64>) = members.iter().filter_map(measured).unzip();
+        let first = points.get(*members.first()?)?;
+        let families: BTreeSet<&str> = members.iter().map(|&i| &*points[i].family).collect();
+        let families: Vec<String> = families.into_iter().map(String::from).collect();
+        let at = places(points, &members, &families);
+        let trunk = trunks(points, &members);
+        let mut group = Self {
+            family: family.into(),
+            variable,
+            measure,
+            layers: (variable == Variable::Tokens).then_some(first.layers),
+            tokens: (variable == Variable::Layers).then_some(first.tokens),
+            families,
+            members,
+            at,
+            trunk,
+            y,
+            candidates: Vec::new(),
+            chosen: 0,
+        };
+        let tokens = distinct(group.at.iter().map(|at| at.tokens));
+        let layers = distinct(group.at.iter().map(|at| at.layers));
+        let axes = match variable {
+            Variable::Tokens => [axis(tokens.len()), Axis::Absent],
+            Variable::Layers => [Axis::Absent, axis(layers.len())],
+            Variable::Joint => [axis(tokens.len()), axis(layers.len())],
+        };
+        let forms = [Form::Log, Form::Saturating, Form::Power, Form::Interaction];
+        let logs: f64 = group.at.iter().map(|at| at.tokens.ln()).sum();
+        for form in forms {
+            let both = axes.iter().all(|&a| a != Axis::Absent);
+            let bends = axes.contains(&Axis::Curve);
+            match form {
+                Form::Interaction if !both => continue,
+                Form::Saturating if !bends => continue,
+                _ if axes == [Axis::Absent; 2] => continue,
+                _ => {}
+            }
+            let model = Model {
+                form,
+                families: group.families.clone(),
+                tokens: axes[0],
+                layers: axes[1],
+                middle: (logs / group.at.len() as f64).exp(),
+            };
+            let error = group.heldout_error(&model, points, held);
+            group.candidates.extend(group.candidate(model, error));
+        }
+        group.chosen = group.choose()?;
+        Some(group)
+    }
+
+    fn candidate(&self, model: Model, heldout_error: Option<f64>) -> Option<Candidate> {
+        let solver = self.solver(&model)?;
+        let solution = solver.best(&self.y)?;
+        let (n, k) = (self.y.len() as f64, solver.freedom() as f64);
+        let correction = 2.0 * k * (k + 1.0) / (n - k - 1.0);
+        let aicc = (n > k + 1.0).then(|| solver.deviance(&solution) + 2.0 * k + correction);
+        let mean = self.y.iter().sum::<f64>() / n;
+        let value = |&at: &At| value(&model, &solution, at);
+        let left = self
+            .at
+            .iter()
+            .zip(&self.y)
+            .map(|(at, y)| (y - value(at)).powi(2));
+        let all = self.y.iter().map(|y| (y - mean).powi(2));
+        let (left, all): (f64, f64) = (left.sum(), all.sum());
+        let r2 = match all > 0.0 {
+            true => 1.0 - left / all,
+            false => 1.0,
+        };
+        drop(solver);
+        Some(Candidate {
+            model,
+            solution,
+            aicc,
+            heldout_error,
+            r2,
+        })
+    }
+
+    fn solver<'a>(&'a self, model: &'a Model) -> Option<Solver<'a>> {
+        let runs = Runs {
+            at: &self.at,
+            trunk: &self.trunk,
+        };
+        Solver::new(model, runs)
+    }
+
+    /// On the runs that were held out, or else on those with most of what varies.
+    fn heldout_error(&self, model: &Model, points: &[Point], held: &[usize]) -> Option<f64> {
+        let known: Vec<usize> = held
+            .iter()
+            .copied()
+            .filter(|&i| self.families.contains(&points[i].family))
+            .filter(|&i| self.layers.is_none_or(|layers| layers == points[i].layers))
+            .filter(|&i| self.tokens.is_none_or(|tokens| tokens == points[i].tokens))
+            .collect();
+        if !known.is_empty() {
+            let at = places(points, &known, &self.families);
+            let solution = self.solver(model)?.best(&self.y)?;
+            let errors = known.iter().zip(at).filter_map(|(&i, at)| {
+                let found = points[i].measured(self.measure, |_| 1.0)?;
+                Some((value(model, &solution, at) - found).abs())
+            });
+            let errors: Vec<f64> = errors.collect();
+            return mean(&errors);
+        }
+        let size = |at: &At| match self.variable {
+            Variable::Layers => at.layers,
+            _ => at.tokens,
+        };
+        // Of each family those with most, where it has others.
+        let largest = |one: &At| {
+            let own = self.at.iter().filter(|at| at.family == one.family);
+            let (least, most) = own
+                .map(size)
+                .fold((f64::INFINITY, 0.0), |(least, most), s| {
+                    (f64::min(least, s), f64::max(most, s))
+                });
+            size(one) >= most && least < most
+        };
+        let (mut at, mut trunk, mut y) = (Vec::new(), Vec::new(), Vec::new());
+        for (i, one) in self.at.iter().enumerate().filter(|(_, at)| !largest(at)) {
+            at.push(*one);
+            trunk.push(self.trunk[i]);
+            y.push(self.y[i]);
+        }
+        let runs = Runs {
+            at: &at,
+            trunk: &trunk,
+        };
+        let solution = Solver::new(model, runs)?.best(&y)?;
+        let largest = self.at.iter().zip(&self.y).filter(|(at, _)| largest(at));
+        let errors: Vec<f64> = largest
+            .map(|(at, y)| (value(model, &solution, *at) - y).abs())
+            .collect();
+        mean(&errors)
+    }
+
+    fn choose(&self) -> Option<usize> {
+        let least = self.candidates.iter().filter_map(|c| c.aicc);
+        let least = least.fold(f64::INFINITY, f64::min);
+        let good = |c: &Candidate| match c.aicc {
+            Some(aicc) => aicc <= least + AS_GOOD,
+            None => least.is_infinite(),
+        };
+        let error = |c: &Candidate| c.heldout_error.unwrap_or(f64::INFINITY);
+        let order = |a: &Candidate, b: &Candidate| {
+            let aicc = |c: &Candidate| c.aicc.unwrap_or(f64::INFINITY);
+            error(a)
+                .total_cmp(&error(b))
+                .then(aicc(a).total_cmp(&aicc(b)))
+        };
+        let all = self.candidates.iter().enumerate();
+        all.filter(|(_, c)| good(c))
+            .min_by(|(_, a), (_, b)| order(a, b))
+            .map(|(i, _)| i)
+    }
+
+    /// How much each form is believed: Akaike's weights; where none has a criterion, the chosen one's alone.
+    fn weights(&self) -> Vec<f64> {
+        let least = self.candidates.iter().filter_map(|c| c.aicc);
+        let least = least.fold(f64::INFINITY, f64::min);
+        let weight = |(i, c): (usize, &Candidate)| match c.aicc {
+            Some(aicc) => (-0.5 * (aicc - least)).exp(),
+            None => f64::from(u8::from(least.is_infinite() && i == self.chosen)),
+        };
+        let all: Vec<f64> = self.candidates.iter().enumerate().map(weight).collect();
+        let sum: f64 = all.iter().sum();
+        all.into_iter().map(|w| w / sum).collect()
+    }
+
+    /// Degrees of freedom that the chosen form leaves.
+    fn degrees(&self) -> usize {
+        let model = &self.candidates[self.chosen].model;
+        self.y
+            .len()
+            .saturating_sub(model.width() + model.grids().len())
+    }
+
+    fn place(&self, query: &Query) -> Option<At> {
+        Some(At {
+            family: self.families.iter().position(|f| *f == query.family)?,
+            tokens: query.tokens,
+            layers: query.layers as f64,
+        })
+    }
+
+    /// The chosen form's value, and the middle 90 % of draws from all forms, over resamples of the prompts.
+    fn band(&self, points: &[Point], query: &Query) -> Option<Band> {
+        let at = self.place(query)?;
+        let chosen = &self.candidates[self.chosen];
+        let value = value(&chosen.model, &chosen.solution, at);
+        let mut rng = StdRng::seed_from_u64(0);
+        let members = || self.members.iter().map(|&i| &points[i]);
+        let ids: BTreeSet<&str> = members()
+            .flat_map(|p| p.prompts.iter().map(|p| &*p.id))
+            .collect();
+        let ids: Vec<&str> = ids.into_iter().collect();
+        // Of each resample the values of all runs; of runs without prompts these are always the same.
+        let resamples = if ids.is_empty() { 1 } else { RESAMPLES };
+        let mut samples = Vec::with_capacity(resamples);
+        for _ in 0..resamples {
+            let mut times: BTreeMap<&str, f64> = BTreeMap::new();
+            for _ in 0..ids.len() {
+                *times
+                    .entry(ids[rng.random_range(0..ids.len())])
+                    .or_default() += 1.0;
+            }
+            let weight = |id: &str| times.get(id).copied().unwrap_or(0.0);
+            let y: Option<Vec<f64>> = members()
+                .map(|p| p.measured(self.measure, weight))
+                .collect();
+            samples.extend(y);
+        }
+        let mut drawn = Vec::with_capacity(DRAWS);
+        for (candidate, weight) in self.candidates.iter().zip(self.weights()) {
+            let each = (weight * DRAWS as f64 / samples.len().max(1) as f64).round() as usize;
+            if each == 0 {
+                continue;
+            }
+            let solver = self.solver(&candidate.model)?;
+            for y in &samples {
+                drawn.extend(solver.draw(y, each, &[at], &mut rng).into_iter().flatten());
+            }
+        }
+        drawn.retain(|v| v.is_finite());
+        drawn.sort_by(f64::total_cmp);
+        let end = |share| crate::stats::quantile(&drawn, share);
+        // What cannot be is no part of it.
+        let (least, most) = match self.measure {
+            Measure::Tau => (1.0, f64::INFINITY),
+            Measure::Alpha(_) => (0.0, 1.0),
+        };
+        let value = value.clamp(least, most);
+        Some(Band {
+            value,
+            low: end(0.05)?.clamp(least, most).min(value),
+            high: end(0.95)?.clamp(least, most).max(value),
+        })
+    }
+
+    fn fits(&self) -> impl Iterator<Item = Fit> + '_ {
+        let trunks = self.trunk.iter().max().map_or(0, |last| last + 1);
+        self.candidates.iter().enumerate().map(move |(i, c)| {
+            let free = c.model.width() + c.model.grids().len();
+            let degrees = self.y.len().saturating_sub(free).max(1) as f64;
+            let variance = c.solution.rss / degrees;
+            let share = |share: f64| (variance * share).sqrt();
+            Fit {
+                family: self.family.clone(),
+                variable: self.variable,
+                layers: self.layers,
+                tokens: self.tokens,
+                measure: self.measure.to_string(),
+                form: c.model.form.to_string(),
+                parameters: c.model.parameters(&c.solution.beta, &c.solution.exponents),
+                r2: c.r2,
+                aicc: c.aicc,
+                heldout_error: c.heldout_error,
+                deviation: [share(c.solution.rho), share(1.0 - c.solution.rho)],
+                runs: self.y.len(),
+                trunks,
+                chosen: i == self.chosen,
+            }
+        })
+    }
+}
+
+fn mean(values: &[f64]) -> Option<f64> {
+    (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+}
+
+fn value(model: &Model, solution: &Solution, at: At) -> f64 {
+    let row = model.row(at, &solution.exponents);
+    row.iter().zip(&solution.beta).map(|(x, b)| x * b).sum()
+}
+
+fn places(points: &[Point], members: &[usize], families: &[String]) -> Vec<At> {
+    let place = |&i: &usize| {
+        let family = families.iter().position(|f| *f == points[i].family);
+        At {
+            family: family.unwrap_or(0),
+            tokens: points[i].tokens,
+            layers: points[i].layers as f64,
+        }
+    };
+    members.iter().map(place).collect()
+}
+
+/// The trunk of each run: runs of a family, depth and seed share one.
+fn trunks(points: &[Point], members: &[usize]) -> Vec<usize> {
+    let key = |&i: &usize| (&points[i].family, points[i].layers, points[i].seed);
+    let keys: BTreeSet<_> = members.iter().map(key).collect();
+    let number: BTreeMap<_, usize> = keys.into_iter().zip(0..).collect();
+    members.iter().map(|i| number[&key(i)]).collect()
+}
+
+impl Laws {
+    /// Fits every law that the runs can tell: A(T) for each family and depth with three budgets, A(D) for each family and budget
+    /// with three depths, A(T, D) for each family, and over all families with a level each; the last two also of acceptance by
+    /// depth.
+    ///
+    /// # Errors
+    /// If no law can be told from the runs.
+    pub fn fit(points: Vec<Point>) -> Result<Self> {
+        let (held, kept): (Vec<usize>, Vec<usize>) =
+            (0..points.len()).partition(|&i| points[i].holdout);
+        let families: BTreeSet<String> = kept.iter().map(|&i| points[i].family.clone()).collect();
+        let depths = kept.iter().map(|&i| points[i].depths()).max().unwrap_or(0);
+        let measures = std::iter::once(Measure::Tau).chain((1..=depths).map(Measure::Alpha));
+        let measures: Vec<Measure> = measures.collect();
+        let mut groups = Vec::new();
+        for family in &families {
+            let of = |i: &&usize| points[**i].family == *family;
+            let own: Vec<usize> = kept.iter().filter(of).copied().collect();
+            for layers in distinct(own.iter().map(|&i| points[i].layers as f64)) {
+                let of = |i: &&usize| points[**i].layers as f64 == layers;
+                let members: Vec<usize> = own.iter().filter(of).copied().collect();
+                if distinct(members.iter().map(|&i| points[i].tokens)).len() > 2 {
+                    let key = (&**family, Variable::Tokens, Measure::Tau);
+                    groups.extend(Group::new(&points, members, key, &held));
+                }
+            }
+            for tokens in distinct(own.iter().map(|&i| points[i].tokens)) {
+                let of = |i: &&usize| points[**i].tokens == tokens;
+                let members: Vec<usize> = own.iter().filter(of).copied().collect();
+                if distinct(members.iter().map(|&i| points[i].layers as f64)).len() > 2 {
+                    let key = (&**family, Variable::Layers, Measure::Tau);
+                    groups.extend(Group::new(&points, members, key, &held));
+                }
+            }
+            for &measure in &measures {
+                let key = (&**family, Variable::Joint, measure);
+                groups.extend(Group::new(&points, own.clone(), key, &held));
+            }
+        }
+        if families.len() > 1 {
+            for &measure in &measures {
+                let key = (ALL, Variable::Joint, measure);
+                groups.extend(Group::new(&points, kept.clone(), key, &held));
+            }
+        }
+        if groups.is_empty() {
+            return Err(Error::Experiment(format!(
+                "{} runs tell no law: at least three token budgets (or depths) of one family are needed",
+                kept.len()
+            )));
+        }
+        Ok(Self { points, groups })
+    }
+
+    /// All fits, group by group.
+    pub fn fits(&self) -> Vec<Fit> {
+        self.groups.iter().flat_map(Group::fits).collect()
+    }
+
+    /// The runs that they were fitted to, and those held out.
+    pub fn points(&self) -> &[Point] {
+        &self.points
+    }
+
+    /// The law that knows most of a family: its own over tokens and layers where that leaves freedom enough, else the one over
+    /// all families.
+    fn law(&self, query: &Query, measure: Measure) -> Option<&Group> {
+        let joint = |family: &str| {
+            self.groups.iter().find(|g| {
+                g.family == family && g.variable == Variable::Joint && g.measure == measure
+            })
+        };
+        let own = joint(&query.family);
+        let all = joint(ALL).filter(|g| g.families.contains(&query.family));
+        match own {
+            Some(own) if own.degrees() >= ENOUGH => Some(own),
+            _ => all.or(own),
+        }
+    }
+
+    /// What a run would have, with its band.
+    ///
+    /// # Errors
+    /// If no law tells it.
+    pub fn predict(&self, query: &Query) -> Result<Prediction> {
+        let none = || {
+            let known: BTreeSet<&str> = self.points.iter().map(|p| &*p.family).collect();
+            let known: Vec<&str> = known.into_iter().collect();
+            Error::Experiment(format!(
+                "no law tells {} with {} layers: runs are of {}, and a law needs more of them than it has coefficients",
+                query.family,
+                query.layers,
+                known.join(", ")
+            ))
+        };
+        let law = self.law(query, Measure::Tau).ok_or_else(none)?;
+        let at = law.place(query).ok_or_else(none)?;
+        let chosen = &law.candidates[law.chosen];
+        let varies = [chosen.model.tokens, chosen.model.layers].map(|a| a != Axis::Absent);
+        let layers = law.at.iter().map(|at| at.layers);
+        if !varies[1] && layers.clone().all(|l| l != at.layers) {
+            return Err(none());
+        }
+        let band = law.band(&self.points, query).ok_or_else(none)?;
+        let depths = (1..).map_while(|depth| {
+            let law = self.law(query, Measure::Alpha(depth))?;
+            law.band(&self.points, query)
+        });
+        let ratio = |value: f64, all: &dyn Fn(&At) -> f64| {
+            let values = || law.at.iter().map(all);
+            let most = values().fold(0.0, f64::max);
+            let least = values().fold(f64::INFINITY, f64::min);
+            (value / most).max(least / value).max(1.0)
+        };
+        Ok(Prediction {
+            family: query.family.clone(),
+            layers: query.layers,
+            tokens: query.tokens,
+            tau: band.value,
+            low: band.low,
+            high: band.high,
+            alpha: depths.collect(),
+            law: (
+                law.family.clone(),
+                law.variable,
+                chosen.model.form.to_string(),
+            ),
+            forms: law
+                .candidates
+                .iter()
+                .map(|c| (c.model.form.to_string(), value(&c.model, &c.solution, at)))
+                .collect(),
+            beyond: [
+                ratio(at.tokens, &|at| at.tokens),
+                ratio(at.layers, &|at| at.layers),
+            ],
+        })
+    }
+
+    /// How the predictions of held-out runs fare; `None` without one.
+    pub fn score(&self, held: &[Held]) -> Option<Score> {
+        let naive = |one: &Held| -> Option<(f64, f64)> {
+            let query = &one.said;
+            let kept = self.points.iter().filter(|p| !p.holdout);
+            let own: Vec<&Point> = kept.filter(|p| p.family == query.family).collect();
+            let far = |p: &&&Point| p.layers.abs_diff(query.layers);
+            let near = own.iter().map(|p| far(&p)).min()?;
+            let near: Vec<&&Point> = own.iter().filter(|p| far(p) == near).collect();
+            let most = near.iter().map(|p| p.tokens).fold(0.0, f64::max);
+            let last = near.iter().filter(|p| p.tokens >= most).map(|p| p.tau);
+            let all: Vec<f64> = own.iter().map(|p| p.tau).collect();
+            Some((mean(&last.collect::<Vec<f64>>())?, mean(&all)?))
+        };
+        let scored = |one: &Held| {
+            let (last, all) = naive(one)?;
+            let off = |value: f64| (value - one.found).abs();
+            let inside = (one.said.low..=one.said.high).contains(&one.found);
+            Some([
+                off(one.said.tau),
+                off(last),
+                off(all),
+                f64::from(u8::from(inside)),
+                (one.said.high - one.said.low) / 2.0,
+            ])
+        };
+        let rows: Vec<[f64; 5]> = held.iter().filter_map(scored).collect();
+        let column = |i: usize| mean(&rows.iter().map(|row| row[i]).collect::<Vec<f64>>());
+        Some(Score {
+            runs: rows.len(),
+            error: column(0)?,
+            last_value: column(1)?,
+            mean: column(2)?,
+            inside: column(3)?,
+            half_width: column(4)?,
+        })
+    }
+
+    /// What is said of the runs that were held out; those that no law tells are left out.
+    pub fn held(&self) -> Vec<Held> {
+        let held = self.points.iter().filter(|p| p.holdout);
+        held.filter_map(|p| {
+            let query = Query {
+                family: p.family.clone(),
+                layers: p.layers,
+                tokens: p.tokens,
+            };
+            Some(Held {
+                said: self.predict(&query).ok()?,
+                seed: p.seed,
+                found: p.tau,
+            })
+        })
+        .collect()
+    }
+}
