@@ -102,6 +102,9 @@ pub struct Line {
 impl Line {
     /// Through points (x, y). `None` where there are not two different x.
     pub fn fit(points: &[(f64, f64)]) -> Option<Self> {
+        if points.len() < 2 {
+            return None;
+        }
         let x = DMatrix::from_fn(points.len(), 2, |i, j| [1.0, points[i].0][j]);
         let y = DVector::from_fn(points.len(), |i, _| points[i].1);
         let svd = x.clone().svd(true, true);
