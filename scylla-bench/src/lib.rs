@@ -24,6 +24,7 @@ mod environment;
 mod error;
 pub mod experiment;
 pub mod laws;
+pub mod plan;
 pub mod prompts;
 
 mod registry;

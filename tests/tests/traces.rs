@@ -53,7 +53,7 @@ fn replayed(path: &Path, sets: &[String]) -> (f64, Cycles) {
     let mut reader = Reader::open(path).expect("a trace");
     let settings = Replay::of(reader.header(), &overrides(sets)).expect("settings");
     let mut cycles = Vec::new();
-    let told = &mut |nodes, accepted| cycles.push((nodes, accepted));
+    let told = &mut |_, nodes, accepted| cycles.push((nodes, accepted));
     let found = replay(&Registry::default(), &mut reader, &settings, told).expect("replayed");
     (found.tau, cycles)
 }

@@ -52,7 +52,7 @@ struct Answer<'a> {
 }
 
 /// `family=scylla,layers=4,tokens=8e6`, with `layers` 1 unless said otherwise.
-fn query(text: &str) -> Result<Query> {
+pub(super) fn query(text: &str) -> Result<Query> {
     let bad = |what: String| {
         Error::Experiment(format!(
             "--predict {text}: {what}; family=scylla,layers=4,tokens=8e6 is meant"

@@ -11,6 +11,7 @@ mod frequencies;
 mod generate;
 mod inspect;
 mod loss;
+mod plan;
 mod prove;
 mod quality;
 mod replay;
@@ -58,6 +59,8 @@ enum Command {
     Sweep(sweep::Sweep),
     /// Fit laws of tau over tokens and layers to runs, and predict runs that were not made.
     Fit(fit::Fit),
+    /// Plan draft, tree and budget for each batch size from what steps cost and how much is accepted.
+    Plan(plan::Plan),
     /// Why a draft accepts so little: its files against its target, and tau with each usual mistake undone.
     Doctor(doctor::Doctor),
     /// Look at what drafts are trained on.
@@ -161,6 +164,7 @@ pub fn run(registry: &Registry, args: impl IntoIterator<Item = OsString>) -> i32
         Command::Sweep(c) => c.run(&stop),
         Command::Train(c) => c.run(&stop),
         Command::Fit(c) => c.run(),
+        Command::Plan(c) => c.run(registry, &stop),
         Command::Doctor(c) => c.run(registry, &stop),
         Command::Data(c) => c.run(registry, &stop),
         Command::Export(c) => c.run(),

@@ -41,15 +41,20 @@ impl Replay {
         let mut reader = Reader::open(&find(&self.trace)?)?;
         let settings = Settings::of(reader.header(), &Override::parse_all(&self.set)?)?;
         let mut cycles = Vec::new();
-        let found = replay(registry, &mut reader, &settings, &mut |nodes, accepted| {
-            if self.json {
-                // Both are at most 4096.
-                cycles.push(Told {
-                    nodes: nodes as u16,
-                    accepted: accepted as u16,
-                });
-            }
-        })?;
+        let found = replay(
+            registry,
+            &mut reader,
+            &settings,
+            &mut |_, nodes, accepted| {
+                if self.json {
+                    // Both are at most 4096.
+                    cycles.push(Told {
+                        nodes: nodes as u16,
+                        accepted: accepted as u16,
+                    });
+                }
+            },
+        )?;
         if found.texts == 0 {
             return Err(Error::file(&self.trace, "a trace without a text"));
         }

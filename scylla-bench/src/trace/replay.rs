@@ -164,7 +164,8 @@ impl Replay {
     }
 }
 
-/// Decodes every text of a trace again; `told` hears of each cycle its nodes and the drafted tokens accepted.
+/// Decodes every text of a trace again; `told` hears of each cycle its text (from 0 on), its nodes and the drafted tokens
+/// accepted.
 ///
 /// On the CPU, where a row's result does not depend on its company, the cycles are those of decoding greedily with these
 /// settings; on a device near ties may differ.
@@ -175,7 +176,7 @@ pub fn replay(
     registry: &Registry,
     reader: &mut Reader,
     settings: &Replay,
-    told: &mut dyn FnMut(usize, usize),
+    told: &mut dyn FnMut(usize, usize, usize),
 ) -> Result<Replayed> {
     settings.check(registry, reader.header())?;
     let fixed = settings.draft.tree != TreeKind::Dynamic;
@@ -237,7 +238,7 @@ pub fn replay(
             Ok(regrow(&mut *shape, fixed, &place.candidates, &mut request)?.tree)
         };
         walk_each(&along, &mut propose, &mut |cycle, _| {
-            told(cycle.nodes, cycle.accepted);
+            told(texts as usize, cycle.nodes, cycle.accepted);
             alpha.add(&cycle);
             tokens += cycle.committed as u64;
             count += 1;

@@ -1,0 +1,18 @@
+//! Plans: which draft, tree and budget pay at each batch size, from what steps cost on a machine and how much is accepted.
+//!
+//! ```text
+//! costs of a machine (measured here, or a CSV of another) --+
+//! acceptance: laws, rates by depth, or a dense trace -> trees, tau -> speed at each batch -> the best, or none -> exports
+//! ```
+
+mod choose;
+mod export;
+mod measure;
+mod table;
+mod trees;
+
+pub use choose::{Choice, Planned, Speed, choose};
+pub use export::{Engine, export};
+pub use measure::{Measured, measure};
+pub use table::{Cost, CostTable, What};
+pub use trees::{Drafted, Rates, Shape, from_rates, from_trace};
