@@ -22,7 +22,7 @@ const ROWS: [usize; 11] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48];
 const MOST_ROWS: usize = 256;
 /// Widths and levels that drafting is timed with.
 const WIDTHS: [usize; 3] = [1, 2, 4];
-const LEVELS: [usize; 2] = [1, 4];
+const LEVELS: [usize; 2] = [1, 3];
 /// Rows that all between is noted under: it hardly depends on them.
 const BETWEEN: usize = 4;
 /// Cycles of an engine's run; the first warms up.
@@ -211,6 +211,9 @@ fn forwards(
     let mut found = Vec::new();
     let mut body = || -> Result<()> {
         for slot in 0..batch {
+            if slot > 0 && model.fork(0, slot, context)? {
+                continue;
+            }
             model.open(slot)?;
             // In pieces: a prompt as a whole takes memory for all its rows.
             for piece in ids[..context].chunks(128) {
@@ -321,7 +324,10 @@ impl Measuring<'_, '_> {
             return Ok(());
         }
         let (mut levels, mut beside) = (Vec::new(), Vec::new());
-        for width in WIDTHS {
+        let deepest = LEVELS[1];
+        let fits = |width: &usize| *width == 1 || self.batch * (1 + width * deepest) <= MOST_ROWS;
+        let widths: Vec<usize> = WIDTHS.into_iter().filter(fits).collect();
+        for &width in &widths {
             let mut proposing = Vec::new();
             for levels in LEVELS {
                 let budget = Budget {
@@ -346,7 +352,7 @@ impl Measuring<'_, '_> {
             beside[at] += caught;
         }
         if layers > 0 {
-            for (&rows, &seconds) in WIDTHS.iter().zip(&levels) {
+            for (&rows, &seconds) in widths.iter().zip(&levels) {
                 self.add(What::Draft, rows, layers, seconds)?;
             }
         }
@@ -370,8 +376,10 @@ impl Measuring<'_, '_> {
                 one
             })
             .collect();
+        // All prompts in one forward, so that all sequences decode side by side from the first cycle on.
         let options = Options {
             batch: self.batch,
+            prompt_rows: self.batch * self.context,
             ..Options::default()
         };
         let mut engine = session.engine(&mut composed, options)?;
@@ -392,7 +400,14 @@ impl Measuring<'_, '_> {
                 }
             }
         }
-        Ok(steps.into_iter().skip(1).take(CYCLES).collect())
+        let steps: Vec<Stepped> = steps.into_iter().skip(1).take(CYCLES).collect();
+        match steps.is_empty() {
+            true => Err(Error::Experiment(format!(
+                "{} sequences with {} positions each do not decode side by side here",
+                self.batch, self.context
+            ))),
+            false => Ok(steps),
+        }
     }
 }
 
