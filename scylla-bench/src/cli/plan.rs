@@ -8,7 +8,7 @@ use scylla_core::files::read_text;
 use serde::{Deserialize, Serialize};
 
 use super::fit::query;
-use super::{ModelOptions, Progress, open_session, print_json, print_text, say};
+use super::{ModelOptions, Progress, open_session, print_json, print_text, say, warn};
 use crate::experiment::{Experiment, Override};
 use crate::laws::{Band, Laws, Point, Query};
 use crate::plan::{
@@ -248,7 +248,11 @@ impl Plan {
                 let laws = laws.insert(self.read_laws(path)?);
                 let queries = self.queries(laws)?;
                 let all = queries.iter().map(|q| self.drafted(laws, q));
-                all.collect::<Result<Vec<_>>>()?
+                let mut all = all.collect::<Result<Vec<_>>>()?;
+                if self.predict.is_empty() {
+                    self.leave_out_unknown(&mut all, &table, context)?;
+                }
+                all
             }
             (_, Some(text), _) => vec![Drafted {
                 name: name_of(&self.draft).unwrap_or("eagle3").into(),
@@ -299,6 +303,35 @@ impl Plan {
             true => print_json(&answer),
             false => print_text(&text(&answer)),
         }
+    }
+
+    /// Drafts of depths that the costs do not know, of those that nobody asked for by name.
+    fn leave_out_unknown(
+        &self,
+        drafts: &mut Vec<Drafted>,
+        table: &CostTable,
+        context: usize,
+    ) -> Result<()> {
+        let known = |d: &Drafted| table.draft(d.layers, 1, 1.0, context).is_some();
+        let (kept, others): (Vec<_>, Vec<_>) = drafts.drain(..).partition(known);
+        let named: Vec<String> = others
+            .iter()
+            .map(|d| format!("{} D {}", d.name, d.layers))
+            .collect();
+        if kept.is_empty() {
+            return Err(bad(format!(
+                "the costs hold no draft as deep as {}: measure one with scylla plan --measure COSTS.csv --draft NAME:DIR",
+                named.join(", ")
+            )));
+        }
+        if !named.is_empty() {
+            warn(&format!(
+                "left out, as the costs do not know their depth: {}",
+                named.join(", ")
+            ));
+        }
+        drafts.extend(kept);
+        Ok(())
     }
 
     fn read_laws(&self, path: &std::path::Path) -> Result<Laws> {
