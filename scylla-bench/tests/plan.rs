@@ -65,6 +65,23 @@ fn a_measurement_that_was_cut_off_goes_on_and_that_of_another_machine_is_refused
         let count = whole.iter().filter(|line| *line == expected).count();
         assert!(count >= 2, "{expected} {count}: {whole:?}");
     }
+    let said = json(
+        &place,
+        &[
+            "plan",
+            "--costs",
+            "costs.csv",
+            "--alpha",
+            "0.5",
+            "--layers",
+            "0",
+            "--json",
+        ],
+    );
+    assert!(
+        said["roofline"]["bytes_per_s"].as_f64().expect("shapes") > 0.0,
+        "{said}"
+    );
     let text = std::fs::read_to_string(place.path("costs.csv")).expect("a table");
     let half = &text[..text.len() / 2];
     std::fs::write(place.path("costs.csv"), half).expect("written");

@@ -1,10 +1,11 @@
 //! `scylla plan`
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use clap::{Args, ValueEnum};
-use scylla_core::files::read_text;
+use scylla_core::files::{self, read_text};
 use serde::{Deserialize, Serialize};
 
 use super::fit::query;
@@ -12,8 +13,8 @@ use super::{ModelOptions, Progress, open_session, print_json, print_text, say, w
 use crate::experiment::{Experiment, Override};
 use crate::laws::{Band, Laws, Point, Query};
 use crate::plan::{
-    self, Choice, CostTable, Drafted, Measured, Planned, Shape, choose, export, from_rates,
-    from_trace, measure,
+    self, BreakEven, Choice, CostTable, Drafted, Measured, Peaks, Planned, Shape, break_even,
+    choose, export, fit_roofline, from_rates, from_trace, measure,
 };
 use crate::{Error, Registry, Result};
 
@@ -62,6 +63,18 @@ pub(super) struct Plan {
     /// Committed positions of each sequence; with --measure several
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     context: Vec<usize>,
+    /// Seconds that training took: says after how many generated tokens it has paid
+    #[arg(long, value_name = "SECONDS")]
+    train_seconds: Option<f64>,
+    /// Hours that there are for training: proposes the run to make, by the laws, for the first batch
+    #[arg(long, value_name = "HOURS", requires = "train_rate", requires = "laws")]
+    train_hours: Option<f64>,
+    /// Tokens a second that training does, by layers: 1=3100,2=2400,4=1700
+    #[arg(long, value_name = "D=RATE,..", value_delimiter = ',')]
+    train_rate: Vec<String>,
+    /// Where the experiment of the proposed run goes
+    #[arg(long, value_name = "EXPERIMENT.toml")]
+    output: Option<PathBuf>,
     /// Print an engine's form instead
     #[arg(long, value_enum)]
     export: Option<To>,
@@ -114,6 +127,10 @@ struct Answer {
     #[serde(flatten)]
     planned: Planned,
     more: Vec<More>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    break_even: Vec<BreakEven>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    roofline: Option<Peaks>,
     context: usize,
     about: Vec<String>,
 }
@@ -164,6 +181,10 @@ struct Fitted {
 
 impl Plan {
     pub(super) fn run(self, registry: &Registry, stop: &AtomicBool) -> Result<()> {
+        let positive = |x: Option<f64>| x.is_none_or(|x| x.is_finite() && x > 0.0);
+        if !positive(self.train_seconds) || !positive(self.train_hours) {
+            return Err(bad("--train-seconds and --train-hours are above 0".into()));
+        }
         if self.batch.contains(&0) || self.context.contains(&0) || self.rounds == 0 {
             return Err(bad("batches, contexts and rounds are 1 at least".into()));
         }
@@ -293,7 +314,21 @@ impl Plan {
             Some(laws) => self.more(laws, &table, &planned, context),
             None => Vec::new(),
         };
+        let more = match (&laws, self.train_hours) {
+            (Some(laws), Some(hours)) => {
+                vec![self.propose(laws, &table, &batches, context, hours)?]
+            }
+            _ => more,
+        };
+        let drafting = planned.choices.iter().filter(|c| c.draft.is_some());
         let answer = Answer {
+            break_even: match self.train_seconds {
+                Some(seconds) => drafting.map(|c| break_even(c, seconds)).collect(),
+                None => Vec::new(),
+            },
+            roofline: table
+                .shapes()
+                .and_then(|s| fit_roofline(&table, &s, &batches, context)),
             planned,
             more,
             context,
@@ -436,6 +471,73 @@ impl Plan {
     }
 }
 
+impl Plan {
+    /// The run that the laws hold for the fastest of those that can be trained in so many hours, at the first batch.
+    fn propose(
+        &self,
+        laws: &Laws,
+        table: &CostTable,
+        batches: &[usize],
+        context: usize,
+        hours: f64,
+    ) -> Result<More> {
+        let families: BTreeSet<&str> = laws.points().iter().map(|p| &*p.family).collect();
+        let batch = batches.first().copied().unwrap_or(1);
+        let mut best: Option<(Query, Choice)> = None;
+        for text in &self.train_rate {
+            let wrong = || {
+                bad(format!(
+                    "--train-rate {text}: 2=2400 is meant, layers and tokens a second"
+                ))
+            };
+            let (layers, rate) = text.split_once('=').ok_or_else(wrong)?;
+            let layers: usize = layers.parse().map_err(|_| wrong())?;
+            let rate: f64 = rate.parse().map_err(|_| wrong())?;
+            if layers == 0 || !(rate.is_finite() && rate > 0.0) {
+                return Err(wrong());
+            }
+            let tokens = (hours * 3600.0 * rate).max(1.0);
+            for family in &families {
+                let query = Query {
+                    family: (*family).to_string(),
+                    layers,
+                    tokens,
+                };
+                // A depth that a family's law, the costs or its recipe do not know is none to propose.
+                let known = self.drafted(laws, &query);
+                let Ok(drafted) = known else { continue };
+                let Ok(planned) = choose(table, &[drafted], &[batch], context) else {
+                    continue;
+                };
+                if plan::experiment(&query).is_err() {
+                    continue;
+                }
+                let speed = |c: &Choice| c.tokens_per_s.value;
+                for choice in planned.choices.into_iter().filter(|c| c.draft.is_some()) {
+                    if best.as_ref().is_none_or(|(_, b)| speed(&choice) > speed(b)) {
+                        best = Some((query.clone(), choice));
+                    }
+                }
+            }
+        }
+        let Some((query, choice)) = best else {
+            return Err(bad(format!(
+                "no run of {hours} hours is expected to be faster than plain decoding at batch {batch}"
+            )));
+        };
+        if let Some(path) = &self.output {
+            files::write(path, plan::experiment(&query)?.as_bytes())?;
+        }
+        Ok(More {
+            what: "to train",
+            family: query.family,
+            layers: query.layers,
+            tokens: query.tokens,
+            choice,
+        })
+    }
+}
+
 fn or(given: &[usize], usual: &[usize]) -> Vec<usize> {
     match given {
         [] => usual.to_vec(),
@@ -476,6 +578,27 @@ fn text(answer: &Answer) -> String {
         Some(batch) => format!("from batch {batch} on drafting does not pay\n"),
         None => "drafting pays at every batch that was asked for\n".into(),
     };
+    for one in &answer.break_even {
+        let tokens = |t: Option<f64>| t.map_or("never".into(), |t| format!("{t:.2e}"));
+        text += &format!(
+            "batch {:>3}: training has paid after {} generated tokens ({} to {})\n",
+            one.batch,
+            tokens(one.tokens),
+            tokens(one.low),
+            tokens(one.high)
+        );
+    }
+    if let Some(r) = &answer.roofline {
+        let widths = r.widths.iter().map(|(b, k)| format!("{k:.1} at {b}"));
+        let widths: Vec<String> = widths.collect();
+        text += &format!(
+            "roofline: {:.1} GB/s, {:.0} billion operations/s, off by {:.0} % on average; arithmetic and memory take as long at {} nodes by batch\n",
+            r.bytes_per_s / 1e9,
+            r.operations_per_s / 1e9,
+            r.error * 100.0,
+            widths.join(", ")
+        );
+    }
     for more in &answer.more {
         text += &format!(
             "{} ({} D {}, {:.3e} tokens), batch {}: {}\n",

@@ -12,7 +12,8 @@ use scylla_core::files::read_text;
 use scylla_core::plugin::{SlotRows, Step, Want};
 use scylla_core::tree::Budget;
 
-use super::table::{Cost, HEADER, What, costs};
+use super::roofline::Shapes;
+use super::table::{Cost, HEADER, SHAPES, What, costs};
 use crate::experiment::{BudgetSpec, Experiment};
 use crate::stats::spread;
 use crate::{Error, Registry, Result, Session};
@@ -50,10 +51,10 @@ struct File<'a> {
 
 impl<'a> File<'a> {
     /// Opens what was measured before, of the same machine and models, or begins.
-    fn open(path: &'a Path, about: &str) -> Result<Self> {
+    fn open(path: &'a Path, about: &str, shapes: &str) -> Result<Self> {
         let mut samples: BTreeMap<Place, usize> = BTreeMap::new();
         let known = path.exists().then(|| read_text(path)).transpose()?;
-        let mut kept = format!("# {about}\n{HEADER}\n");
+        let mut kept = format!("# {about}\n# {SHAPES}{shapes}\n{HEADER}\n");
         if let Some(text) = known.filter(|text| !text.is_empty()) {
             let (found, said) = costs(path, &text)?;
             if said.first().map(String::as_str) != Some(about) {
@@ -152,7 +153,9 @@ pub fn measure(
     let environment = session.environment()?;
     let about =
         serde_json::to_string(&environment).map_err(|e| Error::Experiment(e.to_string()))?;
-    let mut file = File::open(path, &about)?;
+    let shapes = serde_json::to_string(&Shapes::of(session))
+        .map_err(|e| Error::Experiment(e.to_string()))?;
+    let mut file = File::open(path, &about, &shapes)?;
     let context = plan.contexts.first().copied().unwrap_or(64);
     for round in 0..plan.rounds {
         for &context in &plan.contexts {

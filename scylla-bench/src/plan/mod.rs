@@ -8,11 +8,15 @@
 mod choose;
 mod export;
 mod measure;
+mod roofline;
 mod table;
+mod training;
 mod trees;
 
 pub use choose::{Choice, Planned, Speed, choose};
 pub use export::{Engine, export};
 pub use measure::{Measured, measure};
+pub use roofline::{Peaks, Shapes, fit as fit_roofline};
 pub use table::{Cost, CostTable, What};
+pub use training::{BreakEven, break_even, experiment};
 pub use trees::{Drafted, Rates, Shape, from_rates, from_trace};

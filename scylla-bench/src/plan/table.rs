@@ -6,6 +6,7 @@ use std::path::Path;
 use scylla_core::files::read_text;
 use serde::{Deserialize, Serialize};
 
+use super::roofline::Shapes;
 use crate::stats::spread;
 use crate::{Error, Result};
 
@@ -41,8 +42,11 @@ pub struct Cost {
 /// The columns.
 pub(super) const HEADER: &str = "what,batch,rows,context,layers,seconds";
 
+/// What the comment line begins with that says the target's shapes.
+pub(super) const SHAPES: &str = "target: ";
+
 /// Sizes: context, batch, rows.
-type Sizes = [f64; 3];
+pub(super) type Sizes = [f64; 3];
 
 /// What parts cost by their sizes: the median where one was measured several times.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -136,6 +140,21 @@ impl CostTable {
         all.sort_unstable();
         all.dedup();
         all
+    }
+
+    /// Forwards that were measured: context, batch and rows, and their median seconds.
+    pub(super) fn forwards(&self) -> impl Iterator<Item = (Sizes, f64)> + '_ {
+        self.parts
+            .get(&(What::Forward, 0))
+            .into_iter()
+            .flatten()
+            .copied()
+    }
+
+    /// Shapes of the target, where the file says them.
+    pub fn shapes(&self) -> Option<Shapes> {
+        let said = self.about.iter().find_map(|line| line.strip_prefix(SHAPES));
+        said.and_then(|json| serde_json::from_str(json).ok())
     }
 
     fn of(&self, what: What, layers: usize, at: Sizes) -> Option<f64> {
