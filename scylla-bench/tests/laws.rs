@@ -262,6 +262,95 @@ fn bands_of_ninety_percent_hold_between_eighty_and_ninety_eight() {
     }
 }
 
+/// A prompt that every run has.
+fn prompt(id: &str, tokens: f64, alpha: &[Option<f64>]) -> Counted {
+    Counted {
+        id: id.into(),
+        tokens,
+        cycles: 100.0,
+        alpha: alpha.to_vec(),
+    }
+}
+
+#[test]
+fn a_depth_that_was_never_offered_was_not_rejected() {
+    let mut points = grid(|_, _| 1.5);
+    for point in &mut points {
+        point.tau = 1.5;
+        point.prompts = vec![
+            prompt("a", 150.0, &[Some(0.5), Some(0.4)]),
+            prompt("b", 150.0, &[Some(0.5), None]),
+        ];
+    }
+    let laws = Laws::fit(points).expect("laws");
+    let query = Query {
+        family: "scylla".into(),
+        layers: 1,
+        tokens: 1e6,
+    };
+    let said = laws.predict(&query).expect("a prediction");
+    let alpha: Vec<f64> = said.alpha.iter().map(|a| a.value).collect();
+    assert!(
+        (alpha[0] - 0.5).abs() < 1e-9 && (alpha[1] - 0.4).abs() < 1e-9,
+        "{alpha:?}"
+    );
+}
+
+#[test]
+fn what_a_familys_own_runs_do_not_vary_in_the_others_tell() {
+    let mut points = grid(|t, d| 0.1 * t.ln() + 0.05 * d.ln());
+    for t in budgets() {
+        points.push(point("eagle3", 1, t, 0, 0.2 + 0.1 * t.ln()));
+    }
+    let laws = Laws::fit(points).expect("laws");
+    let ask = |layers, tokens| {
+        laws.predict(&Query {
+            family: "eagle3".into(),
+            layers,
+            tokens,
+        })
+    };
+    assert_eq!(ask(1, 8e6).expect("its own").law.0, "eagle3");
+    let said = ask(2, 8e6).expect("of the others");
+    assert_eq!(said.law.0, "all");
+    assert!((said.tau - 0.2 - 0.1 * 8e6f64.ln() - 0.05 * 2f64.ln()).abs() < 1e-6);
+
+    // One budget tells nothing of another.
+    let depths = (1..=5).map(|d| point("scylla", d, 1e6, 0, 1.5 + 0.1 * (d as f64).ln()));
+    let laws = Laws::fit(depths.collect()).expect("laws");
+    let ask = |tokens| {
+        laws.predict(&Query {
+            family: "scylla".into(),
+            layers: 3,
+            tokens,
+        })
+    };
+    assert!(ask(1e6).is_ok());
+    let error = ask(1e9).expect_err("not told").to_string();
+    assert!(error.contains("1000000000 tokens"), "{error}");
+}
+
+#[test]
+fn the_form_does_not_depend_on_the_runs_that_are_to_be_predicted() {
+    let mut points = grid(|t, _| 3.0 - 30.0 * t.powf(-0.33));
+    let told = |points: &[Point]| {
+        let laws = Laws::fit(points.to_vec()).expect("laws");
+        let query = Query {
+            family: "scylla".into(),
+            layers: 1,
+            tokens: 8e6,
+        };
+        laws.predict(&query).expect("a prediction")
+    };
+    let before = told(&points);
+    for tau in [2.0, 5.0] {
+        let mut run = point("scylla", 1, 8e6, 7, tau);
+        run.holdout = true;
+        points.push(run);
+        assert_eq!(told(&points), before);
+    }
+}
+
 #[test]
 fn prompts_widen_a_band_by_what_their_mean_is_uncertain() {
     // Twenty prompts, half of them with tau 1 and half with 3: a mean of 2 with a standard error of 0.22.
@@ -269,11 +358,9 @@ fn prompts_widen_a_band_by_what_their_mean_is_uncertain() {
         let mut points = grid(|_, _| 2.0);
         for point in &mut points {
             let level = 0.02 * point.tokens.ln();
-            let prompts = (0..20).map(|i| Counted {
-                id: format!("p{i}"),
-                tokens: 100.0 * (2.0 + level + if i % 2 == 0 { apart } else { -apart }),
-                cycles: 100.0,
-                alpha: vec![Some(0.5)],
+            let prompts = (0..20).map(|i| {
+                let own = if i % 2 == 0 { apart } else { -apart };
+                prompt(&format!("p{i}"), 100.0 * (2.0 + level + own), &[Some(0.5)])
             });
             point.prompts = prompts.collect();
             point.tau = 2.0 + level;

@@ -93,6 +93,22 @@ fn a_measurement_that_was_cut_off_goes_on_and_that_of_another_machine_is_refused
     json(&place, &MEASURE);
     assert_eq!(places(&place).len(), before, "nothing was left to measure");
 
+    let two = [
+        "plan",
+        "--measure",
+        "two.csv",
+        "--target",
+        "model",
+        "--draft",
+        "ngram",
+        "--draft",
+        "suffix",
+    ];
+    let said = failed(&place, &two);
+    assert!(said.contains("a file of its own"), "{said}");
+    let suffix = MEASURE.map(|arg| if arg == "ngram" { "suffix" } else { arg });
+    let said = failed(&place, &suffix);
+    assert!(said.contains("measured elsewhere"), "{said}");
     let other = text.replacen("\"threads\":", "\"threads\":1", 1);
     std::fs::write(place.path("costs.csv"), other).expect("written");
     let said = failed(&place, &MEASURE);
@@ -145,8 +161,11 @@ fn rates_and_costs_make_a_plan_that_engines_take() {
         for key in ["total", "width", "depth"] {
             assert!(choice["budget"][key].is_u64(), "{choice}");
         }
-        let speed = &choice["tokens_per_s"];
-        assert!(speed["low"].as_f64() <= speed["value"].as_f64(), "{choice}");
+        let speed = |key: &str| choice["tokens_per_s"][key].as_f64().expect("a speed");
+        assert!(
+            speed("low") <= speed("value") && speed("value") <= speed("high"),
+            "{choice}"
+        );
     }
     // 2.12 tokens in 1.2 and 0.1 ms; a third token costs more than it brings.
     assert_eq!(choices[0]["budget"]["total"], 3);
@@ -158,6 +177,18 @@ fn rates_and_costs_make_a_plan_that_engines_take() {
         .as_u64()
         .expect("off from some batch");
     assert!((8..=32).contains(&off), "{off}");
+
+    let shuffled = [
+        "plan",
+        "--costs",
+        "costs.csv",
+        "--alpha",
+        "0.7,0.6,0.5",
+        "--batch",
+        "32,4,1,16,2,8,4",
+        "--json",
+    ];
+    assert_eq!(json(&place, &shuffled), said);
 
     let (done, out, flags) = output(
         &place,
@@ -251,6 +282,10 @@ fn what_cannot_be_planned_is_told() {
         (vec!["--alpha", "0.7,x"], "`x` is no number"),
         (vec!["--alpha", "1.7"], "no rate"),
         (vec!["--alpha", "0.7/0.5"], "more than 1"),
+        (
+            vec!["--alpha", "0.7", "--ranks", "66,18"],
+            "--ranks are shares",
+        ),
         (vec![], "what is accepted?"),
         (vec!["--laws", "fit.json"], "fit.json: not what `scylla fit"),
         (vec!["--laws", "absent.json"], "absent.json"),

@@ -16,8 +16,8 @@ pub(super) struct Fit {
     /// family,layers,tokens,seed,tau and optionally holdout (0 or 1)
     #[arg(required = true)]
     runs: Vec<PathBuf>,
-    /// Runs to predict: family=scylla,layers=4,tokens=8e6
-    #[arg(long, value_name = "RUN", num_args = 1..)]
+    /// A run to predict: family=scylla,layers=4,tokens=8e6; may be said several times
+    #[arg(long, value_name = "RUN")]
     predict: Vec<String>,
     /// Write the JSON object to a file too: what `scylla plan --laws` reads
     #[arg(long, value_name = "FILE")]
@@ -36,13 +36,15 @@ struct Chosen<'a> {
     layers: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tokens: Option<f64>,
-    measure: &'a str,
     form: &'a str,
 }
 
 #[derive(Serialize)]
 struct Answer<'a> {
-    fits: &'a [laws::Fit],
+    /// Of tau.
+    fits: Vec<&'a laws::Fit>,
+    /// Of acceptance by depth.
+    alpha: Vec<&'a laws::Fit>,
     chosen: Vec<Chosen<'a>>,
     predictions: &'a [Prediction],
     held: &'a [Held],
@@ -104,21 +106,21 @@ impl Fit {
             .map(|q| laws.predict(q))
             .collect::<Result<_>>()?;
         let held = laws.held();
-        let chosen = |f: &laws::Fit| f.chosen;
+        let (of_tau, alpha): (Vec<_>, Vec<_>) = fits.iter().partition(|f| f.measure == "tau");
         let answer = Answer {
-            fits: &fits,
-            chosen: fits
+            chosen: of_tau
                 .iter()
-                .filter(|f| chosen(f))
+                .filter(|f| f.chosen)
                 .map(|f| Chosen {
                     family: &f.family,
                     variable: f.variable,
                     layers: f.layers,
                     tokens: f.tokens,
-                    measure: &f.measure,
                     form: &f.form,
                 })
                 .collect(),
+            fits: of_tau,
+            alpha,
             predictions: &predictions,
             score: laws.score(&held),
             held: &held,
@@ -153,8 +155,8 @@ fn text(answer: &Answer<'_>) -> String {
     let mut text = String::new();
     let mut last = String::new();
     // Of acceptance by depth what was chosen.
-    let told = |fit: &&laws::Fit| fit.chosen || fit.measure == "tau";
-    for fit in answer.fits.iter().filter(told) {
+    let chosen = answer.alpha.iter().filter(|fit| fit.chosen);
+    for fit in answer.fits.iter().chain(chosen) {
         let at = match (fit.layers, fit.tokens) {
             (Some(layers), _) => format!("by tokens, D = {layers}"),
             (_, Some(tokens)) => format!("by layers, T = {tokens:.0}"),

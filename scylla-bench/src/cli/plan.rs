@@ -42,8 +42,8 @@ pub(super) struct Plan {
     /// Laws: what `scylla fit --output` wrote. Plans with every family and depth of its runs, at their most tokens
     #[arg(long, value_name = "FIT.json", group = "acceptance")]
     laws: Option<PathBuf>,
-    /// Other runs that the laws are asked for: family=scylla,layers=4,tokens=8e6
-    #[arg(long, value_name = "RUN", num_args = 1.., requires = "laws")]
+    /// Another run that the laws are asked for: family=scylla,layers=4,tokens=8e6; may be said several times
+    #[arg(long, value_name = "RUN", requires = "laws")]
     predict: Vec<String>,
     /// Of what the candidates of a node catch together, the share of each by rank: the laws know depths alone
     #[arg(long, value_delimiter = ',', default_values_t = SHARES)]
@@ -54,7 +54,7 @@ pub(super) struct Plan {
     /// A dense trace of a draft (`scylla bench --trace dense`), replayed with each tree
     #[arg(long, value_name = "TRACE", group = "acceptance")]
     trace: Option<PathBuf>,
-    /// Layers of the draft that --alpha or --trace speak of; 0 without a network. Those of the costs unless said otherwise
+    /// Layers of the draft that --alpha or --trace speak of; 0 without a network. The fewest that the costs know unless said otherwise
     #[arg(long)]
     layers: Option<usize>,
     /// Batch sizes
@@ -69,7 +69,8 @@ pub(super) struct Plan {
     /// Hours that there are for training: proposes the run to make, by the laws, for the first batch
     #[arg(long, value_name = "HOURS", requires = "train_rate", requires = "laws")]
     train_hours: Option<f64>,
-    /// Tokens a second that training does, by layers: 1=3100,2=2400,4=1700
+    /// Tokens a second that training does, by family and layers: scylla/1=3100,scylla/2=2400,eagle3/1=1500; the family may be
+    /// left out where the laws are of one
     #[arg(long, value_name = "D=RATE,..", value_delimiter = ',')]
     train_rate: Vec<String>,
     /// Where the experiment of the proposed run goes
@@ -185,6 +186,12 @@ impl Plan {
         if !positive(self.train_seconds) || !positive(self.train_hours) {
             return Err(bad("--train-seconds and --train-hours are above 0".into()));
         }
+        let shared: f64 = self.ranks.iter().sum();
+        if shared.is_nan() || shared > 1.0 + 1e-9 || self.ranks.iter().any(|&share| share < 0.0) {
+            return Err(bad(
+                "--ranks are shares, 0.66,0.18,0.08: together 1 at most".into(),
+            ));
+        }
         if self.batch.contains(&0) || self.context.contains(&0) || self.rounds == 0 {
             return Err(bad("batches, contexts and rounds are 1 at least".into()));
         }
@@ -255,13 +262,31 @@ impl Plan {
         };
         let table = CostTable::read(path)?;
         let context = self.context.first().copied().unwrap_or(CONTEXT);
-        let batches = match &self.batch[..] {
+        let mut batches = match &self.batch[..] {
             [] => table.batches(),
             some => some.to_vec(),
         };
-        let layers = || {
-            self.layers
-                .unwrap_or_else(|| table.layers().first().copied().unwrap_or(0))
+        batches.sort_unstable();
+        batches.dedup();
+        let layers = |name: &str| match (self.layers, &table.layers()[..]) {
+            (Some(layers), _) => layers,
+            // They propose what the text repeats.
+            _ if ["ngram", "suffix"].contains(&name) => 0,
+            (None, []) => {
+                warn(
+                    "the costs hold no draft: drafting is taken to cost nothing; scylla plan --measure with --draft measures one",
+                );
+                0
+            }
+            (None, [first, rest @ ..]) => {
+                if !rest.is_empty() {
+                    warn(&format!(
+                        "the costs know drafts of {:?} layers: taken for one of {first}; --layers says otherwise",
+                        table.layers()
+                    ));
+                }
+                *first
+            }
         };
         let mut laws = None;
         let mut drafts = match (&self.laws, &self.alpha, &self.trace) {
@@ -277,15 +302,15 @@ impl Plan {
             }
             (_, Some(text), _) => vec![Drafted {
                 name: name_of(&self.draft).unwrap_or("eagle3").into(),
-                layers: layers(),
+                layers: layers(name_of(&self.draft).unwrap_or("eagle3")),
                 tokens: None,
                 shapes: from_rates(&rates(text)?),
             }],
             (_, _, Some(trace)) => {
                 let (name, shapes) = from_trace(registry, trace)?;
                 vec![Drafted {
+                    layers: layers(&name),
                     name,
-                    layers: layers(),
                     tokens: None,
                     shapes,
                 }]
@@ -374,6 +399,11 @@ impl Plan {
         let fitted: Fitted = serde_json::from_str(&text).map_err(|e| {
             Error::file(path, format!("not what `scylla fit --output` writes: {e}"))
         })?;
+        for point in &fitted.points {
+            point
+                .check()
+                .map_err(|message| Error::file(path, message))?;
+        }
         Laws::fit(fitted.points)
     }
 
@@ -421,12 +451,13 @@ impl Plan {
         };
         let by_depth: Vec<Vec<Band>> = said.alpha.iter().map(depth).collect();
         let mut shapes = from_rates(&by_depth);
+        // As much lower and higher as tau is; no tree brings more than its levels.
         let gain = (said.tau - 1.0).max(1e-9);
         let (low, high) = ((said.low - 1.0) / gain, (said.high - 1.0) / gain);
         for shape in &mut shapes {
-            let more = shape.tau.value - 1.0;
-            shape.tau.low = 1.0 + more * low;
-            shape.tau.high = 1.0 + more * high;
+            let (more, most) = (shape.tau.value - 1.0, shape.budget.levels() as f64);
+            shape.tau.low = 1.0 + (more * low).min(more);
+            shape.tau.high = 1.0 + (more * high).min(most).max(more);
         }
         Ok(Drafted {
             name: query.family.clone(),
@@ -472,6 +503,34 @@ impl Plan {
 }
 
 impl Plan {
+    /// Tokens a second of training, by family and layers.
+    fn rates(&self, families: &BTreeSet<&str>) -> Result<Vec<(String, usize, f64)>> {
+        let rate = |text: &String| {
+            let wrong = || {
+                bad(format!(
+                    "--train-rate {text}: scylla/2=2400 is meant, family, layers and tokens a second"
+                ))
+            };
+            let (run, rate) = text.split_once('=').ok_or_else(wrong)?;
+            let (family, layers) = match (run.split_once('/'), families.len()) {
+                (Some((family, layers)), _) => (family, layers),
+                (None, 1) => (families.first().copied().unwrap_or_default(), run),
+                (None, _) => {
+                    return Err(bad(format!(
+                        "--train-rate {text}: of which family? scylla/2=2400 is meant"
+                    )));
+                }
+            };
+            let layers: usize = layers.parse().map_err(|_| wrong())?;
+            let rate: f64 = rate.parse().map_err(|_| wrong())?;
+            match layers > 0 && rate.is_finite() && rate > 0.0 {
+                true => Ok((family.to_string(), layers, rate)),
+                false => Err(wrong()),
+            }
+        };
+        self.train_rate.iter().map(rate).collect()
+    }
+
     /// The run that the laws hold for the fastest of those that can be trained in so many hours, at the first batch.
     fn propose(
         &self,
@@ -484,46 +543,33 @@ impl Plan {
         let families: BTreeSet<&str> = laws.points().iter().map(|p| &*p.family).collect();
         let batch = batches.first().copied().unwrap_or(1);
         let mut best: Option<(Query, Choice)> = None;
-        for text in &self.train_rate {
-            let wrong = || {
-                bad(format!(
-                    "--train-rate {text}: 2=2400 is meant, layers and tokens a second"
-                ))
+        let mut refused = None;
+        for (family, layers, rate) in self.rates(&families)? {
+            let query = Query {
+                family,
+                layers,
+                tokens: (hours * 3600.0 * rate).max(1.0),
             };
-            let (layers, rate) = text.split_once('=').ok_or_else(wrong)?;
-            let layers: usize = layers.parse().map_err(|_| wrong())?;
-            let rate: f64 = rate.parse().map_err(|_| wrong())?;
-            if layers == 0 || !(rate.is_finite() && rate > 0.0) {
-                return Err(wrong());
-            }
-            let tokens = (hours * 3600.0 * rate).max(1.0);
-            for family in &families {
-                let query = Query {
-                    family: (*family).to_string(),
-                    layers,
-                    tokens,
-                };
-                // A depth that a family's law, the costs or its recipe do not know is none to propose.
-                let known = self.drafted(laws, &query);
-                let Ok(drafted) = known else { continue };
-                let Ok(planned) = choose(table, &[drafted], &[batch], context) else {
-                    continue;
-                };
-                if plan::experiment(&query).is_err() {
-                    continue;
-                }
-                let speed = |c: &Choice| c.tokens_per_s.value;
-                for choice in planned.choices.into_iter().filter(|c| c.draft.is_some()) {
-                    if best.as_ref().is_none_or(|(_, b)| speed(&choice) > speed(b)) {
-                        best = Some((query.clone(), choice));
+            // A depth that laws, costs or recipes do not know is none to propose.
+            let planned = plan::experiment(&query)
+                .and_then(|_| self.drafted(laws, &query))
+                .and_then(|drafted| choose(table, &[drafted], &[batch], context));
+            let speed = |c: &Choice| c.tokens_per_s.value;
+            match planned {
+                Err(e) => refused = Some(e),
+                Ok(planned) => {
+                    for choice in planned.choices.into_iter().filter(|c| c.draft.is_some()) {
+                        if best.as_ref().is_none_or(|(_, b)| speed(&choice) > speed(b)) {
+                            best = Some((query.clone(), choice));
+                        }
                     }
                 }
             }
         }
         let Some((query, choice)) = best else {
-            return Err(bad(format!(
+            return Err(refused.unwrap_or_else(|| bad(format!(
                 "no run of {hours} hours is expected to be faster than plain decoding at batch {batch}"
-            )));
+            ))));
         };
         if let Some(path) = &self.output {
             files::write(path, plan::experiment(&query)?.as_bytes())?;
@@ -574,9 +620,13 @@ fn text(answer: &Answer) -> String {
     for choice in &answer.planned.choices {
         text += &format!("batch {:>3}: {}\n", choice.batch, told(choice));
     }
+    let choices = &answer.planned.choices;
     text += &match answer.planned.off_from_batch {
         Some(batch) => format!("from batch {batch} on drafting does not pay\n"),
-        None => "drafting pays at every batch that was asked for\n".into(),
+        None if choices.iter().all(|c| c.draft.is_some()) => {
+            "drafting pays at every batch that was asked for\n".into()
+        }
+        None => "drafting pays at the largest batch that was asked for\n".into(),
     };
     for one in &answer.break_even {
         let tokens = |t: Option<f64>| t.map_or("never".into(), |t| format!("{t:.2e}"));

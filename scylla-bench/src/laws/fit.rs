@@ -7,7 +7,7 @@ use rand::{RngExt, SeedableRng};
 use serde::Serialize;
 
 use super::form::{At, Axis, Form, Model};
-use super::points::{Measure, Point};
+use super::points::{Measure, OFFERED, Point};
 use super::solve::{Runs, Solution, Solver};
 use crate::{Error, Result};
 
@@ -30,6 +30,8 @@ const AS_GOOD: f64 = 2.0;
 /// Resamples of the prompts, and draws in all.
 const RESAMPLES: usize = 200;
 const DRAWS: usize = 4000;
+/// Runs at most: each is solved for at every point of a grid.
+const MOST: usize = 2000;
 /// Degrees of freedom with which a family's own law is preferred to one over all families.
 const ENOUGH: usize = 3;
 
@@ -52,6 +54,9 @@ pub struct Fit {
     pub form: String,
     /// Its coefficients, with tokens and layers counted singly.
     pub parameters: BTreeMap<String, f64>,
+    /// Of the logarithmic form of tau, what holds each with 90 % confidence, over prompts and trunks.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub intervals: BTreeMap<String, [f64; 2]>,
     /// Share of the variance that it explains, of the runs as they are.
     pub r2: f64,
     /// Akaike's criterion for small samples; `None` where runs are too few for it.
@@ -150,6 +155,8 @@ struct Candidate {
     solution: Solution,
     aicc: Option<f64>,
     heldout_error: Option<f64>,
+    /// On the largest runs, which the form is chosen by: never on those marked, which are to be predicted.
+    largest_error: Option<f64>,
     r2: f64,
 }
 
@@ -199,7 +206,7 @@ impl Group {
         (family, variable, measure): (&str, Variable, Measure),
         held: &[usize],
     ) -> Option<Self> {
-        let measured = |&i: &usize| Some((i, points[i].measured(measure, |_| 1.0)?));
+        let measured = |&i: &usize| Some((i, points[i].measured(measure, OFFERED, |_| 1.0)?));
         let (members, y): (Vec<usize>, Vec<f64>) = members.iter().filter_map(measured).unzip();
         let first = points.get(*members.first()?)?;
         let families: BTreeSet<&str> = members.iter().map(|&i| &*points[i].family).collect();
@@ -245,19 +252,23 @@ impl Group {
                 layers: axes[1],
                 middle: (logs / group.at.len() as f64).exp(),
             };
-            let error = group.heldout_error(&model, points, held);
-            group.candidates.extend(group.candidate(model, error));
+            let errors = [
+                group.marked_error(&model, points, held),
+                group.largest_error(&model),
+            ];
+            group.candidates.extend(group.candidate(model, errors));
         }
         group.chosen = group.choose()?;
         Some(group)
     }
 
-    fn candidate(&self, model: Model, heldout_error: Option<f64>) -> Option<Candidate> {
+    fn candidate(&self, model: Model, [marked, largest]: [Option<f64>; 2]) -> Option<Candidate> {
         let solver = self.solver(&model)?;
         let solution = solver.best(&self.y)?;
         let (n, k) = (self.y.len() as f64, solver.freedom() as f64);
         let correction = 2.0 * k * (k + 1.0) / (n - k - 1.0);
-        let aicc = (n > k + 1.0).then(|| solver.deviance(&solution) + 2.0 * k + correction);
+        let aicc =
+            (n > k + 1.0).then(|| solver.deviance(&solution, &self.y) + 2.0 * k + correction);
         let mean = self.y.iter().sum::<f64>() / n;
         let value = |&at: &At| value(&model, &solution, at);
         let left = self
@@ -276,7 +287,8 @@ impl Group {
             model,
             solution,
             aicc,
-            heldout_error,
+            heldout_error: marked.or(largest),
+            largest_error: largest,
             r2,
         })
     }
@@ -289,8 +301,8 @@ impl Group {
         Solver::new(model, runs)
     }
 
-    /// On the runs that were held out, or else on those with most of what varies.
-    fn heldout_error(&self, model: &Model, points: &[Point], held: &[usize]) -> Option<f64> {
+    /// On the runs that were held out.
+    fn marked_error(&self, model: &Model, points: &[Point], held: &[usize]) -> Option<f64> {
         let known: Vec<usize> = held
             .iter()
             .copied()
@@ -298,21 +310,25 @@ impl Group {
             .filter(|&i| self.layers.is_none_or(|layers| layers == points[i].layers))
             .filter(|&i| self.tokens.is_none_or(|tokens| tokens == points[i].tokens))
             .collect();
-        if !known.is_empty() {
-            let at = places(points, &known, &self.families);
-            let solution = self.solver(model)?.best(&self.y)?;
-            let errors = known.iter().zip(at).filter_map(|(&i, at)| {
-                let found = points[i].measured(self.measure, |_| 1.0)?;
-                Some((value(model, &solution, at) - found).abs())
-            });
-            let errors: Vec<f64> = errors.collect();
-            return mean(&errors);
+        if known.is_empty() {
+            return None;
         }
+        let at = places(points, &known, &self.families);
+        let solution = self.solver(model)?.best(&self.y)?;
+        let errors = known.iter().zip(at).filter_map(|(&i, at)| {
+            let found = points[i].measured(self.measure, OFFERED, |_| 1.0)?;
+            Some((value(model, &solution, at) - found).abs())
+        });
+        mean(&errors.collect::<Vec<f64>>())
+    }
+
+    /// On the largest runs of each family, by a fit to the others.
+    fn largest_error(&self, model: &Model) -> Option<f64> {
         let size = |at: &At| match self.variable {
             Variable::Layers => at.layers,
             _ => at.tokens,
         };
-        // Of each family those with most, where it has others.
+        // Those with most, where a family has others.
         let largest = |one: &At| {
             let own = self.at.iter().filter(|at| at.family == one.family);
             let (least, most) = own
@@ -347,7 +363,7 @@ impl Group {
             Some(aicc) => aicc <= least + AS_GOOD,
             None => least.is_infinite(),
         };
-        let error = |c: &Candidate| c.heldout_error.unwrap_or(f64::INFINITY);
+        let error = |c: &Candidate| c.largest_error.unwrap_or(f64::INFINITY);
         let order = |a: &Candidate, b: &Candidate| {
             let aicc = |c: &Candidate| c.aicc.unwrap_or(f64::INFINITY);
             error(a)
@@ -381,6 +397,18 @@ impl Group {
             .saturating_sub(model.width() + model.grids().len())
     }
 
+    /// Whether it has runs of the family, and tokens and layers vary among its runs, or are those asked for.
+    fn tells(&self, query: &Query) -> bool {
+        let model = &self.candidates[self.chosen].model;
+        let Some(asked) = self.place(query) else {
+            return false;
+        };
+        let known = |axis: Axis, of: fn(&At) -> f64| {
+            axis != Axis::Absent || self.at.iter().any(|at| of(at) == of(&asked))
+        };
+        known(model.tokens, |at| at.tokens) && known(model.layers, |at| at.layers)
+    }
+
     fn place(&self, query: &Query) -> Option<At> {
         Some(At {
             family: self.families.iter().position(|f| *f == query.family)?,
@@ -389,21 +417,18 @@ impl Group {
         })
     }
 
-    /// The chosen form's value, and the middle 90 % of draws from all forms, over resamples of the prompts.
-    fn band(&self, points: &[Point], query: &Query) -> Option<Band> {
-        let at = self.place(query)?;
-        let chosen = &self.candidates[self.chosen];
-        let value = value(&chosen.model, &chosen.solution, at);
-        let mut rng = StdRng::seed_from_u64(0);
+    /// The measures of all runs over resamples of the prompts; of runs without prompts once.
+    fn resamples(&self, points: &[Point], rng: &mut StdRng) -> Vec<Vec<f64>> {
         let members = || self.members.iter().map(|&i| &points[i]);
         let ids: BTreeSet<&str> = members()
             .flat_map(|p| p.prompts.iter().map(|p| &*p.id))
             .collect();
         let ids: Vec<&str> = ids.into_iter().collect();
-        // Of each resample the values of all runs; of runs without prompts these are always the same.
-        let resamples = if ids.is_empty() { 1 } else { RESAMPLES };
-        let mut samples = Vec::with_capacity(resamples);
-        for _ in 0..resamples {
+        if ids.is_empty() {
+            return vec![self.y.clone()];
+        }
+        let mut samples = Vec::with_capacity(RESAMPLES);
+        for _ in 0..RESAMPLES {
             let mut times: BTreeMap<&str, f64> = BTreeMap::new();
             for _ in 0..ids.len() {
                 *times
@@ -412,24 +437,37 @@ impl Group {
             }
             let weight = |id: &str| times.get(id).copied().unwrap_or(0.0);
             let y: Option<Vec<f64>> = members()
-                .map(|p| p.measured(self.measure, weight))
+                .map(|p| p.measured(self.measure, 0.0, weight))
                 .collect();
             samples.extend(y);
         }
+        samples
+    }
+
+    /// The chosen form's value, and the middle 90 % of draws from all forms, over resamples of the prompts.
+    fn band(&self, points: &[Point], query: &Query) -> Option<Band> {
+        let at = self.place(query)?;
+        let chosen = &self.candidates[self.chosen];
+        let value = value(&chosen.model, &chosen.solution, at);
+        let mut rng = StdRng::seed_from_u64(0);
+        let samples = self.resamples(points, &mut rng);
         let mut drawn = Vec::with_capacity(DRAWS);
         for (candidate, weight) in self.candidates.iter().zip(self.weights()) {
             let each = (weight * DRAWS as f64 / samples.len().max(1) as f64).round() as usize;
             if each == 0 {
                 continue;
             }
-            let solver = self.solver(&candidate.model)?;
+            let model = &candidate.model;
+            let solver = self.solver(model)?;
             for y in &samples {
-                drawn.extend(solver.draw(y, each, &[at], &mut rng).into_iter().flatten());
+                solver.draw(y, each, &mut rng, &mut |beta, exponents, own| {
+                    let row = model.row(at, exponents);
+                    let law: f64 = row.iter().zip(beta).map(|(x, b)| x * b).sum();
+                    drawn.push(law + own);
+                });
             }
         }
-        drawn.retain(|v| v.is_finite());
-        drawn.sort_by(f64::total_cmp);
-        let end = |share| crate::stats::quantile(&drawn, share);
+        let (low, high) = middle(&mut drawn)?;
         // What cannot be is no part of it.
         let (least, most) = match self.measure {
             Measure::Tau => (1.0, f64::INFINITY),
@@ -438,12 +476,34 @@ impl Group {
         let value = value.clamp(least, most);
         Some(Band {
             value,
-            low: end(0.05)?.clamp(least, most).min(value),
-            high: end(0.95)?.clamp(least, most).max(value),
+            low: low.clamp(least, most).min(value),
+            high: high.clamp(least, most).max(value),
         })
     }
 
-    fn fits(&self) -> impl Iterator<Item = Fit> + '_ {
+    /// What holds each coefficient of a form with 90 % confidence.
+    fn intervals(&self, points: &[Point], model: &Model) -> BTreeMap<String, [f64; 2]> {
+        let mut rng = StdRng::seed_from_u64(0);
+        let samples = self.resamples(points, &mut rng);
+        let mut all: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+        if let Some(solver) = self.solver(model) {
+            for y in &samples {
+                let each = DRAWS / samples.len();
+                solver.draw(y, each, &mut rng, &mut |beta, exponents, _| {
+                    for (name, value) in model.parameters(beta, exponents) {
+                        all.entry(name).or_default().push(value);
+                    }
+                });
+            }
+        }
+        let ends = |(name, mut drawn): (String, Vec<f64>)| {
+            let (low, high) = middle(&mut drawn)?;
+            Some((name, [low, high]))
+        };
+        all.into_iter().filter_map(ends).collect()
+    }
+
+    fn fits<'a>(&'a self, points: &'a [Point]) -> impl Iterator<Item = Fit> + 'a {
         let trunks = self.trunk.iter().max().map_or(0, |last| last + 1);
         self.candidates.iter().enumerate().map(move |(i, c)| {
             let free = c.model.width() + c.model.grids().len();
@@ -458,6 +518,10 @@ impl Group {
                 measure: self.measure.to_string(),
                 form: c.model.form.to_string(),
                 parameters: c.model.parameters(&c.solution.beta, &c.solution.exponents),
+                intervals: match (c.model.form, self.measure) {
+                    (Form::Log, Measure::Tau) => self.intervals(points, &c.model),
+                    _ => BTreeMap::new(),
+                },
                 r2: c.r2,
                 aicc: c.aicc,
                 heldout_error: c.heldout_error,
@@ -468,6 +532,14 @@ impl Group {
             }
         })
     }
+}
+
+/// The middle 90 % of values.
+fn middle(values: &mut Vec<f64>) -> Option<(f64, f64)> {
+    values.retain(|v| v.is_finite());
+    values.sort_by(f64::total_cmp);
+    let end = |share| crate::stats::quantile(values, share);
+    Some((end(0.05)?, end(0.95)?))
 }
 
 fn mean(values: &[f64]) -> Option<f64> {
@@ -507,6 +579,12 @@ impl Laws {
     /// # Errors
     /// If no law can be told from the runs.
     pub fn fit(points: Vec<Point>) -> Result<Self> {
+        if points.len() > MOST {
+            return Err(Error::Experiment(format!(
+                "{} runs; laws are fitted to {MOST} at most, so fit a family at a time",
+                points.len()
+            )));
+        }
         let (held, kept): (Vec<usize>, Vec<usize>) =
             (0..points.len()).partition(|&i| points[i].holdout);
         let families: BTreeSet<String> = kept.iter().map(|&i| points[i].family.clone()).collect();
@@ -555,7 +633,8 @@ impl Laws {
 
     /// All fits, group by group.
     pub fn fits(&self) -> Vec<Fit> {
-        self.groups.iter().flat_map(Group::fits).collect()
+        let of = |group| Group::fits(group, &self.points);
+        self.groups.iter().flat_map(of).collect()
     }
 
     /// The runs that they were fitted to, and those held out.
@@ -564,18 +643,18 @@ impl Laws {
     }
 
     /// The law that knows most of a family: its own over tokens and layers where that leaves freedom enough, else the one over
-    /// all families.
+    /// all families; of those that tell the depth and tokens asked for.
     fn law(&self, query: &Query, measure: Measure) -> Option<&Group> {
         let joint = |family: &str| {
             self.groups.iter().find(|g| {
-                g.family == family && g.variable == Variable::Joint && g.measure == measure
+                let same = g.family == family && g.variable == Variable::Joint;
+                same && g.measure == measure && g.tells(query)
             })
         };
         let own = joint(&query.family);
-        let all = joint(ALL).filter(|g| g.families.contains(&query.family));
         match own {
             Some(own) if own.degrees() >= ENOUGH => Some(own),
-            _ => all.or(own),
+            _ => joint(ALL).or(own),
         }
     }
 
@@ -588,20 +667,17 @@ impl Laws {
             let known: BTreeSet<&str> = self.points.iter().map(|p| &*p.family).collect();
             let known: Vec<&str> = known.into_iter().collect();
             Error::Experiment(format!(
-                "no law tells {} with {} layers: runs are of {}, and a law needs more of them than it has coefficients",
+                "no law tells {} with {} layers and {} tokens: runs are of {}, and a law needs more of them than it has \
+                 coefficients, and depths or budgets that vary, to tell of others",
                 query.family,
                 query.layers,
+                query.tokens,
                 known.join(", ")
             ))
         };
         let law = self.law(query, Measure::Tau).ok_or_else(none)?;
         let at = law.place(query).ok_or_else(none)?;
         let chosen = &law.candidates[law.chosen];
-        let varies = [chosen.model.tokens, chosen.model.layers].map(|a| a != Axis::Absent);
-        let layers = law.at.iter().map(|at| at.layers);
-        if !varies[1] && layers.clone().all(|l| l != at.layers) {
-            return Err(none());
-        }
         let band = law.band(&self.points, query).ok_or_else(none)?;
         let depths = (1..).map_while(|depth| {
             let law = self.law(query, Measure::Alpha(depth))?;

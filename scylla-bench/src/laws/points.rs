@@ -65,16 +65,18 @@ impl std::fmt::Display for Measure {
     }
 }
 
-/// Cycles, or nodes offered at a depth, below which their rate tells nothing.
-const OFFERED: f64 = 20.0;
+/// Nodes offered at a depth, below which their rate tells nothing.
+pub(super) const OFFERED: f64 = 20.0;
 
 impl Point {
-    /// A measure over its prompts, each so often as `weight` says; that of all where they are not known. `None` where so little
-    /// was offered so deep that it tells nothing.
-    pub(super) fn measured(&self, measure: Measure, weight: impl Fn(&str) -> f64) -> Option<f64> {
-        if self.prompts.is_empty() {
-            return (measure == Measure::Tau).then_some(self.tau);
-        }
+    /// A measure over its prompts, each so often as `weight` says; tau as it is where they are not known. `None` of acceptance
+    /// where fewer nodes than `least` were offered so deep.
+    pub(super) fn measured(
+        &self,
+        measure: Measure,
+        least: f64,
+        weight: impl Fn(&str) -> f64,
+    ) -> Option<f64> {
         let (mut above, mut below) = (0.0, 0.0);
         for prompt in &self.prompts {
             let weight = weight(&prompt.id);
@@ -84,20 +86,26 @@ impl Point {
                     below += weight * prompt.cycles;
                 }
                 Measure::Alpha(depth) => {
-                    // A depth is offered where the one above it was accepted.
+                    // A depth is offered where the one above it was accepted; a rate that is not there never was.
                     let mut offered = prompt.cycles;
-                    let rates = prompt.alpha.iter().map(|rate| rate.unwrap_or(0.0));
-                    for rate in rates.clone().take(depth.saturating_sub(1)) {
-                        offered *= rate;
-                    }
-                    if let Some(rate) = rates.into_iter().nth(depth.saturating_sub(1)) {
+                    let (upper, rest) =
+                        prompt.alpha.split_at_checked(depth - 1).unwrap_or_default();
+                    offered *= upper
+                        .iter()
+                        .map(|rate| rate.unwrap_or(0.0))
+                        .product::<f64>();
+                    if let Some(Some(rate)) = rest.first() {
                         above += weight * offered * rate;
                         below += weight * offered;
                     }
                 }
             }
         }
-        (below >= OFFERED).then(|| above / below)
+        match measure {
+            Measure::Tau if below > 0.0 => Some(above / below),
+            Measure::Tau => Some(self.tau),
+            Measure::Alpha(_) => (below > 0.0 && below >= least).then(|| above / below),
+        }
     }
 
     /// Depths that any of its prompts was offered.
@@ -106,7 +114,7 @@ impl Point {
         depths.max().unwrap_or(0)
     }
 
-    fn check(&self) -> Result<(), String> {
+    pub(crate) fn check(&self) -> Result<(), String> {
         let Self {
             layers,
             tokens,
@@ -184,7 +192,7 @@ pub fn read_points(paths: &[PathBuf]) -> Result<Vec<Point>> {
                     return Err(Error::file(
                         path,
                         format!(
-                            "{} with {} layers, {} tokens and seed {} is also in {}, with another tau",
+                            "{} with {} layers, {} tokens and seed {} is also in {}, with another tau: fit runs that differ in nothing else than these at a time",
                             point.family,
                             point.layers,
                             point.tokens,

@@ -137,6 +137,9 @@ impl Cell {
     }
 }
 
+/// Hears of a draw: coefficients, exponents, and what a new run is off by.
+pub(super) type OnDrawn<'a> = &'a mut dyn FnMut(&[f64], &[f64], f64);
+
 /// A model over runs, decomposed at all shares and exponents.
 pub(super) struct Solver<'a> {
     model: &'a Model,
@@ -232,12 +235,17 @@ impl<'a> Solver<'a> {
         Some(found)
     }
 
-    /// -2 x log-likelihood at a solution.
-    pub(super) fn deviance(&self, solution: &Solution) -> f64 {
+    /// The least -2 x log-likelihood over the trunks' shares, at a solution's exponents.
+    pub(super) fn deviance(&self, solution: &Solution, y: &[f64]) -> f64 {
         let n = self.runs.at.len() as f64;
-        let variance = solution.rss / n;
-        n * ((2.0 * std::f64::consts::PI * variance).ln() + 1.0)
-            + self.runs.log_determinant(solution.rho)
+        let of = |rho: f64| {
+            let cell = Cell::new(self.model, &self.runs, rho, &solution.exponents)?;
+            let variance = cell.solve(&self.turned(rho, y))?.rss / n;
+            let fit = n * ((2.0 * std::f64::consts::PI * variance).ln() + 1.0);
+            Some(fit + self.runs.log_determinant(rho))
+        };
+        let all = self.cells.iter().filter_map(|(rho, _)| of(*rho));
+        all.fold(f64::INFINITY, f64::min)
     }
 
     /// What is free: coefficients, exponents, the variance, and the trunks' share of it where runs tell it.
@@ -245,14 +253,8 @@ impl<'a> Solver<'a> {
         self.model.width() + self.model.grids().len() + 1 + usize::from(self.cells.len() > 1)
     }
 
-    /// Draws of what new runs would have, each of a trunk of its own, `[draws, queries]`.
-    pub(super) fn draw(
-        &self,
-        y: &[f64],
-        draws: usize,
-        queries: &[At],
-        rng: &mut impl Rng,
-    ) -> Vec<Vec<f64>> {
+    /// Draws of what the runs leave possible; new runs are of a trunk of their own.
+    pub(super) fn draw(&self, y: &[f64], draws: usize, rng: &mut impl Rng, told: OnDrawn<'_>) {
         let all = self.all(y);
         let most = all.iter().map(|(s, _)| s.weight);
         let most = most.fold(f64::NEG_INFINITY, f64::max);
@@ -266,33 +268,25 @@ impl<'a> Solver<'a> {
             .collect();
         let degrees = (y.len() - self.model.width()) as f64;
         let Ok(chi) = ChiSquared::new(degrees) else {
-            return Vec::new();
+            return;
         };
-        let mut found = vec![Vec::with_capacity(queries.len()); draws];
-        for drawn in &mut found {
+        for _ in 0..draws {
             let at = rng.random_range(0.0..1.0) * sum;
-            let at = summed.partition_point(|&s| s < at).min(all.len() - 1);
-            let (solution, cell) = &all[at];
+            let Some((solution, cell)) = all.get(summed.partition_point(|&s| s < at)) else {
+                continue;
+            };
             let sigma = (solution.rss / chi.sample(rng)).sqrt();
             let p = solution.beta.len();
             let z = DVector::from_fn(p, |_, _| -> f64 { StandardNormal.sample(rng) });
             let Some(off) = cell.r.solve_upper_triangular(&z) else {
                 continue;
             };
-            for &query in queries {
-                let row = self.model.row(query, &solution.exponents);
-                let beta = solution.beta.iter().zip(off.iter());
-                let value: f64 = row
-                    .iter()
-                    .zip(beta)
-                    .map(|(x, (b, o))| x * (b + sigma * o))
-                    .sum();
-                // Of a trunk of its own and a rest: together the whole variance.
-                let own: f64 = StandardNormal.sample(rng);
-                drawn.push(value + sigma * own);
-            }
+            let beta = solution.beta.iter().zip(off.iter());
+            let beta: Vec<f64> = beta.map(|(b, o)| b + sigma * o).collect();
+            // Of a trunk of its own and a rest: together the whole variance.
+            let own: f64 = StandardNormal.sample(rng);
+            told(&beta, &solution.exponents, sigma * own);
         }
-        found
     }
 }
 

@@ -94,6 +94,19 @@ fn draft_of(planned: &Planned) -> Option<&str> {
 /// # Errors
 /// If the engine has no such draft, or the plan drafts with several, or nowhere.
 pub fn export(planned: &Planned, engine: Engine, model: &str) -> Result<Exported> {
+    let of = |c: &Choice| (c.draft.clone(), c.layers);
+    let mut used: Vec<_> = planned
+        .choices
+        .iter()
+        .filter(|c| c.draft.is_some())
+        .map(of)
+        .collect();
+    used.dedup();
+    if used.len() > 1 {
+        return Err(Error::Experiment(
+            "the plan drafts with another draft at other batches, and an engine loads one: plan for one".into(),
+        ));
+    }
     if engine == Engine::Scylla {
         let row = |c: &Choice| {
             let (b, t) = (c.batch, c.budget);
@@ -111,19 +124,6 @@ pub fn export(planned: &Planned, engine: Engine, model: &str) -> Result<Exported
             "drafting pays at no batch that was asked for: start the engine without it".into(),
         ));
     };
-    let of = |c: &Choice| (c.draft.clone(), c.layers);
-    let mut used: Vec<_> = planned
-        .choices
-        .iter()
-        .filter(|c| c.draft.is_some())
-        .map(of)
-        .collect();
-    used.dedup();
-    if used.len() > 1 {
-        return Err(Error::Experiment(
-            "the plan drafts with another draft at other batches, and an engine loads one: plan for one".into(),
-        ));
-    }
     let method = engine.method(draft)?;
     let ranges = ranges(planned);
     let most = ranges.iter().map(|r| r.1).max().unwrap_or(1).max(1);

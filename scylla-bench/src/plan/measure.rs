@@ -14,7 +14,7 @@ use scylla_core::tree::Budget;
 
 use super::roofline::Shapes;
 use super::table::{Cost, HEADER, SHAPES, What, costs};
-use crate::experiment::{BudgetSpec, Experiment};
+use crate::experiment::{BudgetSpec, Experiment, Named};
 use crate::stats::spread;
 use crate::{Error, Registry, Result, Session};
 
@@ -151,8 +151,16 @@ pub fn measure(
     told: &mut dyn FnMut(usize, usize),
 ) -> Result<()> {
     let environment = session.environment()?;
-    let about =
-        serde_json::to_string(&environment).map_err(|e| Error::Experiment(e.to_string()))?;
+    let drafts: Vec<&Named> = decoders.iter().skip(1).map(|d| &d.draft).collect();
+    let mut depths: Vec<usize> = decoders.iter().skip(1).map(layers).collect();
+    depths.sort_unstable();
+    if let Some(same) = depths.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(Error::Experiment(format!(
+            "two drafts of {} layers: a table tells drafts apart by their layers, so measure each into a file of its own",
+            same[0]
+        )));
+    }
+    let about = serde_json::json!({ "environment": environment, "drafts": drafts }).to_string();
     let shapes = serde_json::to_string(&Shapes::of(session))
         .map_err(|e| Error::Experiment(e.to_string()))?;
     let mut file = File::open(path, &about, &shapes)?;
@@ -206,7 +214,7 @@ fn forwards(
     }
     if context + 1 > room {
         return Err(Error::Experiment(format!(
-            "a context of {context} does not fit: the target holds {room} positions"
+            "a context of {context} does not fit: the target holds {room} positions; --context asks for fewer"
         )));
     }
     let ids = tokens(session, context.max(ROWS[ROWS.len() - 1]));
@@ -358,6 +366,10 @@ impl Measuring<'_, '_> {
             for (&rows, &seconds) in widths.iter().zip(&levels) {
                 self.add(What::Draft, rows, layers, seconds)?;
             }
+        }
+        // Without a network it stands beside plain decoding's, of one row.
+        if layers == 0 {
+            self.add(What::Between, 2, layers, median(&beside))?;
         }
         // Last, as it says that the rest is there.
         self.add(What::Between, BETWEEN, layers, median(&beside))

@@ -109,7 +109,7 @@ impl CostTable {
     }
 
     /// From a file with the header `what,batch,rows,context,layers,seconds`; lines that begin with `#` say where it was measured.
-    /// A last line that was cut off is left out.
+    /// In such a file a last line that was cut off is left out.
     ///
     /// # Errors
     /// With the line, if it is none, or holds no forward.
@@ -195,6 +195,11 @@ impl CostTable {
 /// Measurements, and comment lines.
 pub(super) fn costs(path: &Path, text: &str) -> Result<(Vec<Cost>, Vec<String>)> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    // Lines that were measured here all end: a last one that does not was cut off, be its number readable or not.
+    let text = match text.starts_with('#') {
+        true => &text[..text.rfind('\n').map_or(0, |end| end + 1)],
+        false => text,
+    };
     let about = text.lines().filter_map(|line| line.strip_prefix('#'));
     let about = about.map(|line| line.trim().to_string()).collect();
     let mut reader = csv::ReaderBuilder::new()
@@ -212,8 +217,6 @@ pub(super) fn costs(path: &Path, text: &str) -> Result<(Vec<Cost>, Vec<String>)>
             return Err(said(1, what));
         }
     }
-    let cut = !text.ends_with('\n');
-    let last = text.lines().count() as u64;
     let mut all = Vec::new();
     let mut record = csv::StringRecord::new();
     loop {
@@ -221,13 +224,11 @@ pub(super) fn costs(path: &Path, text: &str) -> Result<(Vec<Cost>, Vec<String>)>
         match reader.read_record(&mut record) {
             Ok(false) => return Ok((all, about)),
             Ok(true) => {}
-            Err(_) if cut && before >= last => return Ok((all, about)),
             Err(e) => return Err(said(before, e.to_string())),
         }
         let at = record.position().map_or(before, csv::Position::line);
         let cost: Cost = match record.deserialize(Some(&header)) {
             Ok(cost) => cost,
-            Err(_) if cut && at >= last => return Ok((all, about)),
             Err(e) => {
                 let what = match e.kind() {
                     csv::ErrorKind::Deserialize { err, .. } => {
@@ -252,6 +253,7 @@ pub(super) fn costs(path: &Path, text: &str) -> Result<(Vec<Cost>, Vec<String>)>
         let wrong = match what {
             _ if batch == 0 => Some("batch is 0".to_string()),
             _ if rows == 0 => Some("rows is 0".to_string()),
+            What::Forward if seconds == 0.0 => Some("a forward of 0 seconds".into()),
             _ if !(seconds.is_finite() && seconds >= 0.0) => Some(format!("seconds is {seconds}")),
             What::Forward if layers != 0 => Some(format!(
                 "layers is {layers}; a forward is the target's, with 0"
@@ -315,13 +317,10 @@ mod tests {
         let read = |lines: &str| costs(path, &format!("# here\n{HEADER}\n{lines}"));
         let whole = read("forward,1,1,64,0,0.002\n").expect("read");
         assert_eq!((whole.0.len(), &*whole.1), (1, &["here".to_string()][..]));
-        assert_eq!(
-            read("forward,1,1,64,0,0.002\nforward,1,2")
-                .expect("read")
-                .0
-                .len(),
-            1
-        );
+        for cut in ["forward,1,2", "forward,1,2,64,0,0.00"] {
+            let lines = format!("forward,1,1,64,0,0.002\n{cut}");
+            assert_eq!(read(&lines).expect("read").0.len(), 1);
+        }
         for (lines, expected) in [
             ("forward,1,2\nforward,1,1,64,0,0.002\n", "line 3"),
             ("forward,0,1,64,0,0.002\n", "line 3: batch is 0"),

@@ -39,8 +39,8 @@ pub type Rates = Vec<Band>;
 /// Most nodes of a tree that is considered.
 const MOST: usize = 64;
 
-/// The trees of rates by depth and rank: of each depth and width limit the most probable nodes, as many as are asked for.
-/// A node is as probable as its rates multiplied.
+/// The trees of rates by depth and rank, grown as drafts grow them: each level goes on from the `width` most probable nodes of the
+/// one above, and of all the most probable are kept, as many as are asked for. A node is as probable as its rates multiplied.
 pub fn from_rates(rates: &[Rates]) -> Vec<Shape> {
     let widest = rates.iter().map(Vec::len).max().unwrap_or(0);
     let mut all = Vec::new();
@@ -56,13 +56,13 @@ pub fn from_rates(rates: &[Rates]) -> Vec<Shape> {
                 let above = nodes.last().map_or(&[][..], |n| n);
                 let mut level: Vec<(f64, f64, f64)> = above
                     .iter()
+                    .take(width)
                     .flat_map(|&(v, l, h)| {
                         let below = depth.iter().take(width);
                         below.map(move |rate| (v * rate.value, l * rate.low, h * rate.high))
                     })
                     .collect();
                 level.sort_by(|a, b| b.0.total_cmp(&a.0));
-                level.truncate(MOST);
                 nodes.push(level);
             }
             let mut best: Vec<(f64, f64, f64)> = nodes.into_iter().skip(1).flatten().collect();
@@ -203,5 +203,14 @@ mod tests {
         let found = trees.iter().find(|s| s.budget == four).expect("a tree");
         assert!((found.tau.value - 2.0).abs() < 1e-12, "{found:?}");
         assert!(trees.iter().all(|s| s.tau.low <= s.tau.value));
+        // Three levels of width 2: two nodes, and twice four below the two best of the level above.
+        let rates = [rate(0.4), rate(0.35)];
+        let deep = from_rates(&[rates.to_vec(), rates.to_vec(), rates.to_vec()]);
+        let most = deep
+            .iter()
+            .filter(|s| s.budget.depth == 2 && s.budget.width == 2);
+        let most = most.max_by_key(|s| s.budget.total).expect("a tree");
+        assert_eq!(most.budget.total, 11);
+        assert!((most.tau.value - 2.538).abs() < 1e-3, "{most:?}");
     }
 }

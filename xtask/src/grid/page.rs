@@ -1,6 +1,7 @@
 //! The grid's results as tables and figures.
 
 use std::collections::BTreeMap;
+use std::f64::consts::LN_2;
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -18,8 +19,6 @@ struct Run {
     tau: f64,
     /// Standard error over prompts.
     error: f64,
-    /// Tokens and cycles of each prompt.
-    each: Vec<(f64, f64)>,
     alpha: Vec<Option<f64>>,
 }
 
@@ -42,7 +41,6 @@ impl Run {
             tokens: number("tokens")?,
             tau,
             error,
-            each,
             alpha: alpha(prompts),
         })
     }
@@ -67,56 +65,6 @@ fn ratio(each: &[(f64, f64)]) -> (f64, f64) {
     (tau, (squares * n / (n - 1.0)).sqrt() / cycles)
 }
 
-/// A line through tau by doublings of something.
-struct Line {
-    /// What a doubling brings.
-    slope: f64,
-    /// Its standard error over prompts (jackknife).
-    error: f64,
-    /// Share of the variance between the runs that the line explains.
-    explained: f64,
-}
-
-/// The least squares line through tau by log2 of `x` of each run, the prompts being those of all. `None` of fewer than three runs.
-fn line(runs: &[&Run], x: impl Fn(&Run) -> f64) -> Option<Line> {
-    let count = runs.first()?.each.len();
-    if runs.len() < 3 || count < 2 || runs.iter().any(|run| run.each.len() != count) {
-        return None;
-    }
-    let x: Vec<f64> = runs.iter().map(|run| x(run).log2()).collect();
-    let mean = |v: &[f64]| v.iter().sum::<f64>() / v.len() as f64;
-    let middle = mean(&x);
-    let width: f64 = x.iter().map(|x| (x - middle).powi(2)).sum();
-    // Without one of the prompts, or with all.
-    let taus = |without: Option<usize>| -> Vec<f64> {
-        let of = |run: &&Run| {
-            let kept = run.each.iter().enumerate();
-            let kept = kept.filter(|(i, _)| Some(*i) != without);
-            let sums = kept.fold((0.0, 0.0), |(a, b), (_, (t, c))| (a + t, b + c));
-            sums.0 / sums.1
-        };
-        runs.iter().map(of).collect()
-    };
-    let slope = |tau: &[f64]| {
-        let together = x.iter().zip(tau).map(|(x, t)| (x - middle) * t);
-        together.sum::<f64>() / width
-    };
-    let tau = taus(None);
-    let all = slope(&tau);
-    let left_out: Vec<f64> = (0..count).map(|i| slope(&taus(Some(i)))).collect();
-    let between = mean(&left_out);
-    let spread: f64 = left_out.iter().map(|s| (s - between).powi(2)).sum();
-    let level = mean(&tau);
-    let rest = |(x, t): (&f64, &f64)| (t - level - all * (x - middle)).powi(2);
-    let unexplained: f64 = x.iter().zip(&tau).map(rest).sum();
-    let variance: f64 = tau.iter().map(|t| (t - level).powi(2)).sum();
-    Some(Line {
-        slope: all,
-        error: (spread * (count - 1) as f64 / count as f64).sqrt(),
-        explained: 1.0 - unexplained / variance,
-    })
-}
-
 /// Acceptance by depth over prompts, each weighed by the cycles that came so far.
 fn alpha(prompts: &[Value]) -> Vec<Option<f64>> {
     let mut sums: Vec<(f64, f64)> = Vec::new();
@@ -136,8 +84,8 @@ fn alpha(prompts: &[Value]) -> Vec<Option<f64>> {
     sums.into_iter().map(mean).collect()
 }
 
-/// Writes `tables.md` and the figures beside `runs.jsonl`.
-pub(super) fn write(results: &Path) -> Result<()> {
+/// Writes `tables.md` and the figures beside `runs.jsonl`, whose laws are `fits` (of `scylla fit --json`; empty where there are none).
+pub(super) fn write(results: &Path, fits: &[Value]) -> Result<()> {
     let path = results.join("runs.jsonl");
     let text = std::fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;
     let mut runs = Vec::new();
@@ -149,7 +97,7 @@ pub(super) fn write(results: &Path) -> Result<()> {
     if runs.is_empty() {
         bail!("{}: no run", path.display());
     }
-    std::fs::write(results.join("tables.md"), tables(&runs))?;
+    std::fs::write(results.join("tables.md"), tables(&runs, fits))?;
     figures(&runs, results)
 }
 
@@ -176,7 +124,7 @@ fn by_layers(runs: &[Run]) -> Vec<(u64, Vec<&Run>)> {
     all.into_iter().collect()
 }
 
-fn tables(runs: &[Run]) -> String {
+fn tables(runs: &[Run], fits: &[Value]) -> String {
     let mut budgets: Vec<u64> = runs.iter().map(|r| r.tokens).collect();
     budgets.sort_unstable();
     budgets.dedup();
@@ -202,27 +150,8 @@ fn tables(runs: &[Run]) -> String {
         }
         text.push('\n');
     }
-    text += "\nWhat a doubling brings: least squares lines through tau, with the standard error of their slope over prompts (jackknife) and R2.\n\n";
-    text += "| of | runs | tau by doubling | R2 |\n|---|---|---|---|\n";
-    let mut row = |name: String, runs: &[&Run], x: fn(&Run) -> f64| {
-        if let Some(line) = line(runs, x) {
-            let _ = writeln!(
-                text,
-                "| {name} | {} | {:+.4} ({:.4}) | {:.2} |",
-                runs.len(),
-                line.slope,
-                line.error,
-                line.explained
-            );
-        }
-    };
-    for ((setting, seed), of) in &settings {
-        let name = format!("tokens, {setting}, seed {seed}");
-        row(name, of, |run| run.tokens as f64);
-    }
-    for (tokens, of) in by_layers(runs) {
-        let name = format!("layers, scylla, {tokens} tokens, seed 0");
-        row(name, &of, |run| run.layers as f64);
+    if !fits.is_empty() {
+        text += &laws(fits);
     }
     text += "\nAcceptance by depth given the depth above, at the largest budget of each.\n\n";
     text += "| draft | seed | tokens | alpha 1, 2, .. |\n|---|---|---|---|\n";
@@ -235,6 +164,54 @@ fn tables(runs: &[Run]) -> String {
             "| {setting} | {seed} | {} | {} |",
             run.tokens,
             alpha.join(", ")
+        );
+    }
+    text
+}
+
+/// Laws of tau, the chosen form of each first.
+fn laws(fits: &[Value]) -> String {
+    let mut text = String::from(
+        "\nLaws (`scylla fit runs.jsonl`; [how](../../laws.md)): what a doubling brings by the logarithmic law (90 % interval over prompts and trunks), and the form that was chosen.\n\n\
+         | law | runs, trunks | tau by doubling of T | of D | R2 | chosen form, error on the largest |\n|---|---|---|---|---|---|\n",
+    );
+    for fit in fits
+        .iter()
+        .filter(|f| f["measure"] == "tau" && f["form"] == "log")
+    {
+        let same = |key: &str, other: &Value| other[key] == fit[key];
+        let keys = ["family", "variable", "layers", "tokens", "measure"];
+        let group = fits.iter().filter(|f| keys.iter().all(|key| same(key, f)));
+        let chosen = group.clone().find(|f| f["chosen"] == true).unwrap_or(fit);
+        let at = match (&fit["layers"], &fit["tokens"]) {
+            (Value::Number(layers), _) => format!(" by tokens, D = {layers}"),
+            (_, Value::Number(tokens)) => format!(" by layers, {tokens} tokens"),
+            _ => " by both".into(),
+        };
+        let doubling = |name: &str| {
+            let Some(slope) = fit["parameters"][name].as_f64() else {
+                return "-".to_string();
+            };
+            let end = |i: usize| fit["intervals"][name][i].as_f64().map(|v| v * LN_2);
+            match (end(0), end(1)) {
+                (Some(low), Some(high)) => {
+                    format!("{:+.3} ({low:+.3} to {high:+.3})", slope * LN_2)
+                }
+                _ => format!("{:+.3}", slope * LN_2),
+            }
+        };
+        let error = chosen["heldout_error"].as_f64();
+        let _ = writeln!(
+            text,
+            "| {}{at} | {}, {} | {} | {} | {:.3} | {}, {} |",
+            fit["family"].as_str().unwrap_or("?"),
+            fit["runs"],
+            fit["trunks"],
+            doubling("a_tokens"),
+            doubling("a_layers"),
+            fit["r2"].as_f64().unwrap_or(f64::NAN),
+            chosen["form"].as_str().unwrap_or("?"),
+            error.map_or("-".into(), |e| format!("{e:.3}"))
         );
     }
     text
@@ -284,36 +261,29 @@ fn figures(runs: &[Run], results: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
-    fn a_line_is_found_again_and_a_prompt_that_differs_shows_in_its_error() {
-        let run = |layers: u64, odd: f64| Run {
-            family: "scylla".into(),
-            layers,
-            seed: 0,
-            tokens: 1,
-            tau: 0.0,
-            error: 0.0,
-            each: (0..4)
-                .map(|i| {
-                    let slope = if i == 0 { odd } else { 0.25 };
-                    (10.0 * (1.5 + slope * (layers as f64).log2()), 10.0)
-                })
-                .collect(),
-            alpha: Vec::new(),
+    fn the_error_of_a_ratio_is_that_of_prompts_that_differ() {
+        let same = ratio(&[(20.0, 10.0); 4]);
+        assert!((same.0 - 2.0).abs() < 1e-12 && same.1 < 1e-12);
+        // Taus of 1 and 3: a mean of 2, deviation sqrt(4 / 3), over the root of four.
+        let (tau, error) = ratio(&[(10.0, 10.0), (30.0, 10.0), (10.0, 10.0), (30.0, 10.0)]);
+        assert!((tau - 2.0).abs() < 1e-12 && (error - (4.0f64 / 3.0).sqrt() / 2.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn laws_are_told_by_doublings_with_the_form_that_was_chosen() {
+        let fit = |form: &str, chosen: bool| {
+            json!({"family": "scylla", "variable": "joint", "measure": "tau", "form": form, "chosen": chosen, "runs": 9,
+                   "trunks": 3, "r2": 0.97, "heldout_error": 0.02, "parameters": {"a_tokens": 0.1 / LN_2},
+                   "intervals": {"a_tokens": [0.05 / LN_2, 0.2 / LN_2]}})
         };
-        let of = |odd: f64| {
-            let runs = [1, 2, 4].map(|layers| run(layers, odd));
-            let runs: Vec<&Run> = runs.iter().collect();
-            line(&runs, |run| run.layers as f64).expect("a line")
-        };
-        let same = of(0.25);
-        assert!((same.slope - 0.25).abs() < 1e-12 && same.error < 1e-12);
-        assert!((same.explained - 1.0).abs() < 1e-12);
-        // Slopes of 0.65, 0.25, 0.25, 0.25: their mean, and its error, the standard deviation 0.2 over the root of 4.
-        let odd = of(0.65);
-        assert!((odd.slope - 0.35).abs() < 1e-12 && (odd.error - 0.1).abs() < 1e-12);
-        assert!(line(&[&run(1, 0.0), &run(2, 0.0)], |run| run.layers as f64).is_none());
+        let text = laws(&[fit("log", false), fit("saturating", true)]);
+        let row =
+            "| scylla by both | 9, 3 | +0.100 (+0.050 to +0.200) | - | 0.970 | saturating, 0.020 |";
+        assert!(text.contains(row), "{text}");
     }
 }
