@@ -1,7 +1,7 @@
 //! `scylla plan`
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use clap::{Args, ValueEnum};
@@ -11,10 +11,10 @@ use serde::{Deserialize, Serialize};
 use super::fit::query;
 use super::{ModelOptions, Progress, open_session, print_json, print_text, say, warn};
 use crate::experiment::{Experiment, Override};
-use crate::laws::{Band, Laws, Point, Query};
+use crate::laws::{Band, Laws, Point};
 use crate::plan::{
-    self, BreakEven, Choice, CostTable, Drafted, Measured, Peaks, Planned, Shape, break_even,
-    choose, export, fit_roofline, from_rates, from_trace, measure,
+    self, BreakEven, Choice, CostTable, Drafted, Measured, More, Peaks, Planned, Prospects, Shape,
+    break_even, choose, export, fit_roofline, from_rates, from_trace, measure,
 };
 use crate::{Error, Registry, Result};
 
@@ -113,16 +113,6 @@ impl From<To> for plan::Engine {
     }
 }
 
-/// What another run of training would bring.
-#[derive(Serialize)]
-struct More {
-    what: &'static str,
-    family: String,
-    layers: usize,
-    tokens: f64,
-    choice: Choice,
-}
-
 #[derive(Serialize)]
 struct Answer {
     #[serde(flatten)]
@@ -149,11 +139,7 @@ fn rates(text: &str) -> Result<Vec<Vec<Band>>> {
             ))
         })?;
         match (0.0..=1.0).contains(&value) {
-            true => Ok(Band {
-                value,
-                low: value,
-                high: value,
-            }),
+            true => Ok(Band::exactly(value)),
             false => Err(bad(format!(
                 "--alpha {text}: {value} is no rate from 0 to 1"
             ))),
@@ -180,6 +166,18 @@ struct Fitted {
     points: Vec<Point>,
 }
 
+fn read_laws(path: &Path) -> Result<Laws> {
+    let text = read_text(path)?;
+    let fitted: Fitted = serde_json::from_str(&text)
+        .map_err(|e| Error::file(path, format!("not what `scylla fit --output` writes: {e}")))?;
+    for point in &fitted.points {
+        point
+            .check()
+            .map_err(|message| Error::file(path, message))?;
+    }
+    Laws::fit(fitted.points)
+}
+
 impl Plan {
     pub(super) fn run(self, registry: &Registry, stop: &AtomicBool) -> Result<()> {
         let positive = |x: Option<f64>| x.is_none_or(|x| x.is_finite() && x > 0.0);
@@ -201,12 +199,7 @@ impl Plan {
         }
     }
 
-    fn measure(
-        &self,
-        path: &std::path::Path,
-        registry: &Registry,
-        stop: &AtomicBool,
-    ) -> Result<()> {
+    fn measure(&self, path: &Path, registry: &Registry, stop: &AtomicBool) -> Result<()> {
         let more = Override::parse_all(&self.set)?;
         let of = |draft: &str| {
             let mut all = self.model.with(&self.target, draft);
@@ -288,17 +281,29 @@ impl Plan {
                 *first
             }
         };
-        let mut laws = None;
-        let mut drafts = match (&self.laws, &self.alpha, &self.trace) {
-            (Some(path), _, _) => {
-                let laws = laws.insert(self.read_laws(path)?);
-                let queries = self.queries(laws)?;
-                let all = queries.iter().map(|q| self.drafted(laws, q));
-                let mut all = all.collect::<Result<Vec<_>>>()?;
-                if self.predict.is_empty() {
-                    self.leave_out_unknown(&mut all, &table, context)?;
+        let laws = self.laws.as_deref().map(read_laws).transpose()?;
+        let prospects = laws.as_ref().map(|laws| Prospects {
+            laws,
+            table: &table,
+            ranks: &self.ranks,
+            context,
+        });
+        let mut drafts = match (&prospects, &self.alpha, &self.trace) {
+            (Some(prospects), _, _) if self.predict.is_empty() => {
+                let (drafts, left_out) = prospects.largest()?;
+                if !left_out.is_empty() {
+                    let names = left_out.join(", ");
+                    warn(&format!(
+                        "left out, as the costs do not know their depth: {names}"
+                    ));
                 }
-                all
+                drafts
+            }
+            (Some(prospects), _, _) => {
+                let queries = self.predict.iter().map(|text| query(text));
+                queries
+                    .map(|q| prospects.drafted(&q?))
+                    .collect::<Result<_>>()?
             }
             (_, Some(text), _) => vec![Drafted {
                 name: name_of(&self.draft).unwrap_or("eagle3").into(),
@@ -335,15 +340,17 @@ impl Plan {
             }
             return print_text(&exported.text);
         }
-        let more = match &laws {
-            Some(laws) => self.more(laws, &table, &planned, context),
-            None => Vec::new(),
-        };
-        let more = match (&laws, self.train_hours) {
-            (Some(laws), Some(hours)) => {
-                vec![self.propose(laws, &table, &batches, context, hours)?]
+        let more = match (&prospects, self.train_hours) {
+            (Some(prospects), Some(hours)) => {
+                let batch = batches.first().copied().unwrap_or(1);
+                let best = prospects.best(&self.rates(prospects.laws)?, hours, batch)?;
+                if let Some(path) = &self.output {
+                    files::write(path, plan::experiment(&best.query())?.as_bytes())?;
+                }
+                vec![best]
             }
-            _ => more,
+            (Some(prospects), None) => prospects.more(&planned),
+            (None, _) => Vec::new(),
         };
         let drafting = planned.choices.iter().filter(|c| c.draft.is_some());
         let answer = Answer {
@@ -365,146 +372,9 @@ impl Plan {
         }
     }
 
-    /// Drafts of depths that the costs do not know, of those that nobody asked for by name.
-    fn leave_out_unknown(
-        &self,
-        drafts: &mut Vec<Drafted>,
-        table: &CostTable,
-        context: usize,
-    ) -> Result<()> {
-        let known = |d: &Drafted| table.draft(d.layers, 1, 1.0, context).is_some();
-        let (kept, others): (Vec<_>, Vec<_>) = drafts.drain(..).partition(known);
-        let named: Vec<String> = others
-            .iter()
-            .map(|d| format!("{} D {}", d.name, d.layers))
-            .collect();
-        if kept.is_empty() {
-            return Err(bad(format!(
-                "the costs hold no draft as deep as {}: measure one with scylla plan --measure COSTS.csv --draft NAME:DIR",
-                named.join(", ")
-            )));
-        }
-        if !named.is_empty() {
-            warn(&format!(
-                "left out, as the costs do not know their depth: {}",
-                named.join(", ")
-            ));
-        }
-        drafts.extend(kept);
-        Ok(())
-    }
-
-    fn read_laws(&self, path: &std::path::Path) -> Result<Laws> {
-        let text = read_text(path)?;
-        let fitted: Fitted = serde_json::from_str(&text).map_err(|e| {
-            Error::file(path, format!("not what `scylla fit --output` writes: {e}"))
-        })?;
-        for point in &fitted.points {
-            point
-                .check()
-                .map_err(|message| Error::file(path, message))?;
-        }
-        Laws::fit(fitted.points)
-    }
-
-    /// The runs that are asked for, or the largest of every family and depth.
-    fn queries(&self, laws: &Laws) -> Result<Vec<Query>> {
-        if !self.predict.is_empty() {
-            return self.predict.iter().map(|text| query(text)).collect();
-        }
-        let mut all: Vec<Query> = Vec::new();
-        for p in laws.points().iter().filter(|p| !p.holdout) {
-            let known = all
-                .iter_mut()
-                .find(|q| q.family == p.family && q.layers == p.layers);
-            match known {
-                Some(known) => known.tokens = known.tokens.max(p.tokens),
-                None => all.push(Query {
-                    family: p.family.clone(),
-                    layers: p.layers,
-                    tokens: p.tokens,
-                }),
-            }
-        }
-        Ok(all)
-    }
-
-    /// The trees of a run that a law speaks of: its rates by depth, shared out by rank, in a band as wide as tau's.
-    fn drafted(&self, laws: &Laws, query: &Query) -> Result<Drafted> {
-        let said = laws.predict(query)?;
-        if said.alpha.is_empty() {
-            return Err(bad(format!(
-                "the laws know no acceptance by depth of {}: they were fitted to a table of tau alone; --alpha says it",
-                query.family
-            )));
-        }
-        let exactly = |value: f64| Band {
-            value,
-            low: value,
-            high: value,
-        };
-        let depth = |band: &Band| {
-            self.ranks
-                .iter()
-                .map(|share| exactly(band.value * share))
-                .collect()
-        };
-        let by_depth: Vec<Vec<Band>> = said.alpha.iter().map(depth).collect();
-        let mut shapes = from_rates(&by_depth);
-        // As much lower and higher as tau is; no tree brings more than its levels.
-        let gain = (said.tau - 1.0).max(1e-9);
-        let (low, high) = ((said.low - 1.0) / gain, (said.high - 1.0) / gain);
-        for shape in &mut shapes {
-            let (more, most) = (shape.tau.value - 1.0, shape.budget.levels() as f64);
-            shape.tau.low = 1.0 + (more * low).min(more);
-            shape.tau.high = 1.0 + (more * high).min(most).max(more);
-        }
-        Ok(Drafted {
-            name: query.family.clone(),
-            layers: query.layers,
-            tokens: Some(query.tokens),
-            shapes,
-        })
-    }
-
-    /// What ten times the tokens, or a layer more, would bring where drafting pays most.
-    fn more(&self, laws: &Laws, table: &CostTable, planned: &Planned, context: usize) -> Vec<More> {
-        let gain = |c: &&Choice| c.tokens_per_s.value / c.plain_tokens_per_s;
-        let best = planned.choices.iter().filter(|c| c.draft.is_some());
-        let best = best.max_by(|a, b| gain(a).total_cmp(&gain(b)));
-        let Some((best, family, tokens)) =
-            best.and_then(|b| Some((b, b.draft.clone()?, b.tokens?)))
-        else {
-            return Vec::new();
-        };
-        let others = [
-            ("ten times the tokens", best.layers, 10.0 * tokens),
-            ("one layer more", best.layers + 1, tokens),
-        ];
-        let asked = others.into_iter().filter_map(|(what, layers, tokens)| {
-            let query = Query {
-                family: family.clone(),
-                layers,
-                tokens,
-            };
-            // What neither laws nor costs tell is left out.
-            let drafted = self.drafted(laws, &query).ok()?;
-            let planned = choose(table, &[drafted], &[best.batch], context).ok()?;
-            Some(More {
-                what,
-                family: family.clone(),
-                layers,
-                tokens,
-                choice: planned.choices.into_iter().next()?,
-            })
-        });
-        asked.collect()
-    }
-}
-
-impl Plan {
     /// Tokens a second of training, by family and layers.
-    fn rates(&self, families: &BTreeSet<&str>) -> Result<Vec<(String, usize, f64)>> {
+    fn rates(&self, laws: &Laws) -> Result<Vec<(String, usize, f64)>> {
+        let families: BTreeSet<&str> = laws.points().iter().map(|p| &*p.family).collect();
         let rate = |text: &String| {
             let wrong = || {
                 bad(format!(
@@ -529,58 +399,6 @@ impl Plan {
             }
         };
         self.train_rate.iter().map(rate).collect()
-    }
-
-    /// The run that the laws hold for the fastest of those that can be trained in so many hours, at the first batch.
-    fn propose(
-        &self,
-        laws: &Laws,
-        table: &CostTable,
-        batches: &[usize],
-        context: usize,
-        hours: f64,
-    ) -> Result<More> {
-        let families: BTreeSet<&str> = laws.points().iter().map(|p| &*p.family).collect();
-        let batch = batches.first().copied().unwrap_or(1);
-        let mut best: Option<(Query, Choice)> = None;
-        let mut refused = None;
-        for (family, layers, rate) in self.rates(&families)? {
-            let query = Query {
-                family,
-                layers,
-                tokens: (hours * 3600.0 * rate).max(1.0),
-            };
-            // A depth that laws, costs or recipes do not know is none to propose.
-            let planned = plan::experiment(&query)
-                .and_then(|_| self.drafted(laws, &query))
-                .and_then(|drafted| choose(table, &[drafted], &[batch], context));
-            let speed = |c: &Choice| c.tokens_per_s.value;
-            match planned {
-                Err(e) => refused = Some(e),
-                Ok(planned) => {
-                    for choice in planned.choices.into_iter().filter(|c| c.draft.is_some()) {
-                        if best.as_ref().is_none_or(|(_, b)| speed(&choice) > speed(b)) {
-                            best = Some((query.clone(), choice));
-                        }
-                    }
-                }
-            }
-        }
-        let Some((query, choice)) = best else {
-            return Err(refused.unwrap_or_else(|| bad(format!(
-                "no run of {hours} hours is expected to be faster than plain decoding at batch {batch}"
-            ))));
-        };
-        if let Some(path) = &self.output {
-            files::write(path, plan::experiment(&query)?.as_bytes())?;
-        }
-        Ok(More {
-            what: "to train",
-            family: query.family,
-            layers: query.layers,
-            tokens: query.tokens,
-            choice,
-        })
     }
 }
 

@@ -11,6 +11,7 @@
 
 mod fit;
 mod form;
+mod group;
 mod points;
 mod solve;
 mod width;

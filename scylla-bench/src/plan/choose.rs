@@ -178,13 +178,7 @@ mod tests {
 
     #[test]
     fn trees_shrink_as_the_batch_grows_until_drafting_does_not_pay() {
-        let rate = |value: f64| {
-            vec![Band {
-                value,
-                low: value,
-                high: value,
-            }]
-        };
+        let rate = |value: f64| vec![Band::exactly(value)];
         let shapes = from_rates(&[0.6; 6].map(rate));
         let draft = Drafted {
             name: "eagle3".into(),

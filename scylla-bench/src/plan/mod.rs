@@ -8,6 +8,7 @@
 mod choose;
 mod export;
 mod measure;
+mod prospects;
 mod roofline;
 mod table;
 mod training;
@@ -16,6 +17,7 @@ mod trees;
 pub use choose::{Choice, Planned, Speed, choose};
 pub use export::{Engine, export};
 pub use measure::{Measured, measure};
+pub use prospects::{More, Prospects};
 pub use roofline::{Peaks, Shapes, fit as fit_roofline};
 pub use table::{Cost, CostTable, What};
 pub use training::{BreakEven, break_even, experiment};
