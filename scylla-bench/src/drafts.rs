@@ -8,7 +8,7 @@ use scylla_core::files::read_text;
 use scylla_core::model::{LoadOptions, ModelFiles, WeightForm, load_on};
 use scylla_core::text::Tokenizer;
 use scylla_draft::network::{self, DraftHost, DraftLm, NODES, Network};
-use scylla_draft::tree::{TreeDraft, TreeSettings};
+use scylla_draft::tree::{TreeDraft, TreeKind, TreeSettings};
 use serde::Deserialize;
 use toml::Table;
 
@@ -35,10 +35,14 @@ pub(crate) const HEAD: &str = "head.txt";
 
 const KEYS: [&str; 4] = ["weights", "taps", "head", "head_size"];
 
-/// Takes a draft's own settings out of its table; the rest is the tree's.
+/// Takes a draft's own settings out of its table; the rest is the tree's, which fits how text is sampled where nothing is said.
 fn settings(mut table: Table) -> Result<(WeightSettings, TreeSettings)> {
     let own: WeightSettings = parse("draft", take(&mut table, &KEYS))?;
-    Ok((own, parse("draft", table)?))
+    let mut tree: TreeSettings = parse("draft", table.clone())?;
+    if !table.contains_key("tree") {
+        tree.tree = TreeKind::Auto;
+    }
+    Ok((own, tree))
 }
 
 /// Takes the settings of some names out of a table.

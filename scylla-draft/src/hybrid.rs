@@ -105,7 +105,7 @@ impl DraftModel for Hybrid {
         self.price.clone_from(price);
     }
 
-    fn weighs(&self) -> bool {
+    fn weighs(&self, _: &Sampling) -> bool {
         true
     }
 

@@ -384,7 +384,7 @@ impl DraftModel for Suffix {
         self.price.clone_from(price);
     }
 
-    fn weighs(&self) -> bool {
+    fn weighs(&self, _: &Sampling) -> bool {
         true
     }
 

@@ -37,6 +37,7 @@ fn trees() -> Vec<TreeSettings> {
             early_stop: true,
             ..of(TreeKind::Dynamic)
         },
+        of(TreeKind::Auto),
         of(TreeKind::Static),
         of(TreeKind::Chain),
         TreeSettings {
@@ -376,7 +377,7 @@ fn one_cycle_follows_the_targets_law_with_every_network_and_way_of_drawing() {
         widths: widths.to_vec(),
         ..TreeSettings::default()
     };
-    let ways: [(TreeSettings, &dyn Verifier); 5] = [
+    let ways: [(TreeSettings, &dyn Verifier); 6] = [
         (settings(TreeKind::Dynamic, None, &[]), &Traversal),
         (settings(TreeKind::Dynamic, None, &[]), &DeterministicTree),
         (
@@ -388,6 +389,7 @@ fn one_cycle_follows_the_targets_law_with_every_network_and_way_of_drawing() {
             &SpecInfer,
         ),
         (settings(TreeKind::Widths, None, &[2, 1]), &Traversal),
+        (settings(TreeKind::Auto, None, &[]), &RrsWithoutReplacement),
     ];
     let sampling = Sampling {
         temperature: 0.9,

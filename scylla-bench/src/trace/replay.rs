@@ -179,7 +179,7 @@ pub fn replay(
     told: &mut dyn FnMut(usize, usize, usize),
 ) -> Result<Replayed> {
     settings.check(registry, reader.header())?;
-    let fixed = settings.draft.tree != TreeKind::Dynamic;
+    let fixed = !matches!(settings.draft.tree, TreeKind::Dynamic | TreeKind::Auto);
     let mut shape = settings.draft.shape()?;
     let mut policy = settings.budget.policy()?;
     let (mut alpha, mut tokens, mut count, mut texts) = (AlphaCounts::default(), 0, 0, 0);

@@ -171,9 +171,11 @@ impl Engine<'_> {
             acceptance: &self.measured.acceptance,
             costs: &self.measured.costs,
         });
-        let weighs = draft.model.weighs() && self.parts.policy.price().is_some();
+        let priced = self.parts.policy.price().is_some();
         let mut chosen = chosen.into_iter();
-        let within = |r: &Drafting<'_>| {
+        let within = |(r, &live): (&Drafting<'_>, &usize)| {
+            let sampling = &self.live[live].request.sampling;
+            let weighs = priced && draft.model.weighs(sampling);
             let most = r.most;
             let budget = match chosen.next().unwrap_or(Budget::OFF) {
                 budget if weighs && budget.levels() > 0 => most,
@@ -184,7 +186,7 @@ impl Engine<'_> {
                 ..budget.within(most.levels(), most.total)
             }
         };
-        requests.iter().map(within).collect()
+        requests.iter().zip(decoding).map(within).collect()
     }
 
     /// A tree for each request that decodes; one whose draft fails ends.

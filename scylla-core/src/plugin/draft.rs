@@ -200,8 +200,8 @@ pub trait DraftModel: Send {
     /// What drafting costs from now on. It is for drafts that know how probable their nodes are, which leave out what does not pay,
     /// and for point masses alone: what was drawn at random may not be judged by its value.
     fn price(&mut self, _price: &Price) {}
-    /// Whether it heeds the price: within its budget it then chooses levels and nodes itself.
-    fn weighs(&self) -> bool {
+    /// Whether it heeds the price under a sampling setting: within its budget it then chooses levels and nodes itself.
+    fn weighs(&self, _sampling: &Sampling) -> bool {
         false
     }
     /// All that trees within the request's limits, or any smaller ones, would be chosen from, whether they are re-ranked or of
@@ -255,8 +255,8 @@ macro_rules! forwarded {
             fn price(&mut self, price: &Price) {
                 (**self).price(price);
             }
-            fn weighs(&self) -> bool {
-                (**self).weighs()
+            fn weighs(&self, sampling: &Sampling) -> bool {
+                (**self).weighs(sampling)
             }
             fn candidates(&mut self, request: &mut Request<'_>, follows: &[u32]) -> Result<Candidates> {
                 (**self).candidates(request, follows)

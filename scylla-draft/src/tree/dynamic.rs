@@ -55,7 +55,7 @@ impl Shape for Dynamic {
         Ok(())
     }
 
-    fn is_ranked(&self) -> bool {
+    fn is_ranked(&self, _: Drawing) -> bool {
         true
     }
 

@@ -1,5 +1,6 @@
 //! How trees grow, apart from the networks they grow with.
 
+mod auto;
 mod candidates;
 mod dynamic;
 mod fixed;
@@ -19,11 +20,12 @@ use scylla_core::sampling::{Sampling, top_log_probabilities};
 use scylla_core::tree::{Budget, Drawing, Tree};
 use scylla_core::{Error, Result};
 
+pub use auto::Auto;
 pub use candidates::regrow;
 pub use dynamic::Dynamic;
 pub use fixed::{EAGLE1, Fixed, Growing, StaticTree};
 pub use optimal::{MOST as MOST_OPTIMAL, expected_tokens, optimal};
-pub use settings::{TreeKind, TreeSettings};
+pub use settings::{Draws, TreeKind, TreeSettings};
 pub use stop::EarlyStop;
 
 use crate::network::{Ids, Network, Nodes};
@@ -245,8 +247,8 @@ pub trait Shape: Send {
     fn drawing(&self, sampling: &Sampling) -> Drawing;
     /// Adds the children of the frontier's nodes and chooses the next frontier; an empty one ends the growth.
     fn grow(&mut self, growth: &mut Growth, level: &mut Level<'_, '_>) -> Result<()>;
-    /// Whether its nodes may be left out by their value: point masses, the least probable first.
-    fn is_ranked(&self) -> bool {
+    /// Whether nodes that were drawn so may be left out by their value: point masses, the least probable first.
+    fn is_ranked(&self, _: Drawing) -> bool {
         false
     }
     /// The nodes that are proposed, the root first and in order.
@@ -424,14 +426,15 @@ impl DraftModel for TreeDraft {
         self.price.clone_from(price);
     }
 
-    fn weighs(&self) -> bool {
-        self.shape.is_ranked()
+    fn weighs(&self, sampling: &Sampling) -> bool {
+        self.shape.is_ranked(self.drawing(sampling))
     }
 
     fn propose(&mut self, requests: &mut [Request<'_>]) -> Result<Vec<Tree>> {
         let scored = self.propose_scored(requests)?;
-        let tree = |(scored, request): (Scored, &mut Request<'_>)| match self.shape.is_ranked()
-            && self.price.is_known()
+        let ranked = |scored: &Scored| self.shape.is_ranked(scored.tree.drawing);
+        let tree = |(scored, request): (Scored, &mut Request<'_>)| match self.price.is_known()
+            && ranked(&scored)
         {
             true => scored.worth(request.budget, &self.price),
             false => Ok(scored.tree),
@@ -503,7 +506,8 @@ impl TreeDraft {
             {
                 return Ok(());
             }
-            if self.shape.is_ranked() && !self.another_level_pays(growths) {
+            let ranked = |g: &Growth| self.shape.is_ranked(g.tree.drawing);
+            if growths.iter().all(ranked) && !self.another_level_pays(growths) {
                 return Ok(());
             }
             let rows: Vec<(Slot, Vec<u32>, Vec<Option<usize>>)> = growths

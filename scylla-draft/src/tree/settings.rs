@@ -4,7 +4,7 @@ use scylla_core::tree::Drawing;
 use scylla_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{Dynamic, EAGLE1, Fixed, Growing, Shape, StaticTree};
+use super::{Auto, Dynamic, EAGLE1, Fixed, Growing, Shape, StaticTree};
 
 /// The kinds of trees.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -13,6 +13,8 @@ pub enum TreeKind {
     /// EAGLE-2's: grown and re-ranked by the draft's own probabilities.
     #[default]
     Dynamic,
+    /// `dynamic` for greedy text, `widths` for sampled.
+    Auto,
     /// The shape of `paths`; without any, EAGLE-1's.
     Static,
     /// One child per node.
@@ -52,7 +54,7 @@ pub struct TreeSettings {
     /// Its kind.
     pub tree: TreeKind,
     /// How children are chosen when text is sampled; greedy text always takes the most probable. Where nothing is said:
-    /// deterministic for dynamic trees, else without replacement.
+    /// deterministic for dynamic trees and with `early_stop`, else without replacement.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub drawing: Option<Draws>,
     /// For static trees, the ranks on the path to each node.
@@ -107,6 +109,8 @@ impl TreeSettings {
         }
         let growing = match self.tree {
             TreeKind::Dynamic => return Ok(Box::new(Dynamic)),
+            TreeKind::Auto if drawing == Draws::Deterministic => return Ok(Box::new(Dynamic)),
+            TreeKind::Auto => return Ok(Box::new(Auto::new(drawing.into())?)),
             TreeKind::Chain => Growing::Widths(vec![1]),
             TreeKind::Static if self.paths.is_empty() => {
                 Growing::Static(StaticTree::from_paths(&EAGLE1)?)
