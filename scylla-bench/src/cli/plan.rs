@@ -27,7 +27,7 @@ pub(super) struct Plan {
     /// The target whose forwards are measured
     #[arg(long, default_value = "default")]
     target: String,
-    /// With --measure: drafts whose levels are measured, NAME[:DIR]. With --export: where the engine finds its draft
+    /// With --measure: drafts whose levels are measured, `NAME[:DIR]`. With --export: where the engine finds its draft
     #[arg(long, value_name = "DRAFT")]
     draft: Vec<String>,
     /// With --measure: settings of the drafts, as draft.weights=q4
