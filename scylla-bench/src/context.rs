@@ -15,6 +15,8 @@ pub struct DraftContext<'a> {
     pub target: TargetShape,
     /// The draft's weights, where some were given: a directory, a file, or a hub id.
     pub dir: Option<PathBuf>,
+    /// Whether the decoder's rule takes trees that are drawn at random.
+    pub drawn: bool,
     /// The loaded target.
     pub session: &'a Session,
 }

@@ -35,11 +35,15 @@ pub(crate) const HEAD: &str = "head.txt";
 
 const KEYS: [&str; 4] = ["weights", "taps", "head", "head_size"];
 
-/// Takes a draft's own settings out of its table; the rest is the tree's, which fits how text is sampled where nothing is said.
-fn settings(mut table: Table) -> Result<(WeightSettings, TreeSettings)> {
+/// Takes a draft's own settings out of its table; the rest is the tree's, which fits how text is sampled where nothing is said and
+/// the rule takes what is drawn.
+fn settings(
+    context: &DraftContext<'_>,
+    mut table: Table,
+) -> Result<(WeightSettings, TreeSettings)> {
     let own: WeightSettings = parse("draft", take(&mut table, &KEYS))?;
     let mut tree: TreeSettings = parse("draft", table.clone())?;
-    if !table.contains_key("tree") {
+    if context.drawn && !table.contains_key("tree") {
         tree.tree = TreeKind::Auto;
     }
     Ok((own, tree))
@@ -182,7 +186,7 @@ fn feature<N: Network + 'static>(
     table: Table,
     load: impl FnOnce(&Path, Option<&[usize]>, &DraftHost) -> scylla_core::Result<N>,
 ) -> Result<TreeDraft> {
-    let (own, tree) = settings(table)?;
+    let (own, tree) = settings(context, table)?;
     let dir = weights_of(context, name)?;
     warn_of_other_target(&dir, context)?;
     let network = load(&dir, own.taps.as_deref(), &host(context, &dir, &own)?)?;
@@ -239,7 +243,7 @@ pub(crate) fn network_of(context: &DraftContext<'_>) -> Result<&'static str> {
 /// A whole language model; it must have the target's tokenizer.
 fn draft_lm(context: &DraftContext<'_>, table: Table) -> Result<TreeDraft> {
     without(&["taps", "head", "head_size"], "draft-lm", &table)?;
-    let (own, tree) = settings(table)?;
+    let (own, tree) = settings(context, table)?;
     let files = ModelFiles::open(&weights_of(context, "draft-lm")?)?;
     match (&context.session.tokenizer, Tokenizer::of_model(&files)?) {
         (Some(ours), Some(theirs)) => check_same(ours, &theirs, &files.path)?,

@@ -13,6 +13,7 @@ use scylla_core::model::{LoadOptions, Loaded, ModelFiles, parse_device};
 use scylla_core::plugin::{BudgetPolicy, DraftModel, Matrix, Verifier};
 use scylla_core::policy::StepTimes;
 use scylla_core::text::{Message, Tokenizer};
+use scylla_core::tree::Drawing;
 
 use crate::context::DraftContext;
 use crate::costs;
@@ -180,22 +181,20 @@ impl Session {
 
     /// Makes the draft, the rule and the policy of an experiment.
     pub fn compose(&self, registry: &Registry, experiment: &Experiment) -> Result<Composed> {
-        let spec = &experiment.draft;
+        let (spec, sampling) = (&experiment.draft, &experiment.sampling);
+        let width = experiment.budget.limits().width;
+        let rule = &experiment.verifier;
+        let rule = registry.make_rule(&rule.name, sampling, width, rule.settings.clone())?;
         let context = DraftContext {
             target: self.target.model.shape(),
             dir: spec.dir.clone(),
+            drawn: rule.exact_for(Drawing::WithoutReplacement, width, sampling),
             session: self,
         };
-        let rule = &experiment.verifier;
         Ok(Composed {
             name: spec.name.clone(),
             draft: registry.make_draft(&spec.name, &context, spec.settings.clone())?,
-            rule: registry.make_rule(
-                &rule.name,
-                &experiment.sampling,
-                experiment.budget.limits().width,
-                rule.settings.clone(),
-            )?,
+            rule,
             policy: experiment.budget.policy()?,
             measured: Measured::default(),
             times: None,

@@ -137,7 +137,6 @@ fn trees_and_heads_are_chosen_by_settings() {
     for (setting, words) in [
         ("draft.tree=\"bush\"", &["bush", "dynamic"][..]),
         ("draft.trees=\"chain\"", &["trees"]),
-        ("draft.drawing=\"independent\"", &["dynamic", "Independent"]),
         ("draft.taps=[1,2,3]", &["eagle2", "taps"]),
         ("draft.head_size=0", &["head_size 0"]),
         ("draft.head=\"nowhere\"", &["nowhere"]),
@@ -201,7 +200,11 @@ fn a_sampled_text_is_the_same_again_and_inexact_pairs_are_refused() {
         args
     };
     for draft in ["eagle2:eagle2", "scylla:scylla", "draft-lm:model"] {
-        for tree in ["draft.tree=\"dynamic\"", "draft.tree=\"widths\""] {
+        for tree in [
+            "draft.tree=\"dynamic\"",
+            "draft.tree=\"widths\"",
+            "draft.tree=\"auto\"",
+        ] {
             let args = sampled(draft, &["--set", tree]);
             assert_eq!(
                 place.json(&args)["ids"],
@@ -212,10 +215,36 @@ fn a_sampled_text_is_the_same_again_and_inexact_pairs_are_refused() {
     }
     let error = place.refused(&sampled(
         "eagle2:eagle2",
-        &["--rule", "rrs-without-replacement"],
+        &[
+            "--rule",
+            "rrs-without-replacement",
+            "--set",
+            "draft.tree=dynamic",
+        ],
     ));
     assert!(
         error.contains("rrs-without-replacement") && error.contains("eagle2"),
+        "{error}"
+    );
+    // Where nothing is said of the tree, it is one that the rule takes.
+    for rule in [
+        "auto",
+        "traversal",
+        "deterministic-tree",
+        "rrs-without-replacement",
+    ] {
+        let found = place.json(&sampled("eagle2:eagle2", &["--rule", rule]));
+        assert_eq!(found["ids"].as_array().map(Vec::len), Some(24), "{rule}");
+    }
+    let both = [
+        "--set",
+        "draft.tree=dynamic",
+        "--set",
+        "draft.drawing=independent",
+    ];
+    let error = place.refused(&sampled("eagle2:eagle2", &both));
+    assert!(
+        error.contains("dynamic") && error.contains("Independent"),
         "{error}"
     );
 }

@@ -353,6 +353,7 @@ fn scale(
         seed: experiment.run.seed,
     });
     let context = DraftContext {
+        drawn: false,
         target: session.target.model.shape(),
         dir: None,
         session,
