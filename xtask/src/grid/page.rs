@@ -185,7 +185,9 @@ fn laws(fits: &[Value]) -> String {
         let chosen = group.clone().find(|f| f["chosen"] == true).unwrap_or(fit);
         let at = match (&fit["layers"], &fit["tokens"]) {
             (Value::Number(layers), _) => format!(" by tokens, D = {layers}"),
-            (_, Value::Number(tokens)) => format!(" by layers, {tokens} tokens"),
+            (_, Value::Number(tokens)) => {
+                format!(" by layers, {:.0} tokens", tokens.as_f64().unwrap_or(0.0))
+            }
             _ => " by both".into(),
         };
         let doubling = |name: &str| {
