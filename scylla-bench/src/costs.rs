@@ -21,11 +21,11 @@ use crate::environment::Environment;
 use crate::experiment::{Experiment, Named, PolicyKind};
 use crate::registry::Registry;
 use crate::session::{Composed, Session};
-use crate::stats::spread;
+use crate::stats::median;
 use crate::{Error, Result};
 
 /// Version of the files; others are measured again.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Rows of forwards that are measured.
 const ROWS: [usize; 12] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, MOST];
 const MOST: usize = 64;
@@ -56,6 +56,8 @@ struct Drafted {
     /// Sha256 of the draft's files.
     draft_hash: String,
     limits: Budget,
+    /// Sampled text may get trees of another kind, and of rows that are distributions.
+    greedy: bool,
 }
 
 /// A file: what was measured, and what it belongs to.
@@ -88,6 +90,7 @@ pub(crate) fn settle(
         draft: experiment.draft.clone(),
         draft_hash: draft_hash(&experiment.draft)?,
         limits,
+        greedy: experiment.sampling.is_greedy(),
     };
     let forwards = Forwards {
         version,
@@ -158,15 +161,11 @@ where
 }
 
 /// Ids that a target knows, the same after every eight: what drafts by repetition propose from.
-fn tokens(session: &Session, count: usize) -> Vec<u32> {
+pub(crate) fn tokens(session: &Session, count: usize) -> Vec<u32> {
     let known = session.known_tokens().max(1);
     (0..count)
         .map(|i| ((i % 8 * 97 + 11) % known) as u32)
         .collect()
-}
-
-fn median(ms: &[f64]) -> f64 {
-    spread(ms).map_or(0.0, |of| of.median)
 }
 
 /// Least milliseconds of the target's forward by rows, up to the first size that holds `most`: what else a machine does comes

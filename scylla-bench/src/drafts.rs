@@ -159,7 +159,7 @@ fn host(context: &DraftContext<'_>, dir: &Path, own: &WeightSettings) -> Result<
 }
 
 /// What a draft's folder says of it; nothing, where that cannot be read: whoever loads it says so.
-fn config_of(dir: &Path) -> serde_json::Value {
+pub(crate) fn config_of(dir: &Path) -> serde_json::Value {
     let text = std::fs::read_to_string(dir.join("config.json")).unwrap_or_default();
     serde_json::from_str(&text).unwrap_or_default()
 }

@@ -28,6 +28,7 @@ pub mod plan;
 pub mod prompts;
 
 mod registry;
+mod rows;
 pub mod runs;
 mod session;
 pub mod stats;

@@ -26,6 +26,11 @@ pub fn spread(values: &[f64]) -> Option<Spread> {
     Some(Spread { median, min, max })
 }
 
+/// The middle value; 0 of none.
+pub fn median(values: &[f64]) -> f64 {
+    spread(values).map_or(0.0, |of| of.median)
+}
+
 /// A value and an interval that holds it with 95 % confidence.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Interval {

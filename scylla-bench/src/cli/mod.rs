@@ -112,15 +112,20 @@ impl ModelOptions {
 impl ModelOptions {
     /// The same with a target, and a draft as `NAME[:DIR]`.
     fn with(&self, target: &str, draft: &str) -> Vec<Override> {
-        let (name, dir) = match draft.split_once(':') {
-            Some((name, dir)) => (name, Some(dir)),
-            None => (draft, None),
-        };
+        let (name, dir) = named(draft);
         let mut all = self.overrides();
         all.push(Override::new("target.model", target));
         all.push(Override::new("draft.name", name));
         all.extend(dir.map(|dir| Override::new("draft.dir", dir)));
         all
+    }
+}
+
+/// The parts of `NAME[:DIR]`.
+fn named(draft: &str) -> (&str, Option<&str>) {
+    match draft.split_once(':') {
+        Some((name, dir)) => (name, Some(dir)),
+        None => (draft, None),
     }
 }
 

@@ -9,7 +9,7 @@ use scylla_core::files::{self, read_text};
 use serde::{Deserialize, Serialize};
 
 use super::fit::query;
-use super::{ModelOptions, Progress, open_session, print_json, print_text, say, warn};
+use super::{ModelOptions, Progress, named, open_session, print_json, print_text, say, warn};
 use crate::experiment::{Experiment, Override};
 use crate::laws::{Band, Laws, Point};
 use crate::plan::{
@@ -305,12 +305,15 @@ impl Plan {
                     .map(|q| prospects.drafted(&q?))
                     .collect::<Result<_>>()?
             }
-            (_, Some(text), _) => vec![Drafted {
-                name: name_of(&self.draft).unwrap_or("eagle3").into(),
-                layers: layers(name_of(&self.draft).unwrap_or("eagle3")),
-                tokens: None,
-                shapes: from_rates(&rates(text)?),
-            }],
+            (_, Some(text), _) => {
+                let name = self.draft.first().map_or("eagle3", |d| named(d).0);
+                vec![Drafted {
+                    name: name.into(),
+                    layers: layers(name),
+                    tokens: None,
+                    shapes: from_rates(&rates(text)?),
+                }]
+            }
             (_, _, Some(trace)) => {
                 let (name, shapes) = from_trace(registry, trace)?;
                 vec![Drafted {
@@ -333,7 +336,8 @@ impl Plan {
         }
         let planned = choose(&table, &drafts, &batches, context)?;
         if let Some(engine) = engine {
-            let model = self.draft.first().map_or("DRAFT", |d| dir_of(d));
+            let first = self.draft.first().map(|d| named(d));
+            let model = first.map_or("DRAFT", |(name, dir)| dir.unwrap_or(name));
             let exported = export(&planned, engine, model)?;
             if let Some(flags) = exported.flags {
                 say(&format!("flags: {flags}"));
@@ -407,15 +411,6 @@ fn or(given: &[usize], usual: &[usize]) -> Vec<usize> {
         [] => usual.to_vec(),
         some => some.to_vec(),
     }
-}
-
-fn name_of(drafts: &[String]) -> Option<&str> {
-    let first = drafts.first()?;
-    Some(first.split_once(':').map_or(first, |(name, _)| name))
-}
-
-fn dir_of(draft: &str) -> &str {
-    draft.split_once(':').map_or(draft, |(_, dir)| dir)
 }
 
 fn told(c: &Choice) -> String {

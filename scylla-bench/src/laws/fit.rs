@@ -27,6 +27,7 @@ pub const ALL: &str = "all";
 const MOST: usize = 2000;
 /// Degrees of freedom with which a family's own law is preferred to one over all families.
 const ENOUGH: usize = 3;
+
 /// A form fitted to a group of runs.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Fit {
@@ -151,11 +152,13 @@ pub struct Score {
     /// Mean half-width of the bands.
     pub half_width: f64,
 }
+
 /// Laws of some runs.
 pub struct Laws {
     points: Vec<Point>,
     groups: Vec<Group>,
 }
+
 impl Laws {
     /// Fits every law that the runs can tell: A(T) for each family and depth with three budgets, A(D) for each family and budget
     /// with three depths, A(T, D) for each family, and over all families with a level each; the last two also of acceptance by

@@ -43,6 +43,8 @@ pub(super) struct Group {
     pub(super) candidates: Vec<Candidate>,
     pub(super) chosen: usize,
 }
+
+/// Values, each once, ascending.
 pub(super) fn distinct(values: impl Iterator<Item = f64>) -> Vec<f64> {
     let mut all: Vec<f64> = values.collect();
     all.sort_by(f64::total_cmp);
@@ -111,17 +113,14 @@ impl Group {
                 layers: axes[1],
                 middle: (logs / group.at.len() as f64).exp(),
             };
-            let errors = [
-                group.marked_error(&model, points, held),
-                group.largest_error(&model),
-            ];
-            group.candidates.extend(group.candidate(model, errors));
+            let candidate = group.candidate(model, points, held);
+            group.candidates.extend(candidate);
         }
         group.chosen = group.choose()?;
         Some(group)
     }
 
-    fn candidate(&self, model: Model, [marked, largest]: [Option<f64>; 2]) -> Option<Candidate> {
+    fn candidate(&self, model: Model, points: &[Point], held: &[usize]) -> Option<Candidate> {
         let solver = self.solver(&model)?;
         let solution = solver.best(&self.y)?;
         let (n, k) = (self.y.len() as f64, solver.freedom() as f64);
@@ -141,7 +140,8 @@ impl Group {
             true => 1.0 - left / all,
             false => 1.0,
         };
-        drop(solver);
+        let largest = self.largest_error(&model);
+        let marked = self.marked_error(&model, &solution, points, held);
         Some(Candidate {
             model,
             solution,
@@ -161,7 +161,13 @@ impl Group {
     }
 
     /// On the runs that were held out.
-    fn marked_error(&self, model: &Model, points: &[Point], held: &[usize]) -> Option<f64> {
+    fn marked_error(
+        &self,
+        model: &Model,
+        solution: &Solution,
+        points: &[Point],
+        held: &[usize],
+    ) -> Option<f64> {
         let known: Vec<usize> = held
             .iter()
             .copied()
@@ -169,14 +175,10 @@ impl Group {
             .filter(|&i| self.layers.is_none_or(|layers| layers == points[i].layers))
             .filter(|&i| self.tokens.is_none_or(|tokens| tokens == points[i].tokens))
             .collect();
-        if known.is_empty() {
-            return None;
-        }
         let at = places(points, &known, &self.families);
-        let solution = self.solver(model)?.best(&self.y)?;
         let errors = known.iter().zip(at).filter_map(|(&i, at)| {
             let found = points[i].measured(self.measure, OFFERED, |_| 1.0)?;
-            Some((value(model, &solution, at) - found).abs())
+            Some((value(model, solution, at) - found).abs())
         });
         mean(&errors.collect::<Vec<f64>>())
     }
@@ -392,6 +394,7 @@ impl Group {
         })
     }
 }
+
 /// The middle 90 % of values.
 fn middle(values: &mut Vec<f64>) -> Option<(f64, f64)> {
     values.retain(|v| v.is_finite());

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use scylla_core::files::read_text;
 use serde::{Deserialize, Serialize};
 
+use crate::rows::{at_line, rows};
 use crate::sweep::{SUMMARY, Summary, gather};
 use crate::{Error, Result};
 
@@ -168,7 +169,10 @@ pub fn read_points(paths: &[PathBuf]) -> Result<Vec<Point>> {
         let found = match kind {
             _ if path.is_dir() => of_summaries(path, &gather(path)?)?,
             "jsonl" => lines(path)?,
-            "json" => of_summaries(path, &[summary(path, &read_text(path)?)?])?,
+            "json" => {
+                let run = summary(&read_text(path)?).map_err(|what| Error::file(path, what))?;
+                of_summaries(path, &[run])?
+            }
             _ => csv_points(path)?,
         };
         if found.is_empty() {
@@ -220,14 +224,9 @@ fn of_summaries(path: &Path, runs: &[Summary]) -> Result<Vec<Point>> {
     runs.iter().map(checked).collect()
 }
 
-fn summary(path: &Path, text: &str) -> Result<Summary> {
-    let bad = |e: serde_json::Error| {
-        Error::file(
-            path,
-            format!("not the {SUMMARY} of a run of `scylla sweep`: {e}"),
-        )
-    };
-    serde_json::from_str(text).map_err(bad)
+fn summary(text: &str) -> Result<Summary, String> {
+    serde_json::from_str(text)
+        .map_err(|e| format!("not the {SUMMARY} of a run of `scylla sweep`: {e}"))
 }
 
 fn lines(path: &Path) -> Result<Vec<Point>> {
@@ -235,9 +234,8 @@ fn lines(path: &Path) -> Result<Vec<Point>> {
     let lines = text.lines().enumerate();
     let mut all = Vec::new();
     for (at, line) in lines.filter(|(_, line)| !line.trim().is_empty()) {
-        let said = |message: String| Error::file(path, format!("line {}: {message}", at + 1));
-        let run: Summary = serde_json::from_str(line)
-            .map_err(|e| said(format!("not the {SUMMARY} of a run of `scylla sweep`: {e}")))?;
+        let said = |what: String| at_line(path, at as u64 + 1, what);
+        let run = summary(line).map_err(said)?;
         let point = Point::from(&run);
         point.check().map_err(said)?;
         all.push(point);
@@ -258,59 +256,19 @@ struct Row {
 }
 
 fn csv_points(path: &Path) -> Result<Vec<Point>> {
-    let text = read_text(path)?;
-    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
-    let mut reader = csv::ReaderBuilder::new()
-        .trim(csv::Trim::All)
-        .comment(Some(b'#'))
-        .from_reader(text.as_bytes());
-    let header = reader
-        .headers()
-        .map_err(|e| Error::file(path, e.to_string()))?
-        .clone();
-    for name in ["family", "layers", "tokens", "seed", "tau"] {
-        if !header.iter().any(|found| found == name) {
-            let found: Vec<&str> = header.iter().collect();
-            return Err(Error::file(
-                path,
-                format!(
-                    "line 1: no column `{name}`; a header of family,layers,tokens,seed,tau and optionally holdout is meant, found {}",
-                    found.join(",")
-                ),
-            ));
-        }
-    }
-    let mut all = Vec::new();
-    let mut record = csv::StringRecord::new();
-    loop {
-        let at = reader.position().line();
-        let said = |at: u64, message: String| Error::file(path, format!("line {at}: {message}"));
-        match reader.read_record(&mut record) {
-            Ok(false) => return Ok(all),
-            Ok(true) => {}
-            Err(e) => return Err(said(at, e.to_string())),
-        }
-        let at = record.position().map_or(at, csv::Position::line);
-        let row: Row = record
-            .deserialize(Some(&header))
-            .map_err(|e| match e.kind() {
-                csv::ErrorKind::Deserialize { err, .. } => {
-                    let column = err.field().and_then(|f| header.get(f as usize));
-                    said(at, format!("{}: {}", column.unwrap_or("?"), err.kind()))
-                }
-                _ => said(at, e.to_string()),
-            })?;
+    let columns = ["family", "layers", "tokens", "seed", "tau"];
+    let header = "family,layers,tokens,seed,tau and optionally holdout";
+    let rows: Vec<(u64, Row)> = rows(path, &read_text(path)?, &columns, header)?;
+    let point = |(line, row): (u64, Row)| {
         if row.layers.fract() != 0.0 || !(1.0..=1e6).contains(&row.layers) {
-            return Err(said(
-                at,
-                format!(
-                    "layers is {}; a whole number from 1 on is meant",
-                    row.layers
-                ),
-            ));
+            let what = format!(
+                "layers is {}; a whole number from 1 on is meant",
+                row.layers
+            );
+            return Err(at_line(path, line, what));
         }
         if row.holdout.is_some_and(|h| h > 1) {
-            return Err(said(at, "holdout is neither 0 nor 1".into()));
+            return Err(at_line(path, line, "holdout is neither 0 nor 1"));
         }
         let point = Point {
             family: row.family,
@@ -321,7 +279,9 @@ fn csv_points(path: &Path) -> Result<Vec<Point>> {
             prompts: Vec::new(),
             holdout: row.holdout == Some(1),
         };
-        point.check().map_err(|message| said(at, message))?;
-        all.push(point);
-    }
+        let checked = point.check();
+        checked.map_err(|what| at_line(path, line, what))?;
+        Ok(point)
+    };
+    rows.into_iter().map(point).collect()
 }

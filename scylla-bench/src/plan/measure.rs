@@ -14,8 +14,10 @@ use scylla_core::tree::Budget;
 
 use super::roofline::Shapes;
 use super::table::{Cost, HEADER, SHAPES, What, costs};
+use crate::costs::tokens;
+use crate::drafts::{config_of, shipped};
 use crate::experiment::{BudgetSpec, Experiment, Named};
-use crate::stats::spread;
+use crate::stats::median;
 use crate::{Error, Registry, Result, Session};
 
 /// Rows of each sequence in forwards, and rows of all sequences at most.
@@ -116,14 +118,6 @@ fn line(c: &Cost) -> String {
         "{what},{},{},{},{},{}\n",
         c.batch, c.rows, c.context, c.layers, c.seconds
     )
-}
-
-/// Ids that a target knows.
-fn tokens(session: &Session, count: usize) -> Vec<u32> {
-    let known = session.known_tokens().max(1);
-    (0..count)
-        .map(|i| ((i * 7919 + 13) % known) as u32)
-        .collect()
 }
 
 fn stopped(stop: &AtomicBool, path: &Path) -> Result<()> {
@@ -339,7 +333,7 @@ impl Measuring<'_, '_> {
         let fits = |width: &usize| *width == 1 || self.batch * (1 + width * deepest) <= MOST_ROWS;
         let widths: Vec<usize> = WIDTHS.into_iter().filter(fits).collect();
         for &width in &widths {
-            let mut proposing = Vec::new();
+            let (mut proposing, mut others) = (Vec::new(), Vec::new());
             for levels in LEVELS {
                 let budget = Budget {
                     total: 1 + width * levels,
@@ -347,20 +341,17 @@ impl Measuring<'_, '_> {
                     depth: levels - 1,
                 };
                 let steps = self.run(decoder, budget)?;
-                let ms: Vec<f64> = steps.iter().map(|s| s.proposing_ms / 1e3).collect();
-                proposing.push(median(&ms));
-                beside.push(median(&steps.iter().map(rest).collect::<Vec<f64>>()));
+                let of =
+                    |f: fn(&Stepped) -> f64| median(&steps.iter().map(f).collect::<Vec<f64>>());
+                proposing.push(of(|s| s.proposing_ms / 1e3));
+                others.push(of(rest));
             }
             let apart = (LEVELS[1] - LEVELS[0]) as f64;
             levels.push(((proposing[1] - proposing[0]) / apart).max(0.0));
             // What proposing takes beside its first level: catching up with what was committed.
             let first = if layers > 0 { levels[0] } else { 0.0 };
             let caught = (proposing[0] - first).max(0.0);
-            if let Some(last) = beside.last_mut() {
-                *last += caught;
-            }
-            let at = beside.len() - 2;
-            beside[at] += caught;
+            beside.extend(others.iter().map(|rest| rest + caught));
         }
         if layers > 0 {
             for (&rows, &seconds) in widths.iter().zip(&levels) {
@@ -426,25 +417,18 @@ impl Measuring<'_, '_> {
     }
 }
 
-fn median(values: &[f64]) -> f64 {
-    spread(values).map_or(0.0, |of| of.median)
-}
-
 /// Layers of a draft's network, as its files say; 0 without files.
 fn layers(draft: &Experiment) -> usize {
     let dir = draft
         .draft
         .dir
         .clone()
-        .or_else(|| crate::drafts::shipped(&draft.draft.name));
+        .or_else(|| shipped(&draft.draft.name));
     let Some(dir) = dir else { return 0 };
-    let config = read_text(&dir.join("config.json")).ok();
-    let config = config.and_then(|text| serde_json::from_str::<serde_json::Value>(&text).ok());
-    let layers = config.and_then(|c| {
-        let own = c
-            .get("transformer_layer_config")
-            .and_then(|t| t.get("num_hidden_layers").cloned());
-        own.or_else(|| c.get("num_hidden_layers").cloned())
-    });
-    layers.and_then(|l| l.as_u64()).map_or(1, |l| l as usize)
+    let config = config_of(&dir);
+    let own = [&config["transformer_layer_config"], &config];
+    let layers = own
+        .into_iter()
+        .find_map(|c| c["num_hidden_layers"].as_u64());
+    layers.map_or(1, |l| l as usize)
 }

@@ -7,7 +7,8 @@ use scylla_core::files::read_text;
 use serde::{Deserialize, Serialize};
 
 use super::roofline::Shapes;
-use crate::stats::spread;
+use crate::rows::{at_line, rows};
+use crate::stats::median;
 use crate::{Error, Result};
 
 /// A part of a step.
@@ -95,13 +96,12 @@ impl CostTable {
             let of = all.entry((cost.what, cost.layers)).or_default();
             of.entry(sizes).or_default().push(cost.seconds);
         }
-        let median = |(sizes, seconds): ([usize; 3], Vec<f64>)| {
-            let middle = spread(&seconds).map_or(0.0, |s| s.median);
-            (sizes.map(|size| size as f64), middle)
+        let middle = |(sizes, seconds): ([usize; 3], Vec<f64>)| {
+            (sizes.map(|size| size as f64), median(&seconds))
         };
         let parts = all
             .into_iter()
-            .map(|(part, of)| (part, of.into_iter().map(median).collect()));
+            .map(|(part, of)| (part, of.into_iter().map(middle).collect()));
         Self {
             parts: parts.collect(),
             about,
@@ -202,46 +202,9 @@ pub(super) fn costs(path: &Path, text: &str) -> Result<(Vec<Cost>, Vec<String>)>
     };
     let about = text.lines().filter_map(|line| line.strip_prefix('#'));
     let about = about.map(|line| line.trim().to_string()).collect();
-    let mut reader = csv::ReaderBuilder::new()
-        .trim(csv::Trim::All)
-        .comment(Some(b'#'))
-        .from_reader(text.as_bytes());
-    let said = |at: u64, what: String| Error::file(path, format!("line {at}: {what}"));
-    let header = reader
-        .headers()
-        .map_err(|e| said(1, e.to_string()))?
-        .clone();
-    for name in HEADER.split(',') {
-        if !header.iter().any(|found| found == name) {
-            let what = format!("no column `{name}`; a header of {HEADER} is meant");
-            return Err(said(1, what));
-        }
-    }
-    let mut all = Vec::new();
-    let mut record = csv::StringRecord::new();
-    loop {
-        let before = reader.position().line();
-        match reader.read_record(&mut record) {
-            Ok(false) => return Ok((all, about)),
-            Ok(true) => {}
-            Err(e) => return Err(said(before, e.to_string())),
-        }
-        let at = record.position().map_or(before, csv::Position::line);
-        let cost: Cost = match record.deserialize(Some(&header)) {
-            Ok(cost) => cost,
-            Err(e) => {
-                let what = match e.kind() {
-                    csv::ErrorKind::Deserialize { err, .. } => {
-                        match err.field().and_then(|f| header.get(f as usize)) {
-                            Some(column) => format!("{column}: {}", err.kind()),
-                            None => err.kind().to_string(),
-                        }
-                    }
-                    _ => e.to_string(),
-                };
-                return Err(said(at, what));
-            }
-        };
+    let columns: Vec<&str> = HEADER.split(',').collect();
+    let all: Vec<(u64, Cost)> = rows(path, text, &columns, HEADER)?;
+    for (line, cost) in &all {
         let Cost {
             what,
             batch,
@@ -249,7 +212,7 @@ pub(super) fn costs(path: &Path, text: &str) -> Result<(Vec<Cost>, Vec<String>)>
             layers,
             seconds,
             ..
-        } = cost;
+        } = *cost;
         let wrong = match what {
             _ if batch == 0 => Some("batch is 0".to_string()),
             _ if rows == 0 => Some("rows is 0".to_string()),
@@ -262,10 +225,10 @@ pub(super) fn costs(path: &Path, text: &str) -> Result<(Vec<Cost>, Vec<String>)>
             _ => None,
         };
         if let Some(wrong) = wrong {
-            return Err(said(at, wrong));
+            return Err(at_line(path, *line, wrong));
         }
-        all.push(cost);
     }
+    Ok((all.into_iter().map(|(_, cost)| cost).collect(), about))
 }
 
 #[cfg(test)]
