@@ -89,9 +89,6 @@ fn hybrid(context: &DraftContext<'_>, mut settings: Table) -> Result<Box<dyn Dra
         Some(name) => name,
         None => drafts::network_of(context)?,
     };
-    // Nodes of both are chosen by their value, so the network's are point masses.
-    let tree = settings.entry("tree");
-    tree.or_insert_with(|| "dynamic".into());
     let network = drafts::with_network(name, context, settings)?;
     Ok(Box::new(Hybrid::new(repeats.suffix()?, network, own.sure)?))
 }

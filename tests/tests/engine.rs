@@ -143,7 +143,7 @@ fn draft(bench: &Bench, name: &str) -> Option<Box<dyn DraftModel>> {
         "ngram" => Box::new(Ngram::new(1, 3).expect("ngram")),
         "suffix" => Box::new(Suffix::new(1, 4.0).expect("suffix")),
         "hybrid" => {
-            let network = bench.draft("eagle3", &tree(TreeKind::Dynamic), None);
+            let network = bench.draft("eagle3", &tree(TreeKind::Auto), None);
             let repeats = Suffix::new(1, 4.0).expect("suffix");
             Box::new(Hybrid::new(repeats, network, 0.6).expect("hybrid"))
         }

@@ -8,7 +8,7 @@ use crate::plugin::{
     Committed, Drafting, Forward, Matrix, Outlook, Price, Request as Asked, SlotRows,
     Step as Forwarded, Verdict, Want,
 };
-use crate::tree::{Budget, Tree};
+use crate::tree::{Budget, Drawing, Tree};
 use crate::{Error, Result};
 
 /// What one request runs in a step.
@@ -274,9 +274,11 @@ impl Engine<'_> {
             if live.request.lossy || tree.is_empty() {
                 return Ok(tree);
             }
-            let (rule, drawing) = (&*live.settled.rule, live.settled.drawing);
-            if tree.drawing != drawing {
-                let found = format!("{} trees, declared as {drawing},", tree.drawing);
+            let (rule, drawing) = (&*live.settled.rule, tree.drawing);
+            if !live.settled.drawings.contains(&drawing) {
+                let declared = live.settled.drawings.iter().map(Drawing::to_string);
+                let declared: Vec<String> = declared.collect();
+                let found = format!("{drawing} trees, declared as {},", declared.join(" or "));
                 return Err(not_exact(rule, &draft.name, found));
             }
             let width = budgets[i].width;

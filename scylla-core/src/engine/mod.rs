@@ -319,9 +319,7 @@ impl<'a> Engine<'a> {
     /// Settles how a request would be decoded: limits and settings, the rule, and whether that is exact.
     fn settle(&self, request: &Request) -> Result<Settled> {
         request.check(self.shape.vocab, self.parts.tokenizer.is_some())?;
-        let draft = self.parts.draft.as_ref();
-        let drafts = draft.map(|d| (d.name.as_str(), d.model.drawing(&request.sampling)));
-        request.settle(&*self.parts.rules, drafts)
+        request.settle(&*self.parts.rules, self.parts.draft.as_ref())
     }
 
     /// Checks all of a request but its prompt, and names the rule that it would be decoded with.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::Draft;
 use crate::plugin::{Rules, Verifier};
 use crate::sampling::Sampling;
 use crate::tree::{Budget, Drawing};
@@ -67,8 +68,8 @@ impl Default for Request {
 #[derive(Clone)]
 pub(super) struct Settled {
     pub(super) rule: Arc<dyn Verifier>,
-    /// How its trees will be drawn.
-    pub(super) drawing: Drawing,
+    /// How its trees will be drawn, each in one of these ways.
+    pub(super) drawings: Vec<Drawing>,
 }
 
 impl Request {
@@ -114,14 +115,14 @@ impl Request {
     }
 
     /// Chooses the rule, and checks that it is exact where nothing is drafted, which is so for the first token of every
-    /// answer, and for the trees that the draft will propose: `drafts` says its name and how it draws.
-    pub(super) fn settle(
-        &self,
-        rules: &dyn Rules,
-        drafts: Option<(&str, Drawing)>,
-    ) -> Result<Settled> {
-        let drawing = drafts.map_or(Drawing::Deterministic, |(_, drawing)| drawing);
-        let width = match drafts {
+    /// answer, and for the trees that `draft` will propose.
+    pub(super) fn settle(&self, rules: &dyn Rules, draft: Option<&Draft<'_>>) -> Result<Settled> {
+        let drawing = draft.map_or(Drawing::Deterministic, |d| d.model.drawing(&self.sampling));
+        let mut drawings = vec![drawing];
+        if draft.is_some_and(|d| d.model.mixes(&self.sampling)) {
+            drawings.push(Drawing::Deterministic);
+        }
+        let width = match draft {
             Some(_) if self.budget.levels() > 0 => self.budget.width,
             _ => 0,
         };
@@ -131,11 +132,14 @@ impl Request {
         };
         if !self.lossy {
             check_sampling(&*rule, &self.sampling)?;
-            if let (Some((name, _)), true) = (drafts, width > 0) {
-                check_width(&*rule, name, drawing, width, &self.sampling)?;
+            if let Some(draft) = draft.filter(|_| width > 0) {
+                let each = drawings.iter();
+                each.copied().try_for_each(|drawing| {
+                    check_width(&*rule, &draft.name, drawing, width, &self.sampling)
+                })?;
             }
         }
-        Ok(Settled { rule, drawing })
+        Ok(Settled { rule, drawings })
     }
 }
 

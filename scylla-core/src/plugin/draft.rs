@@ -110,19 +110,28 @@ impl Price {
         !self.rows.is_empty()
     }
 
-    /// How many of a tree's nodes are worth their rows, their probabilities descending: those whose expected tokens exceed what
-    /// they cost by most; all where rows have no price. Beyond the rows that have one each costs what the last of them adds.
-    pub fn paying(&self, probabilities: impl Iterator<Item = f64>) -> usize {
+    /// What `nodes` below a root take. Beyond those that have a price each costs what the last of them adds.
+    pub fn of(&self, nodes: usize) -> f64 {
         let rows = &self.rows;
-        let Some(&last) = rows.last() else {
+        match (nodes.checked_sub(1), rows.last()) {
+            (None, _) | (_, None) => 0.0,
+            (Some(at), Some(&last)) => rows.get(at).copied().unwrap_or_else(|| {
+                let step = last - rows.len().checked_sub(2).map_or(0.0, |at| rows[at]);
+                last + step * (nodes - rows.len()) as f64
+            }),
+        }
+    }
+
+    /// How many of a tree's nodes are worth their rows, their probabilities descending: those whose expected tokens exceed what
+    /// they cost by most; all where rows have no price.
+    pub fn paying(&self, probabilities: impl Iterator<Item = f64>) -> usize {
+        if !self.is_known() {
             return probabilities.count();
-        };
-        let step = last - rows.len().checked_sub(2).map_or(0.0, |at| rows[at]);
-        let beyond = |n: usize| last + step * (n + 1 - rows.len()) as f64;
+        }
         let ((mut most, mut best), mut sum) = ((0.0, 0), 0.0);
         for (n, p) in probabilities.enumerate() {
             sum += p;
-            let value = sum - rows.get(n).copied().unwrap_or_else(|| beyond(n));
+            let value = sum - self.of(n + 1);
             if value > most {
                 (most, best) = (value, n + 1);
             }
@@ -188,6 +197,10 @@ pub trait DraftModel: Send {
     }
     /// How its trees are drawn under a sampling setting; decides which rules are exact for it.
     fn drawing(&self, sampling: &Sampling) -> Drawing;
+    /// Whether trees of point masses stand among those that are drawn at random: its rule must be exact for both.
+    fn mixes(&self, _sampling: &Sampling) -> bool {
+        false
+    }
     /// Starts an empty sequence in a slot.
     fn open(&mut self, slot: Slot) -> Result<()>;
     /// Ends it; closing a slot that is not open does nothing.
@@ -239,6 +252,9 @@ macro_rules! forwarded {
             }
             fn drawing(&self, sampling: &Sampling) -> Drawing {
                 (**self).drawing(sampling)
+            }
+            fn mixes(&self, sampling: &Sampling) -> bool {
+                (**self).mixes(sampling)
             }
             fn open(&mut self, slot: Slot) -> Result<()> {
                 (**self).open(slot)
