@@ -1,8 +1,56 @@
-//! Cross entropy with the labels of a batch.
+//! Cross entropy with the labels of a batch, alone or within other losses.
 
-use crate::answer::Side;
+use scylla_core::train::{AlignContext, AlignLoss, AlignNeeds, Aligner, AnswerLogits};
+use serde::Deserialize;
+
+use crate::answer::{Pair, Side};
+use crate::loss::{self, Evaluation, Objective};
 use crate::rows::Rows;
 use crate::{Error, Result, Scalar};
+
+/// What a student learns without a teacher, the mean cross entropy over all labels of a batch; of answers that the teacher wrote it is
+/// sequence-level distillation (arXiv:1606.07947).
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CrossEntropy {}
+
+impl Objective for CrossEntropy {
+    fn parts(&self) -> Vec<(&'static str, f64)> {
+        vec![("ce", 1.0)]
+    }
+
+    fn evaluate<F: Scalar>(
+        &self,
+        pair: &Pair<'_, F>,
+        weights: &[f64],
+        gradient: Option<&mut [F]>,
+    ) -> Result<Evaluation> {
+        let ce = mean_cross_entropy(&pair.student, weights[0], gradient)?;
+        Ok(Evaluation {
+            parts: vec![ce],
+            notes: Vec::new(),
+        })
+    }
+}
+
+impl Aligner for CrossEntropy {
+    fn needs(&self) -> AlignNeeds {
+        AlignNeeds {
+            alone: true,
+            ..AlignNeeds::default()
+        }
+    }
+
+    fn loss(
+        &self,
+        _: &AnswerLogits,
+        student: &AnswerLogits,
+        _: &AlignContext,
+    ) -> scylla_core::Result<AlignLoss> {
+        // It stands in for the teacher, and is not looked at.
+        Ok(loss::loss(self, student, student)?)
+    }
+}
 
 /// The mean cross entropy over all labels of a batch, and its gradient where `weight` is not 0.
 pub(crate) fn mean_cross_entropy<F: Scalar>(

@@ -300,10 +300,17 @@ impl Aligner for Dskd {
         Ok(self.of_batch(teacher, student)?)
     }
 
-    fn parameters(&self) -> Vec<Var> {
-        let projectors = [&self.query, &self.to_student, &self.to_teacher];
-        let vars = projectors.map(|p| [p.weight.clone(), p.bias.clone()]);
-        vars.into_iter().flatten().collect()
+    fn parameters(&self) -> Vec<(String, Var)> {
+        let projectors = [
+            ("query", &self.query),
+            ("to_student", &self.to_student),
+            ("to_teacher", &self.to_teacher),
+        ];
+        let named = projectors.map(|(name, p)| {
+            [("weight", &p.weight), ("bias", &p.bias)]
+                .map(|(k, v)| (format!("{name}.{k}"), v.clone()))
+        });
+        named.into_iter().flatten().collect()
     }
 }
 

@@ -28,6 +28,7 @@ mod x_token;
 
 pub use alm::Alm;
 pub use answer::IGNORED;
+pub use cross_entropy::CrossEntropy;
 pub use dskd::{Dskd, DskdSettings, Space};
 pub use gold::{Gold, GoldSettings};
 pub use mined::{MinEd, MinEdSettings};

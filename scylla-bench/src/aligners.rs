@@ -1,8 +1,8 @@
 //! The aligners, made from their settings in an experiment.
 
 use multilevel_ot::{
-    Alm, Dskd, Gold, GoldSettings, MinEd, MinEdSettings, MultiLevelOt, Projection, Uld, XToken,
-    XTokenSettings,
+    Alm, CrossEntropy, Dskd, Gold, GoldSettings, MinEd, MinEdSettings, MultiLevelOt, Projection,
+    Uld, XToken, XTokenSettings,
 };
 use scylla_core::train::Aligner;
 use toml::Table;
@@ -18,6 +18,9 @@ pub(crate) fn register(registry: &mut Registry) {
     });
     registry.aligner("uld", |_, settings| {
         Ok(Box::new(parse::<Uld>("aligner", settings)?))
+    });
+    registry.aligner("ce", |_, settings| {
+        Ok(Box::new(parse::<CrossEntropy>("aligner", settings)?))
     });
     registry.aligner("alm", |_, settings| {
         Ok(Box::new(parse::<Alm>("aligner", settings)?))
@@ -40,7 +43,7 @@ pub(crate) fn register(registry: &mut Registry) {
         let settings = parse("aligner", settings)?;
         let missing =
             || Error::Experiment("aligner `dskd` needs the heads of student and teacher".into());
-        let (student, teacher) = context.spaces.clone().ok_or_else(missing)?;
+        let (student, teacher) = context.spaces.as_ref().ok_or_else(missing)?()?;
         Ok(Box::new(
             Dskd::new(settings, student, teacher).map_err(core)?,
         ))

@@ -1,8 +1,9 @@
 //! What drafts and aligners are told when they are made from their settings in an experiment.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use multilevel_ot::{Space, Vocabulary};
+use scylla_core::model::ModelFiles;
 use scylla_core::plugin::TargetShape;
 use scylla_core::text::Tokenizer;
 use serde::de::DeserializeOwned;
@@ -36,9 +37,12 @@ impl DraftContext<'_> {
 pub struct AlignerContext {
     /// Tokenizers of student and teacher.
     pub tokenizers: Option<(Tokenizer, Tokenizer)>,
-    /// Heads and embeddings of student and teacher.
-    pub spaces: Option<(Space, Space)>,
+    /// Heads and embeddings of student and teacher, made where they are asked for.
+    pub spaces: Option<Spaces>,
 }
+
+/// Makes the heads and embeddings of student and teacher.
+pub type Spaces = Box<dyn Fn() -> Result<(Space, Space)>>;
 
 impl AlignerContext {
     pub(crate) fn tokenizers(&self, name: &str) -> Result<(&Tokenizer, &Tokenizer)> {
@@ -55,6 +59,18 @@ impl AlignerContext {
         let (student, teacher) = self.tokenizers(name)?;
         Ok((Vocabulary::of(student), Vocabulary::of(teacher)))
     }
+}
+
+/// The tokenizer of a folder, with a model or without, or of a GGUF file.
+///
+/// # Errors
+/// If there is none.
+pub(crate) fn tokenizer_at(path: &Path) -> Result<Tokenizer> {
+    if path.is_dir() && path.join("tokenizer.json").is_file() {
+        return Ok(Tokenizer::from_dir(path)?);
+    }
+    let found = Tokenizer::of_model(&ModelFiles::open(path)?)?;
+    found.ok_or_else(|| Error::file(path, "holds no tokenizer"))
 }
 
 /// Reads the settings that stand beside a name in an experiment.

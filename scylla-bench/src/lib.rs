@@ -18,6 +18,7 @@ pub mod cli;
 mod context;
 mod costs;
 pub mod data;
+pub mod distill;
 pub mod doctor;
 mod drafts;
 mod environment;
@@ -37,7 +38,7 @@ mod terminal;
 pub mod trace;
 pub mod train;
 
-pub use context::{AlignerContext, DraftContext, parse as parse_settings};
+pub use context::{AlignerContext, DraftContext, Spaces, parse as parse_settings};
 pub use environment::Environment;
 pub use error::{Error, Result};
 pub use experiment::Override;

@@ -24,8 +24,8 @@ pub use decode::{decode_prompts, refusal, whole};
 pub use drafts::{DraftTensor, TinyDraft};
 pub use random::{RandomWeights, llama_shape};
 pub use tiny::{
-    LETTERS, Tiny, byte_level_tokenizer, write_gguf, write_gguf_with, write_hf, write_letters,
-    write_sentencepiece_gguf, write_split_gguf,
+    LETTERS, Tiny, byte_level_tokenizer, pair_tokenizer, write_gguf, write_gguf_with, write_hf,
+    write_letters, write_sentencepiece_gguf, write_split_gguf,
 };
 
 /// The folder of golden values, named by `SCYLLA_GOLDEN`; without it a test prints why it is skipped.

@@ -381,6 +381,48 @@ pub fn byte_level_tokenizer(special: &[&str]) -> serde_json::Value {
     })
 }
 
+/// The same characters in the opposite order, with merges of frequent pairs behind them, and the special tokens last: another
+/// tokenization of the same texts. Returns the file and how many tokens it has.
+pub fn pair_tokenizer(special: &[&str]) -> (serde_json::Value, usize) {
+    let mut file = byte_level_tokenizer(&[]);
+    let mut tokens: Vec<String> = (b'!'..=b'~').map(|b| (b as char).to_string()).collect();
+    tokens.extend(["\u{120}".to_string(), "\u{10a}".into()]);
+    tokens.reverse();
+    let mut merges = Vec::new();
+    for pair in [
+        "t h",
+        "i n",
+        "e r",
+        "o n",
+        "r e",
+        "s t",
+        "a n",
+        "th e",
+        "in g",
+        "\u{120} the",
+        "\u{120} \u{120}",
+        "/ /",
+        "l e",
+        "o r",
+    ] {
+        let (a, b) = pair.split_once(' ').expect("two parts");
+        merges.push(serde_json::json!([a, b]));
+        tokens.push(format!("{a}{b}"));
+    }
+    let vocab = tokens.iter().enumerate();
+    let vocab: serde_json::Map<String, serde_json::Value> =
+        vocab.map(|(i, t)| (t.clone(), i.into())).collect();
+    let count = vocab.len();
+    file["model"]["vocab"] = vocab.into();
+    file["model"]["merges"] = merges.into();
+    let added = special.iter().enumerate().map(|(i, token)| {
+        serde_json::json!({"id": count + i, "content": token, "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false, "special": true})
+    });
+    file["added_tokens"] = added.collect::<Vec<_>>().into();
+    (file, count + special.len())
+}
+
 /// Writes the tiny model that was trained on this project's own files (`fixtures/make_letters_model.py`), with its tokenizer:
 /// 7 layers of 64, 97 tokens, context 512. What it says is to be learned, unlike what random models say.
 pub fn write_letters(dir: &Path) {

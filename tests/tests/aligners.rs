@@ -236,7 +236,7 @@ fn gradients_of_dskd_reach_the_hidden_states_and_the_projectors() {
     let (answers, aligner) = (Answers::two(3), dskd());
     assert_eq!(aligner.parameters().len(), 6);
     check_gradients("hidden states", &answers, &aligner, &answers.hidden, &[]);
-    for parameter in aligner.parameters() {
+    for (_, parameter) in aligner.parameters() {
         check_gradients("projector", &answers, &aligner, &parameter, &["t2s_kd"]);
     }
 }

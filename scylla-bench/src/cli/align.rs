@@ -8,20 +8,19 @@ use clap::Args;
 use multilevel_ot::{IGNORED, Space, bytes};
 use scylla_core::assets::resolve;
 use scylla_core::files;
-use scylla_core::model::ModelFiles;
 use scylla_core::text::Tokenizer;
 use scylla_core::train::{AlignContext, AlignLoss, AnswerLogits};
 use serde_json::{Map, Value, json};
 use toml::Table;
 
 use super::{print_json, print_text, with_download};
-use crate::context::AlignerContext;
+use crate::context::{AlignerContext, Spaces, tokenizer_at};
 use crate::experiment::Override;
 use crate::{Error, Registry, Result};
 
 #[derive(Args)]
 pub(super) struct Align {
-    /// Aligner: multilevel-ot, uld, alm, gold, mined, dskd, x-token
+    /// Aligner: multilevel-ot, uld, alm, gold, mined, dskd, x-token, ce
     #[arg(long)]
     aligner: String,
     /// paper or reference-code, for those that have both
@@ -164,12 +163,7 @@ impl<'a> Case<'a> {
 }
 
 fn tokenizer(spec: &str) -> Result<Tokenizer> {
-    let path = with_download(|p| Ok(resolve(spec, p)?))?;
-    if path.is_dir() && path.join("tokenizer.json").is_file() {
-        return Ok(Tokenizer::from_dir(&path)?);
-    }
-    let found = Tokenizer::of_model(&ModelFiles::open(&path)?)?;
-    found.ok_or_else(|| Error::file(&path, "holds no tokenizer"))
+    tokenizer_at(&with_download(|p| Ok(resolve(spec, p)?))?)
 }
 
 /// Answer tokens of each sequence.
@@ -246,9 +240,10 @@ impl Align {
                 ));
             }
         };
+        let spaces = case.spaces()?;
         let context = AlignerContext {
             tokenizers,
-            spaces: case.spaces()?,
+            spaces: spaces.map(|both| Box::new(move || Ok(both.clone())) as Spaces),
         };
         let aligner = registry.make_aligner(&self.aligner, &context, settings)?;
         if aligner.needs().offsets {

@@ -4,6 +4,7 @@ mod align;
 mod assets;
 mod bench;
 mod data;
+mod distill;
 mod doctor;
 mod export;
 mod fit;
@@ -53,6 +54,8 @@ enum Command {
     Prove(prove::Prove),
     /// Compute an alignment loss between a teacher's and a student's answers, and its gradient
     Align(align::Align),
+    /// Let a student learn from a teacher whose tokenizer it does not share.
+    Distill(distill::Distill),
     /// Train a draft for a target, and watch what it is worth when served.
     Train(train::Train),
     /// Train a grid of drafts: resumable runs that share trunks and the target's pass.
@@ -93,6 +96,11 @@ struct ModelOptions {
 impl ModelOptions {
     /// The same as overrides of an experiment.
     fn overrides(&self) -> Vec<Override> {
+        self.overrides_of("target")
+    }
+
+    /// The same, where the model whose weights have a form is called otherwise.
+    fn overrides_of(&self, model: &str) -> Vec<Override> {
         let text =
             |key: &str, v: &Option<String>| v.as_ref().map(|v| Override::new(key, v.clone()));
         let threads = self
@@ -101,7 +109,7 @@ impl ModelOptions {
         [
             text("run.device", &self.device),
             threads,
-            text("target.weights", &self.weights),
+            text(&format!("{model}.weights"), &self.weights),
         ]
         .into_iter()
         .flatten()
@@ -166,6 +174,7 @@ pub fn run(registry: &Registry, args: impl IntoIterator<Item = OsString>) -> i32
         Command::Replay(c) => c.run(registry),
         Command::Prove(c) => c.run(registry, &stop),
         Command::Align(c) => c.run(registry),
+        Command::Distill(c) => c.run(registry, &stop),
         Command::Sweep(c) => c.run(&stop),
         Command::Train(c) => c.run(&stop),
         Command::Fit(c) => c.run(),

@@ -54,23 +54,28 @@ impl Lines {
     pub(super) fn told(&mut self, told: Told<'_>) {
         match told {
             Told::Note(note) => self.line(&note),
-            Told::Data(documents, tokens) => {
-                let line = format!("reading: {documents} documents, {tokens} tokens");
-                if self.terminal {
-                    self.over(&line);
-                } else if self.said.elapsed().as_secs() >= 5 {
-                    self.line(&line);
-                }
-            }
+            Told::Data(documents, tokens) => self.data(documents, tokens),
             Told::Step(dir, metrics, total, left) => {
                 let line = self.step(dir, metrics, total, left);
                 let due = metrics.tau.is_some() || metrics.step == 1 || metrics.step == total;
-                if due || (!self.terminal && self.said.elapsed().as_secs() >= 10) {
-                    self.line(&line);
-                } else if self.terminal {
-                    self.over(&line);
-                }
+                self.now(&line, due, 10);
             }
+        }
+    }
+
+    /// What was read until now.
+    pub(super) fn data(&mut self, documents: usize, tokens: u64) {
+        let line = format!("reading: {documents} documents, {tokens} tokens");
+        self.now(&line, false, 5);
+    }
+
+    /// A line that the next one takes the place of on a terminal; elsewhere it is said where it is due, or so many seconds
+    /// after the last one.
+    pub(super) fn now(&mut self, line: &str, due: bool, seconds: u64) {
+        if due || (!self.terminal && self.said.elapsed().as_secs() >= seconds) {
+            self.line(line);
+        } else if self.terminal {
+            self.over(line);
         }
     }
 
@@ -102,7 +107,8 @@ impl Lines {
         line
     }
 
-    fn line(&mut self, line: &str) {
+    /// A line that stays.
+    pub(super) fn line(&mut self, line: &str) {
         if self.terminal {
             eprint!("\r\x1b[K");
         }
@@ -120,7 +126,7 @@ impl Lines {
 }
 
 /// Seconds as people say them.
-fn duration(seconds: f64) -> String {
+pub(super) fn duration(seconds: f64) -> String {
     let s = seconds.max(0.0).round() as u64;
     match s {
         0..60 => format!("{s} s"),

@@ -515,6 +515,19 @@ pub fn load(
     tokenizer: &Tokenizer,
     on_read: &mut dyn FnMut(usize, u64),
 ) -> Result<Documents> {
+    read(spec, tokenizer, &mut |_| {}, on_read)
+}
+
+/// The same, told each document as it is when it is taken.
+///
+/// # Errors
+/// As [`load`].
+pub fn read(
+    spec: &DataSpec,
+    tokenizer: &Tokenizer,
+    on_taken: &mut dyn FnMut(&Content),
+    on_read: &mut dyn FnMut(usize, u64),
+) -> Result<Documents> {
     spec.check()?;
     let kept_out = KeptOut::new(&spec.keep_out, tokenizer)?;
     let mut found = Documents::default();
@@ -543,10 +556,15 @@ pub fn load(
             let some_contents: Vec<&Content> =
                 some.iter().map(|(_, content, _)| *content).collect();
             let all = all_tokenised(&some_contents, tokenizer, &kept_out);
-            for ((name, _, hash), one) in some.iter().zip(all) {
-                match enough(&found.counts) {
-                    true => found.counts.skipped += 1,
-                    false => found.take(name, one, spec.whole, hash, &mut whole),
+            for ((name, content, hash), one) in some.iter().zip(all) {
+                if enough(&found.counts) {
+                    found.counts.skipped += 1;
+                    continue;
+                }
+                let before = found.all.len();
+                found.take(name, one, spec.whole, hash, &mut whole);
+                if found.all.len() > before {
+                    on_taken(content);
                 }
             }
             on_read(found.counts.written, found.counts.tokens);

@@ -189,6 +189,20 @@ impl Default for RunSpec {
     }
 }
 
+/// What products are asked to be computed in, by name; `None` leaves the choice to the machine.
+///
+/// # Errors
+/// If the name is unknown.
+pub(crate) fn product_form(name: &str) -> Result<Option<ProductForm>> {
+    let known = ["auto", "f32", "bf16"];
+    match name {
+        "auto" => Ok(None),
+        "f32" => Ok(Some(ProductForm::F32)),
+        "bf16" => Ok(Some(ProductForm::Bf16)),
+        other => Err(scylla_core::Error::unknown("train.products", other, known).into()),
+    }
+}
+
 impl TrainExperiment {
     /// Reads an experiment file and applies overrides. `stage.KEY` of an override is laid on every stage.
     ///
@@ -289,17 +303,7 @@ impl TrainExperiment {
 
     /// What products are asked to be computed in; `None` leaves the choice to the machine.
     pub fn form(&self) -> Result<Option<ProductForm>> {
-        match self.train.products.as_str() {
-            "auto" => Ok(None),
-            "f32" => Ok(Some(ProductForm::F32)),
-            "bf16" => Ok(Some(ProductForm::Bf16)),
-            other => {
-                Err(
-                    scylla_core::Error::unknown("train.products", other, ["auto", "f32", "bf16"])
-                        .into(),
-                )
-            }
-        }
+        product_form(&self.train.products)
     }
 
     /// What checks a draft as an experiment serves it.

@@ -13,12 +13,14 @@ mod run;
 mod tau;
 mod trainer;
 
+pub(crate) use experiment::product_form;
 pub use experiment::{EvaluateSpec, RunSpec, Stage, TrainDraft, TrainExperiment, TrainSpec};
 pub use feed::{Feed, Taught, teach};
 pub(crate) use learner::{Fed, serving};
 pub use learner::{Learner, recipe_of};
 pub use run::{BEST, Best, CHECKPOINT, METRICS, Metrics, Outcome, Times};
+pub(crate) use run::{append, cut_to, first_difference};
 pub use tau::{Answer, PromptTau, Tau, Tester};
 pub(crate) use tau::{SLOT, states_of, tell};
-pub use trainer::{OnTold, Report, Told, Trainer, compute};
+pub use trainer::{OnTold, Report, Told, Trainer, compute, compute_beside};
 pub(crate) use trainer::{branch, fork_name};

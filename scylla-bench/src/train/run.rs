@@ -433,16 +433,7 @@ impl Run {
 
     /// Cuts off what was written to the metrics behind the checkpoint: it is written again.
     pub(super) fn open_metrics(&mut self) -> Result<()> {
-        let path = self.dir.join(METRICS);
-        let length = std::fs::metadata(&path).map_or(0, |m| m.len());
-        self.state.metrics = self.state.metrics.min(length);
-        if length > self.state.metrics {
-            let file = std::fs::OpenOptions::new()
-                .write(true)
-                .open(&path)
-                .map_err(Error::io(&path))?;
-            file.set_len(self.state.metrics).map_err(Error::io(&path))?;
-        }
+        self.state.metrics = cut_to(&self.dir.join(METRICS), self.state.metrics)?;
         Ok(())
     }
 
@@ -464,16 +455,7 @@ impl Run {
 
     /// Appends a line to the metrics.
     pub(super) fn keep(&mut self, metrics: &Metrics) -> Result<()> {
-        let path = self.dir.join(METRICS);
-        let line =
-            serde_json::to_string(metrics).map_err(|e| Error::Experiment(e.to_string()))? + "\n";
-        let mut file = std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&path)
-            .map_err(Error::io(&path))?;
-        file.write_all(line.as_bytes()).map_err(Error::io(&path))?;
-        self.state.metrics += line.len() as u64;
+        self.state.metrics += append(&self.dir.join(METRICS), metrics)?;
         if self.experiment.run.tensorboard {
             let events = match self.events.take() {
                 Some(events) => events,
@@ -541,6 +523,27 @@ fn mean(losses: Vec<BatchLoss>) -> BatchLoss {
     sum
 }
 
+/// Cuts a file of lines off behind so many bytes, where it is longer; its length.
+pub(crate) fn cut_to(path: &Path, bytes: u64) -> Result<u64> {
+    let length = std::fs::metadata(path).map_or(0, |m| m.len());
+    if length > bytes {
+        let file = std::fs::OpenOptions::new().write(true).open(path);
+        let file = file.map_err(Error::io(path))?;
+        file.set_len(bytes).map_err(Error::io(path))?;
+    }
+    Ok(length.min(bytes))
+}
+
+/// Appends a line of JSON to a file; its bytes.
+pub(crate) fn append(path: &Path, line: &impl Serialize) -> Result<u64> {
+    let line = serde_json::to_string(line).map_err(|e| Error::Experiment(e.to_string()))? + "\n";
+    let mut options = std::fs::OpenOptions::new();
+    let file = options.create(true).append(true).open(path);
+    let mut file = file.map_err(Error::io(path))?;
+    file.write_all(line.as_bytes()).map_err(Error::io(path))?;
+    Ok(line.len() as u64)
+}
+
 /// The first key in which two experiments differ; threads and checkpoints may.
 fn differing(was: &TrainExperiment, now: &TrainExperiment) -> Result<Option<String>> {
     let table = |e: &TrainExperiment| {
@@ -550,32 +553,38 @@ fn differing(was: &TrainExperiment, now: &TrainExperiment) -> Result<Option<Stri
         e.train.checkpoint = 0;
         serde_json::to_value(e).map_err(|e| Error::Experiment(e.to_string()))
     };
-    fn find(a: &serde_json::Value, b: &serde_json::Value, path: &str) -> Option<String> {
-        use serde_json::Value;
-        match (a, b) {
-            (Value::Object(x), Value::Object(y)) => {
-                let keys = x.keys().chain(y.keys());
-                keys.filter_map(|key| {
-                    let null = Value::Null;
-                    let (a, b) = (x.get(key).unwrap_or(&null), y.get(key).unwrap_or(&null));
-                    let path = if path.is_empty() {
-                        key.clone()
-                    } else {
-                        format!("{path}.{key}")
-                    };
-                    find(a, b, &path)
-                })
-                .next()
-            }
-            (Value::Array(x), Value::Array(y)) if x.len() == y.len() => {
-                let pairs = x.iter().zip(y).enumerate();
-                pairs
-                    .filter_map(|(i, (a, b))| find(a, b, &format!("{path}[{i}]")))
-                    .next()
-            }
-            (a, b) if a == b => None,
-            _ => Some(path.to_string()),
+    Ok(first_difference(&table(was)?, &table(now)?, ""))
+}
+
+/// The path of the first value in which two differ, below `path`.
+pub(crate) fn first_difference(
+    a: &serde_json::Value,
+    b: &serde_json::Value,
+    path: &str,
+) -> Option<String> {
+    use serde_json::Value;
+    match (a, b) {
+        (Value::Object(x), Value::Object(y)) => {
+            let keys = x.keys().chain(y.keys());
+            keys.filter_map(|key| {
+                let null = Value::Null;
+                let (a, b) = (x.get(key).unwrap_or(&null), y.get(key).unwrap_or(&null));
+                let path = if path.is_empty() {
+                    key.clone()
+                } else {
+                    format!("{path}.{key}")
+                };
+                first_difference(a, b, &path)
+            })
+            .next()
         }
+        (Value::Array(x), Value::Array(y)) if x.len() == y.len() => {
+            let pairs = x.iter().zip(y).enumerate();
+            pairs
+                .filter_map(|(i, (a, b))| first_difference(a, b, &format!("{path}[{i}]")))
+                .next()
+        }
+        (a, b) if a == b => None,
+        _ => Some(path.to_string()),
     }
-    Ok(find(&table(was)?, &table(now)?, ""))
 }

@@ -8,6 +8,7 @@ use std::time::Instant;
 use candle_core::DType;
 use scylla_core::files;
 use scylla_core::kernels::{Pool, ProductForm, Products, keep_freed_memory};
+use scylla_core::model::{LoadOptions, Loaded};
 use scylla_core::plugin::Tap;
 use scylla_core::train::graph::Compute;
 use scylla_draft::checkpoint::{Checkpoint, DraftConfig, Layout};
@@ -78,11 +79,23 @@ pub struct Trainer<'s> {
 /// # Errors
 /// If the target is on a device that the graph cannot use.
 pub fn compute(session: &Session, form: Option<ProductForm>) -> Result<Compute> {
-    let device = &session.options.device;
+    compute_beside(&session.target, &session.options, form)
+}
+
+/// The same beside any model.
+///
+/// # Errors
+/// As [`compute`].
+pub fn compute_beside(
+    model: &Loaded,
+    options: &LoadOptions,
+    form: Option<ProductForm>,
+) -> Result<Compute> {
+    let device = &options.device;
     if device.is_cpu() {
-        let pool = match session.target.executor.pool() {
+        let pool = match model.executor.pool() {
             Some(pool) => Arc::clone(pool),
-            None => Arc::new(Pool::new(session.options.thread_count())),
+            None => Arc::new(Pool::new(options.thread_count())),
         };
         keep_freed_memory();
         let form = form.unwrap_or_else(ProductForm::fastest);

@@ -391,7 +391,20 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer cannot encode it.
     pub fn encode_literal(&self, text: &str) -> Result<Vec<u32>> {
-        Ok(self.wrapped(encode(self.literal(), text)?))
+        Ok(self.wrapped(self.encode_bare(text)?))
+    }
+
+    /// Ids of a text, without anything around it, in which special tokens are text.
+    ///
+    /// # Errors
+    /// If the tokenizer cannot encode it.
+    pub fn encode_bare(&self, text: &str) -> Result<Vec<u32>> {
+        encode(self.literal(), text)
+    }
+
+    /// What a text begins with where nothing stands before it: BOS, or where there is none the first id that ends a sequence.
+    pub fn beginning(&self) -> Option<u32> {
+        self.bos.or_else(|| self.eos.first().copied())
     }
 
     /// Ids of a conversation through the chat template, in which special tokens are text where a message says them: only

@@ -30,6 +30,8 @@ pub struct AlignNeeds {
     pub offsets: bool,
     /// Hidden states.
     pub hidden: bool,
+    /// Nothing of a teacher: the loss is over the student's answers alone.
+    pub alone: bool,
 }
 
 /// Where in training a loss is asked for.
@@ -103,8 +105,8 @@ pub trait Aligner {
         student: &AnswerLogits,
         context: &AlignContext,
     ) -> Result<AlignLoss>;
-    /// Parameters it trains beside the student's.
-    fn parameters(&self) -> Vec<candle_core::Var> {
+    /// Parameters it trains beside the student's, by name.
+    fn parameters(&self) -> Vec<(String, candle_core::Var)> {
         Vec::new()
     }
 }

@@ -1,10 +1,10 @@
 //! Where training begins: a network's shape after its target's, random parameters, and the draft vocabulary.
 
+use rand::SeedableRng;
 use rand::rngs::StdRng;
-use rand::{RngExt, SeedableRng};
 use scylla_core::model::{AttentionInput, LayerSpec, ModelConfig, Weights};
-use scylla_core::train::Named;
 use scylla_core::train::graph::Compute;
+use scylla_core::train::{Named, normal};
 use scylla_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -306,12 +306,6 @@ pub fn start(
         named.insert(entry.name, on.matrix(values, columns)?);
     }
     Ok(named)
-}
-
-/// A normal number (Box and Muller), the same on every machine but for the last digits of its logarithm and cosine.
-fn normal(random: &mut StdRng) -> f32 {
-    let (u, v) = (1.0 - random.random::<f64>(), random.random::<f64>());
-    ((-2.0 * u.ln()).sqrt() * (2.0 * std::f64::consts::PI * v).cos()) as f32
 }
 
 /// The `size` most frequent tokens, in rising order: EAGLE-3's draft vocabulary. Of equally frequent ones the lower id goes

@@ -137,6 +137,14 @@ pub(super) fn of_hf<'f>(
     hf::config(&Fields::of(&json, path)?, families, &[])
 }
 
+/// The same of a model whose weights are not there.
+///
+/// # Errors
+/// As [`of_hf`].
+pub fn of_config(json: &serde_json::Value, path: &Path) -> Result<Described> {
+    Ok(hf::config(&Fields::of(json, path)?, &families(), &[])?.0)
+}
+
 /// The same of a draft's, whose layer may be described in `transformer_layer_config`, and which may say what only drafts
 /// have.
 ///

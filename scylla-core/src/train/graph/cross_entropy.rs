@@ -264,6 +264,73 @@ fn on_kernels(
     Ok(total)
 }
 
+/// A loss of some rows of `states` `[M, H]` under a head, whatever it is: it gets their logits `[rows, V]` and leaves its gradient
+/// by them in their place. Logits exist for these rows alone, and no longer than this takes.
+///
+/// # Errors
+/// If the loss fails.
+pub fn under_head<T>(
+    tape: &mut Tape,
+    states: &Value,
+    head: &Head,
+    rows: &[usize],
+    loss: impl FnOnce(&mut Matrix) -> Result<T>,
+) -> Result<T> {
+    let (m, h, v, n) = (states.rows(), states.columns(), head.columns(), rows.len());
+    if let Some(row) = rows.iter().find(|&&row| row >= m) {
+        return Err(Error::Invalid(format!("row {row} of {m} under a head")));
+    }
+    match tape.on.clone() {
+        Compute::Kernels(p) => {
+            let [down, up] = head.sides(tape, &p)?;
+            let x = gathered(states.matrix.values()?, h, rows.iter().copied());
+            let mut logits = zeros::<f32>(n * v);
+            p.multiply_packed(View::new(&x, n, h), &down, false, &mut logits, v);
+            let mut logits = Matrix::host(logits, v);
+            let found = loss(&mut logits)?;
+            let slopes = View::new(logits.values()?, n, v);
+            if states.node.is_some() {
+                let mut x_grad = vec![0.0; n * h];
+                p.multiply_packed(slopes, &up, false, &mut x_grad, h);
+                let mut grad = vec![0.0; m * h];
+                for (row, x_grad) in rows.iter().zip(x_grad.chunks_exact(h)) {
+                    gradients::accumulate(&mut grad[row * h..(row + 1) * h], x_grad);
+                }
+                tape.seed(states, Matrix::host(grad, h))?;
+            }
+            if let Some(node) = head.weight.node {
+                let x = View::new(&x, n, h);
+                tape.gradients.product(node, v, h, |out, add| {
+                    p.multiply(slopes.transposed(), x, add, out)
+                })?;
+            }
+            Ok(found)
+        }
+        Compute::Tensors {
+            dtype, products, ..
+        } => {
+            let values = states.matrix.tensor()?;
+            let x = chosen(values, rows.iter().copied())?;
+            let mut logits = Matrix::device(head.tensor_logits(&tape.on, &x)?)?;
+            let found = loss(&mut logits)?;
+            let slopes = logits.tensor()?.to_dtype(products)?;
+            if states.node.is_some() {
+                let w = head.weight.matrix.tensor()?.to_dtype(products)?;
+                let ids: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
+                let ids = Tensor::from_vec(ids, n, values.device())?;
+                let part = slopes.matmul(&w)?.to_dtype(dtype)?;
+                let grad = values.zeros_like()?.index_add(&ids, &part, 0)?;
+                tape.seed(states, Matrix::device(grad)?)?;
+            }
+            if head.weight.node.is_some() {
+                let part = slopes.t()?.matmul(&x.to_dtype(products)?)?;
+                tape.seed(&head.weight, Matrix::device(part.to_dtype(dtype)?)?)?;
+            }
+            Ok(found)
+        }
+    }
+}
+
 fn chosen(of: &Tensor, rows: impl Iterator<Item = usize>) -> Result<Tensor> {
     let rows: Vec<u32> = rows.map(|row| row as u32).collect();
     let count = rows.len();

@@ -28,11 +28,12 @@ pub use crate::plugin::PackedRows;
 pub use attention::attention;
 pub use cross_entropy::{
     Compared, Head, LossSum, Teacher, cross_entropy, divergence, probabilities, probabilities_of,
+    under_head,
 };
 pub use linear::linear;
 pub use norm::rms_norm;
 pub use rotary::{Angles, rotary};
-pub use rows::{beside, columns};
+pub use rows::{beside, columns, embedding};
 pub use smooth_l1::smooth_l1;
 pub use stack::{GraphStack, Parameters, StepCache};
 pub use swiglu::swiglu;

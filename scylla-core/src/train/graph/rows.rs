@@ -5,8 +5,55 @@ use std::ops::Range;
 use candle_core::Tensor;
 
 use super::{Compute, Tape, Value};
+use crate::kernels::gradients;
 use crate::plugin::Matrix;
 use crate::{Error, Result};
+
+/// Rows of a table `[V, H]`, one for each token `[M, H]`.
+///
+/// # Errors
+/// If the table has no row for a token.
+pub fn embedding(tape: &mut Tape, table: &Value, tokens: &[u32]) -> Result<Value> {
+    let (vocab, width) = (table.rows(), table.columns());
+    if let Some(token) = tokens.iter().find(|&&t| t as usize >= vocab) {
+        return Err(Error::Invalid(format!(
+            "token {token} is outside the vocabulary of {vocab}"
+        )));
+    }
+    let ids = |of: &Tensor| Tensor::from_slice(tokens, tokens.len(), of.device());
+    let out = match &tape.on {
+        Compute::Kernels(_) => {
+            let values = table.matrix.values()?;
+            let row = |&token: &u32| &values[token as usize * width..][..width];
+            Matrix::host(tokens.iter().flat_map(row).copied().collect(), width)
+        }
+        Compute::Tensors { .. } => {
+            let all = table.matrix.tensor()?;
+            Matrix::device(all.index_select(&ids(all)?, 0)?)?
+        }
+    };
+    let (node, on, tokens) = (table.node, tape.on.clone(), tokens.to_vec());
+    Ok(tape.record(&[table], out, move |grad, to| {
+        let Some(node) = node else { return Ok(()) };
+        match &on {
+            Compute::Kernels(_) => {
+                let grad = grad.values()?;
+                // Where the table is a head too, its gradient as one is there by now: rows are added to it.
+                to.product(node, vocab, width, |sums, _| {
+                    for (&token, row) in tokens.iter().zip(grad.chunks_exact(width)) {
+                        gradients::accumulate(&mut sums[token as usize * width..][..width], row);
+                    }
+                })
+            }
+            Compute::Tensors { .. } => {
+                let grad = grad.tensor()?;
+                let ids = Tensor::from_slice(&tokens, tokens.len(), grad.device())?;
+                let sums = Tensor::zeros((vocab, width), grad.dtype(), grad.device())?;
+                to.add(Some(node), Matrix::device(sums.index_add(&ids, grad, 0)?)?)
+            }
+        }
+    }))
+}
 
 /// Rows of two values side by side.
 pub fn beside(tape: &mut Tape, left: &Value, right: &Value) -> Result<Value> {

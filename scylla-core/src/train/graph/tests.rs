@@ -243,6 +243,28 @@ fn activations_and_rows_side_by_side() {
 }
 
 #[test]
+fn rows_of_a_table_and_a_head_that_is_one() {
+    check("embedding", &[(5, 3)], &|tape, v| {
+        let y = embedding(tape, &v[0], &[4, 0, 4, 2])?;
+        weighed(tape, &y)
+    });
+    // Half the square of each logit, whose gradient is the logit.
+    let squares = |logits: &mut Matrix| Ok(numbers(logits).iter().map(|v| v * v / 2.0).sum());
+    check("a loss under a head", &[(4, 3), (5, 3)], &|tape, v| {
+        let head = Head::trained(&v[1]);
+        let first = under_head(tape, &v[0], &head, &[1, 3], squares)?;
+        Ok(first + under_head(tape, &v[0], &head, &[0, 3], squares)?)
+    });
+    check("a table that is the head", &[(5, 3)], &|tape, v| {
+        let x = embedding(tape, &v[0], &[1, 4, 1])?;
+        under_head(tape, &x, &Head::trained(&v[0]), &[0, 1, 2], squares)
+    });
+    let mut tape = Tape::new(&wide());
+    let table = tape.leaf(matrix(&wide(), &[0.0; 6], (2, 3)));
+    assert!(embedding(&mut tape, &table, &[2]).is_err());
+}
+
+#[test]
 fn rotations() {
     check("rotary", &[(6, 8)], &|tape, v| {
         let positions = [0, 1, 2, 0, 7, 3];

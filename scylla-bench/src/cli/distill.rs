@@ -1,0 +1,104 @@
+//! `scylla distill`
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+
+use clap::Args;
+
+use super::train::{Lines, duration};
+use super::{ModelOptions, print_json, print_text, with_download};
+use crate::distill::{DistillExperiment, Distiller, Outcome, Step, Told};
+use crate::experiment::Override;
+use crate::{Registry, Result};
+
+#[derive(Args)]
+pub(super) struct Distill {
+    /// Experiment file
+    #[arg(long)]
+    config: PathBuf,
+    /// Folder for checkpoint, metrics and the best student
+    #[arg(long)]
+    output: PathBuf,
+    /// Override any field of the experiment
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Go on from the checkpoint in the output folder, or begin where there is none
+    #[arg(long)]
+    resume: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    model: ModelOptions,
+}
+
+fn line(step: &Step, total: u64, left: f64) -> String {
+    let parts: Vec<String> = step
+        .parts
+        .iter()
+        .map(|(name, value)| format!("{name} {value:.4}"))
+        .collect();
+    let mut line = format!(
+        "{}/{total}  loss {:.4} ({})  {:.0} tokens/s  {} left",
+        step.step,
+        step.loss,
+        parts.join(", "),
+        step.times.map_or(0.0, |t| t.tokens_per_s),
+        duration(left)
+    );
+    if let Some(scores) = step.scores {
+        line += &format!(
+            "  {:.4} bits a byte, {:.3} of the teacher's next bytes",
+            scores.bits_per_byte, scores.next_byte
+        );
+    }
+    line
+}
+
+impl Distill {
+    pub(super) fn run(self, registry: &Registry, stop: &AtomicBool) -> Result<()> {
+        let mut overrides = self.model.overrides_of("teacher");
+        overrides.extend(Override::parse_all(&self.set)?);
+        let experiment = DistillExperiment::load(&self.config, &overrides)?;
+        let mut lines = Lines::new(false);
+        let mut told = |told: Told<'_>| match told {
+            Told::Note(note) => lines.line(&note),
+            Told::Data(documents, tokens) => lines.data(documents, tokens),
+            Told::Step(step, total, left) => {
+                let due = step.scores.is_some() || step.step == 1;
+                lines.now(&line(step, total, left), due, 10);
+            }
+        };
+        let mut distiller = with_download(|p| {
+            Distiller::new(
+                registry,
+                &experiment,
+                &self.output,
+                self.resume,
+                p,
+                &mut told,
+            )
+        })?;
+        told(Told::Note(format!("products in {}", distiller.products())));
+        let outcome = distiller.run(stop, &mut told)?;
+        self.print(&outcome)
+    }
+
+    fn print(&self, outcome: &Outcome) -> Result<()> {
+        if self.json {
+            return print_json(outcome);
+        }
+        let scores = outcome.scores;
+        print_text(&format!(
+            "{} steps, {} tokens: loss {:.4}; at its best, behind step {}, {:.4} bits a byte over {} bytes and {:.3} of the teacher's next bytes\n  --target {}\n",
+            outcome.steps,
+            outcome.tokens,
+            outcome.loss,
+            outcome.best_step,
+            scores.bits_per_byte,
+            scores.bytes,
+            scores.next_byte,
+            outcome.best.display()
+        ))
+    }
+}

@@ -1,0 +1,336 @@
+//! Answers as both sides read them: each with its own tokens, behind a prompt of its own, over the same bytes.
+
+use std::collections::HashSet;
+use std::ops::Range;
+
+use multilevel_ot::bytes::{Offsets, token_offsets};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use scylla_core::text::{Message, Tokenizer};
+use scylla_core::train::graph::PackedRows;
+use sha2::{Digest, Sha256};
+
+use super::experiment::PairSpec;
+use crate::data::documents::{Content, Counts, DataSpec, read};
+use crate::{Error, Result};
+
+/// One side's tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Side {
+    /// Prompt and answer.
+    pub tokens: Vec<u32>,
+    /// Where the answer lies, behind one token at least.
+    pub answer: Range<usize>,
+}
+
+impl Side {
+    /// The answer's tokens.
+    pub fn said(&self) -> &[u32] {
+        &self.tokens[self.answer.clone()]
+    }
+}
+
+/// An answer, by student and teacher.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pair {
+    /// Its file and place there.
+    pub name: String,
+    /// Bytes of the answer.
+    pub bytes: usize,
+    /// The student's tokens.
+    pub student: Side,
+    /// The teacher's.
+    pub teacher: Side,
+    /// Where each token lies in the answer's bytes, the student's and the teacher's; a token that ends it has none.
+    pub offsets: (Offsets, Offsets),
+}
+
+/// All pairs of some files.
+#[derive(Debug, Clone, Default)]
+pub struct Pairs {
+    /// In the order of the files.
+    pub all: Vec<Pair>,
+    /// What became of the documents.
+    pub counts: Counts,
+    /// Pairs that are longer than is taken.
+    pub long: usize,
+    /// The first few that could not be used, with the reason.
+    pub failures: Vec<String>,
+    /// Sha256 over both sides' tokens.
+    pub hash: String,
+    /// Hashes of the documents that were taken.
+    pub documents: HashSet<[u8; 32]>,
+}
+
+/// Reads documents and tokenises them for both. Those whose hash is in `but` are left out; of the rest at most `count` pairs are
+/// made, where it is not 0.
+///
+/// # Errors
+/// If a file cannot be read, or no pair is left.
+pub fn pairs_of(
+    spec: &DataSpec,
+    how: &PairSpec,
+    count: usize,
+    but: &HashSet<[u8; 32]>,
+    (student, teacher): (&Tokenizer, &Tokenizer),
+    on_read: &mut dyn FnMut(usize, u64),
+) -> Result<Pairs> {
+    let mut contents = Vec::new();
+    let documents = read(
+        spec,
+        teacher,
+        &mut |content| contents.push(content.clone()),
+        on_read,
+    )?;
+    let mut found = Pairs {
+        counts: documents.counts.clone(),
+        failures: documents.failures.clone(),
+        ..Pairs::default()
+    };
+    let names: Vec<String> = documents.all.into_iter().map(|d| d.name).collect();
+    let talks: Vec<&[Message]> = contents.iter().filter_map(talk).collect();
+    let maker = Maker {
+        how,
+        student,
+        teacher,
+        talks,
+    };
+    let mut hash = Sha256::new();
+    for (i, (name, content)) in names.iter().zip(&contents).enumerate() {
+        if count > 0 && found.all.len() >= count {
+            break;
+        }
+        let own = content.hash();
+        if but.contains(&own) {
+            continue;
+        }
+        found.documents.insert(own);
+        for pair in maker.pairs(name, content, i) {
+            match pair {
+                Ok(pair) if maker.is_long(&pair) => found.long += 1,
+                Ok(pair) => {
+                    for side in [&pair.student, &pair.teacher] {
+                        let tokens = side.tokens.iter().flat_map(|t| t.to_le_bytes());
+                        hash.update(tokens.collect::<Vec<u8>>());
+                        hash.update((side.answer.start as u64).to_le_bytes());
+                    }
+                    found.all.push(pair);
+                }
+                Err(e) => {
+                    found.counts.failed += 1;
+                    if found.failures.len() < 5 {
+                        found.failures.push(format!("{name}: {e}"));
+                    }
+                }
+            }
+        }
+    }
+    if count > 0 {
+        found.all.truncate(count);
+    }
+    found.hash = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+    match found.all.is_empty() {
+        false => Ok(found),
+        true => {
+            let first = found.failures.first();
+            let first = first.map_or(String::new(), |f| format!("; the first failure: {f}"));
+            Err(Error::Experiment(format!(
+                "no answer to learn from in part `{}`: {} documents taken, {} answers too long for pairs.longest {}{first}",
+                spec.part,
+                found.documents.len(),
+                found.long,
+                how.longest
+            )))
+        }
+    }
+}
+
+fn talk(content: &Content) -> Option<&[Message]> {
+    match content {
+        Content::Talk(messages) => Some(messages),
+        Content::Text(_) => None,
+    }
+}
+
+/// Up to the last answer.
+fn answered(messages: &[Message]) -> Option<(&[Message], &str)> {
+    let last = messages.iter().rposition(|m| m.role == "assistant")?;
+    Some((&messages[..last], &messages[last].content))
+}
+
+struct Maker<'a> {
+    how: &'a PairSpec,
+    student: &'a Tokenizer,
+    teacher: &'a Tokenizer,
+    /// All conversations, of which some stand before the teacher's question.
+    talks: Vec<&'a [Message]>,
+}
+
+impl Maker<'_> {
+    fn is_long(&self, pair: &Pair) -> bool {
+        let longest = pair.student.tokens.len().max(pair.teacher.tokens.len());
+        longest > self.how.longest
+    }
+
+    fn pairs(&self, name: &str, content: &Content, number: usize) -> Vec<Result<Pair>> {
+        match content {
+            Content::Text(text) => {
+                let all = pieces(text, self.how.bytes).into_iter().enumerate();
+                all.map(|(i, piece)| self.text(format!("{name}, piece {}", i + 1), piece))
+                    .collect()
+            }
+            Content::Talk(messages) => vec![self.answer(name, messages, number)],
+        }
+    }
+
+    /// A piece of a text, behind nothing but the beginning of a text.
+    fn text(&self, name: String, text: &str) -> Result<Pair> {
+        let side = |tokenizer: &Tokenizer| -> Result<(Vec<u32>, Vec<u32>)> {
+            let none = || {
+                Error::Experiment(
+                    "the tokenizer has no token that begins a text, nor one that ends it".into(),
+                )
+            };
+            let begin = tokenizer.beginning().ok_or_else(none)?;
+            Ok((vec![begin], tokenizer.encode_bare(text)?))
+        };
+        self.pair(name, text, side(self.student)?, side(self.teacher)?)
+    }
+
+    /// The last answer of a conversation, each side behind its own prompt, and with the token by which it ends.
+    fn answer(&self, name: &str, messages: &[Message], number: usize) -> Result<Pair> {
+        let none = || Error::Experiment("the assistant says nothing in it".into());
+        let (before, answer) = answered(messages).ok_or_else(none)?;
+        let side = |tokenizer: &Tokenizer, before: &[Message]| -> Result<(Vec<u32>, Vec<u32>)> {
+            let (prompt, end) = prompt(tokenizer, before, answer)?;
+            let mut said = tokenizer.encode_bare(answer)?;
+            said.extend(end);
+            Ok((prompt, said))
+        };
+        let shown = [&self.shots(number)[..], before].concat();
+        let (own, other) = (side(self.student, before)?, side(self.teacher, &shown)?);
+        self.pair(name.to_string(), answer, own, other)
+    }
+
+    /// Questions and answers of other conversations.
+    fn shots(&self, number: usize) -> Vec<Message> {
+        let mut random = StdRng::seed_from_u64(number as u64);
+        let mut shown = Vec::new();
+        let mut used = HashSet::from([number]);
+        for _ in 0..self.how.shots.min(self.talks.len().saturating_sub(1)) {
+            let other = random.random_range(0..self.talks.len());
+            if !used.insert(other) {
+                continue;
+            }
+            let messages = self.talks[other].iter().filter(|m| m.role != "system");
+            let messages: Vec<Message> = messages.cloned().collect();
+            if let Some((before, answer)) = answered(&messages) {
+                shown.extend_from_slice(before);
+                shown.push(Message::assistant(answer));
+            }
+        }
+        shown
+    }
+
+    fn pair(
+        &self,
+        name: String,
+        answer: &str,
+        own: (Vec<u32>, Vec<u32>),
+        other: (Vec<u32>, Vec<u32>),
+    ) -> Result<Pair> {
+        let offsets = token_offsets((self.student, &own.1), (self.teacher, &other.1))
+            .map_err(|e| Error::Core(e.into()))?;
+        let side = |(mut tokens, said): (Vec<u32>, Vec<u32>)| -> Result<Side> {
+            if tokens.is_empty() || said.is_empty() {
+                return Err(Error::Experiment(
+                    "an answer needs tokens, and one before them".into(),
+                ));
+            }
+            let start = tokens.len();
+            tokens.extend(said);
+            let answer = start..tokens.len();
+            Ok(Side { tokens, answer })
+        };
+        Ok(Pair {
+            name,
+            bytes: answer.len(),
+            student: side(own)?,
+            teacher: side(other)?,
+            offsets,
+        })
+    }
+}
+
+/// A conversation's tokens up to an answer, and the token that ends the answer, where there is one. Without a chat template messages
+/// are lines of text.
+fn prompt(
+    tokenizer: &Tokenizer,
+    before: &[Message],
+    answer: &str,
+) -> Result<(Vec<u32>, Option<u32>)> {
+    let usual = tokenizer.eos().first().copied();
+    let Some(template) = tokenizer.template() else {
+        let lines: String = before.iter().map(|m| format!("{}\n", m.content)).collect();
+        let mut tokens: Vec<u32> = tokenizer.beginning().into_iter().collect();
+        tokens.extend(tokenizer.encode_bare(&lines)?);
+        return Ok((tokens, usual));
+    };
+    let open = template.render(before)?;
+    let closed = template.render_closed(&[before, &[Message::assistant(answer)]].concat())?;
+    let behind = closed.strip_prefix(&open).unwrap_or_default();
+    let behind = tokenizer.encode_plain(behind)?;
+    let end = behind.into_iter().find(|id| tokenizer.eos().contains(id));
+    Ok((tokenizer.encode_plain(&open)?, end.or(usual)))
+}
+
+/// Pieces of at most so many bytes, cut behind white space where there is some in their second half.
+fn pieces(text: &str, bytes: usize) -> Vec<&str> {
+    let mut found = Vec::new();
+    let mut rest = text;
+    while rest.len() > bytes {
+        let most = (0..=bytes).rev().find(|&at| rest.is_char_boundary(at));
+        let most = most.filter(|&at| at > 0).unwrap_or(bytes);
+        let space = rest[..most].rfind(char::is_whitespace);
+        let cut = space.map(|at| at + rest[at..].chars().next().map_or(1, char::len_utf8));
+        let (piece, behind) = rest.split_at(cut.filter(|&cut| cut > most / 2).unwrap_or(most));
+        found.push(piece);
+        rest = behind;
+    }
+    found.push(rest);
+    found.retain(|piece| !piece.trim().is_empty());
+    found
+}
+
+/// Sequences of one side one behind the other, and where each begins.
+///
+/// # Errors
+/// If there is none.
+pub(super) fn packed<'a>(
+    sides: impl Iterator<Item = &'a Side>,
+) -> Result<(PackedRows, Vec<u32>, Vec<usize>)> {
+    let (mut tokens, mut begins, mut documents) = (Vec::new(), Vec::new(), Vec::new());
+    for side in sides {
+        begins.push(tokens.len());
+        tokens.extend_from_slice(&side.tokens);
+        documents.push(begins[begins.len() - 1]..tokens.len());
+    }
+    let rows = PackedRows::new(1, tokens.len(), documents)?;
+    Ok((rows, tokens, begins))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_the_text_cut_at_characters_and_behind_white_space() {
+        let text = "ein Käse, two words\nund éééééééééééééééééééééééé";
+        for bytes in 16..40 {
+            let found = pieces(text, bytes);
+            assert_eq!(found.concat(), text);
+            assert!(found.iter().all(|p| p.len() <= bytes), "{found:?}");
+        }
+        assert_eq!(pieces("aa bb cc dd ee ff", 16), ["aa bb cc dd ee ", "ff"]);
+    }
+}

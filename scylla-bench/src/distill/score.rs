@@ -1,0 +1,139 @@
+//! What a student is worth: bits per byte of answers it has not learned from, and how often it expects the teacher's next byte.
+
+use std::collections::HashMap;
+
+use multilevel_ot::bytes::Offsets;
+use scylla_core::text::Tokenizer;
+use serde::{Deserialize, Serialize};
+
+use super::pairs::Pair;
+
+/// Scores over some answers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Scores {
+    /// Bits that the student needs for a byte of the answers. What ends an answer is not counted.
+    pub bits_per_byte: f64,
+    /// Of the places where both sides' tokens begin, the share at which both hold the same byte most probable.
+    pub next_byte: f64,
+    /// Bytes.
+    pub bytes: usize,
+    /// Such places.
+    pub places: usize,
+}
+
+/// First bytes of a vocabulary's tokens.
+pub(super) struct FirstBytes(Vec<Option<u8>>);
+
+impl FirstBytes {
+    pub(super) fn of(tokenizer: &Tokenizer) -> Self {
+        let first = |id| tokenizer.token_bytes(id).and_then(|b| b.first().copied());
+        Self((0..tokenizer.size() as u32).map(first).collect())
+    }
+
+    /// The byte that most probably comes next by a row of logits; ties go to the lower one.
+    fn next(&self, logits: &[f32]) -> u8 {
+        let known = &logits[..self.0.len().min(logits.len())];
+        let most = known.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
+        let mut mass = [0.0f64; 256];
+        for (&logit, byte) in known.iter().zip(&self.0) {
+            if let Some(byte) = byte {
+                mass[usize::from(*byte)] += f64::from(logit - most).exp();
+            }
+        }
+        let best = (0..=255u8).max_by(|&a, &b| {
+            let of = |byte: u8| mass[usize::from(byte)];
+            of(a).total_cmp(&of(b)).then(b.cmp(&a))
+        });
+        best.unwrap_or(0)
+    }
+}
+
+/// Places in an answer's bytes at which a side's tokens begin, and the byte that it expects there.
+pub(super) fn expected(
+    offsets: &Offsets,
+    first: &FirstBytes,
+    rows: &[f32],
+    width: usize,
+) -> HashMap<usize, u8> {
+    let tokens = offsets.iter().zip(rows.chunks_exact(width));
+    let real = tokens.filter(|((from, to), _)| to > from);
+    real.map(|(&(from, _), row)| (from, first.next(row)))
+        .collect()
+}
+
+/// Sums over answers.
+#[derive(Default)]
+pub(super) struct Sums {
+    bits: f64,
+    bytes: usize,
+    same: usize,
+    places: usize,
+}
+
+impl Sums {
+    /// Adds an answer: logits `[tokens, width]` of the student before each of its tokens, the first `vocab` columns of which are
+    /// tokens, and what the teacher expects.
+    pub(super) fn add(
+        &mut self,
+        pair: &Pair,
+        (rows, width, vocab): (&[f32], usize, usize),
+        (own, teacher): (&HashMap<usize, u8>, &HashMap<usize, u8>),
+    ) {
+        let said = pair.student.said().iter().zip(&pair.offsets.0);
+        for ((&token, &(from, to)), row) in said.zip(rows.chunks_exact(width)) {
+            if to > from {
+                self.bits += surprise(&row[..vocab], token as usize);
+            }
+        }
+        self.bytes += pair.bytes;
+        for (place, byte) in own {
+            if let Some(other) = teacher.get(place) {
+                self.places += 1;
+                self.same += usize::from(byte == other);
+            }
+        }
+    }
+
+    pub(super) fn scores(&self) -> Scores {
+        Scores {
+            bits_per_byte: self.bits / self.bytes.max(1) as f64,
+            next_byte: self.same as f64 / self.places.max(1) as f64,
+            bytes: self.bytes,
+            places: self.places,
+        }
+    }
+}
+
+/// `-log2 p(token)`.
+fn surprise(logits: &[f32], token: usize) -> f64 {
+    let most = logits.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
+    let sum: f64 = logits.iter().map(|&v| f64::from(v - most).exp()).sum();
+    (sum.ln() - f64::from(logits[token] - most)) / std::f64::consts::LN_2
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_logits_take_the_logarithm_of_the_vocabulary() {
+        assert!((surprise(&[0.5; 8], 3) - 3.0).abs() < 1e-12);
+        assert!((surprise(&[0.0, 1e4], 1)).abs() < 1e-12);
+    }
+
+    #[test]
+    fn the_next_byte_has_the_mass_of_all_tokens_that_begin_with_it() {
+        // Two tokens of `a` outweigh one of `b` that is likelier than either.
+        let first = FirstBytes(vec![Some(b'a'), Some(b'b'), Some(b'a'), None]);
+        assert_eq!(first.next(&[1.0, 1.5, 1.0, 9.0, 9.0]), b'a');
+        assert_eq!(first.next(&[1.0, 2.5, 1.0, 9.0]), b'b');
+        assert_eq!(first.next(&[1.0, 1.0 + 2f32.ln(), 1.0, 0.0]), b'a', "a tie");
+        let found = expected(
+            &vec![(0, 2), (2, 2), (2, 3)],
+            &first,
+            &[0.0, 9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 9.0, 0.0, 0.0, 0.0],
+            4,
+        );
+        assert_eq!(found, HashMap::from([(0, b'b'), (2, b'a')]));
+    }
+}

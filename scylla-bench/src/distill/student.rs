@@ -1,0 +1,175 @@
+//! The student: a language model in the graph, the files it is read from, and those it is written to.
+
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+use scylla_core::files::{self, read_json};
+use scylla_core::model::{ModelConfig, ModelFiles, WeightForm, of_config};
+use scylla_core::text::Tokenizer;
+use scylla_core::train::graph::{Compute, Parameters, Value};
+use scylla_core::train::{Language, Named};
+use serde_json::{Value as Json, json};
+
+use super::experiment::StudentSpec;
+use crate::{Error, Result};
+
+/// Files of a tokenizer and of how a model generates, which go wherever the student goes.
+const BESIDE: [&str; 9] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+];
+
+/// A model that learns.
+pub struct Student {
+    /// Its network.
+    pub language: Language,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// What `config.json` says.
+    config: Json,
+    /// Where its tokenizer's files lie.
+    pub from: PathBuf,
+    /// Its own weights, where it has some.
+    weights: Option<PathBuf>,
+}
+
+impl Student {
+    /// The student of an experiment, without weights yet.
+    ///
+    /// # Errors
+    /// If its files cannot be read, or its tokenizer has more tokens than it has rows.
+    pub fn open(spec: &StudentSpec) -> Result<Self> {
+        let (from, config, weights) = match (&spec.model, &spec.tokenizer) {
+            (Some(dir), _) => {
+                let config = read_json(&dir.join("config.json"), "a model configuration")?;
+                let entries = std::fs::read_dir(dir).map_err(Error::io(dir))?;
+                let mut names = entries.filter_map(|e| Some(e.ok()?.path()));
+                let has = names.any(|p| p.extension().is_some_and(|e| e == "safetensors"));
+                (dir.clone(), config, has.then(|| dir.clone()))
+            }
+            (None, Some(dir)) => (dir.clone(), Json::Null, None),
+            (None, None) => return Err(Error::Experiment("[student] names no folder".into())),
+        };
+        let tokenizer = Tokenizer::from_dir(&from)?;
+        let config = match config {
+            Json::Null => new_config(spec, &tokenizer),
+            config => config,
+        };
+        let path = from.join("config.json");
+        let (shape, _) = of_config(&config, &path)?;
+        shape.check(&path)?;
+        tokenizer.check_fits(shape.vocab, &from)?;
+        Ok(Self {
+            language: Language::new(&shape)?,
+            tokenizer,
+            config,
+            from,
+            weights,
+        })
+    }
+
+    /// Its shape.
+    pub fn shape(&self) -> &ModelConfig {
+        self.language.config()
+    }
+
+    /// Whether it begins with weights of its own.
+    pub fn is_trained(&self) -> bool {
+        self.weights.is_some()
+    }
+
+    /// The parameters it begins with: its own, or random ones by seed.
+    ///
+    /// # Errors
+    /// If its weights cannot be read.
+    pub fn begin(&self, seed: u64, on: &Compute) -> Result<Named> {
+        match &self.weights {
+            None => Ok(self.language.start(seed, on)?),
+            Some(dir) => {
+                let files = ModelFiles::open(dir)?;
+                let weights = files.weights(WeightForm::AsIs);
+                Ok(self.language.read(&weights, on)?)
+            }
+        }
+    }
+
+    /// Writes a folder that loads as a model: configuration, weights in f32, and what belongs to the tokenizer.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn export(&self, named: &Named, dir: &Path) -> Result<()> {
+        std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+        let path = dir.join("model.safetensors");
+        let bad = |e: safetensors::SafeTensorError| Error::file(&path, e.to_string());
+        let mut held = Vec::new();
+        for (name, shape) in self.shape().tensors() {
+            let missing = || Error::file(&path, format!("no parameter `{name}`"));
+            let values = named.get(&name).ok_or_else(missing)?.all()?;
+            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            held.push((name, shape, bytes));
+        }
+        let mut views = Vec::with_capacity(held.len());
+        for (name, shape, bytes) in &held {
+            let view = TensorView::new(Dtype::F32, shape.clone(), bytes).map_err(bad)?;
+            views.push((name.clone(), view));
+        }
+        let metadata = [("format".to_string(), "pt".to_string())].into();
+        let bytes = safetensors::serialize(views, Some(metadata)).map_err(bad)?;
+        for name in BESIDE {
+            let from = self.from.join(name);
+            if from.is_file() {
+                let bytes = std::fs::read(&from).map_err(Error::io(&from))?;
+                files::write(&dir.join(name), &bytes)?;
+            }
+        }
+        let config = format!("{:#}\n", self.config);
+        files::write(&dir.join("config.json"), config.as_bytes())?;
+        Ok(files::write(&path, &bytes)?)
+    }
+}
+
+/// Parameters whose gradients go nowhere.
+pub(super) fn still(named: &Named) -> Parameters<'static> {
+    let mut parameters = Parameters::default();
+    for (name, value) in named {
+        parameters.set(name, Value::constant(value.clone()));
+    }
+    parameters
+}
+
+/// A Llama, as transformers describes one.
+fn new_config(spec: &StudentSpec, tokenizer: &Tokenizer) -> Json {
+    let or = |own: usize, usual: usize| if own == 0 { usual } else { own };
+    let mut config = json!({
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": or(spec.vocab, tokenizer.size()),
+        "hidden_size": spec.hidden,
+        "intermediate_size": or(spec.ffn, (spec.hidden * 8 / 3).div_ceil(32) * 32),
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": or(spec.kv_heads, spec.heads),
+        "max_position_embeddings": spec.context,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": true,
+        "torch_dtype": "float32",
+    });
+    let ends = tokenizer.eos();
+    if let Some(end) = ends.first() {
+        config["eos_token_id"] = json!(end);
+    }
+    if let Some(begin) = tokenizer.beginning() {
+        config["bos_token_id"] = json!(begin);
+    }
+    config
+}

@@ -1,0 +1,334 @@
+//! Distillation across tokenizers, on tiny models.
+
+mod common;
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::{CHATML, Place};
+use proptest::prelude::*;
+use scylla_bench::Registry;
+use scylla_bench::data::documents::DataSpec;
+use scylla_bench::distill::{DistillExperiment, Distiller, Outcome, PairSpec, Told, pairs_of};
+use scylla_core::text::Tokenizer;
+use scylla_tests::{byte_level_tokenizer, pair_tokenizer, write_letters};
+use serde_json::{Value, json};
+
+/// Every aligner, with settings by which a student learns a lot in few steps.
+const ALIGNERS: [&str; 10] = [
+    "name = 'ce'",
+    "name = 'uld'",
+    "name = 'mined'",
+    "name = 'multilevel-ot', k = 20",
+    "name = 'multilevel-ot', mode = 'reference-code'",
+    "name = 'alm'",
+    "name = 'gold', ce_weight = 1.0",
+    "name = 'dskd'",
+    "name = 'x-token'",
+    "name = 'x-token', loss = 'h-kl'",
+];
+
+fn folder(dir: &Path, tokenizer: &Value, config: &Value) {
+    std::fs::create_dir_all(dir).expect("folder");
+    std::fs::write(dir.join("tokenizer.json"), tokenizer.to_string()).expect("tokenizer");
+    std::fs::write(dir.join("tokenizer_config.json"), config.to_string()).expect("config");
+}
+
+/// A teacher that has read sources, a tokenizer of another kind, and sources.
+fn place() -> Place {
+    let place = Place::new();
+    let dir = place.dir.path();
+    std::fs::create_dir(dir.join("teacher")).expect("folder");
+    write_letters(&dir.join("teacher"));
+    folder(
+        &dir.join("teacher"),
+        &byte_level_tokenizer(&[]),
+        &json!({"bos_token": "\u{10a}"}),
+    );
+    let (file, _) = pair_tokenizer(&["<|end|>", "<|more|>"]);
+    folder(&dir.join("pairs"), &file, &json!({"eos_token": "<|end|>"}));
+    let ascii = |text: &str| -> String { text.chars().filter(char::is_ascii).collect() };
+    std::fs::write(
+        dir.join("learn.txt"),
+        ascii(include_str!("../src/distill/trainer.rs")),
+    )
+    .expect("text");
+    std::fs::write(
+        dir.join("check.txt"),
+        ascii(include_str!("../src/distill/pairs.rs")),
+    )
+    .expect("text");
+    place
+}
+
+fn experiment(place: &Place, aligner: &str, more: &str) -> DistillExperiment {
+    let text = format!(
+        "teacher = {{ model = '{}' }}\n\
+         student = {{ tokenizer = '{}', layers = 1, hidden = 48, heads = 3 }}\n\
+         aligner = {{ {aligner} }}\n\
+         data = {{ files = ['{}'], part = 'all', keep_out = [] }}\n\
+         pairs = {{ bytes = 160, longest = 200 }}\n\
+         optimizer = {{ lr = 8e-3 }}\n\
+         evaluate = {{ every = 0, count = 24, files = ['{}'] }}\n\
+         run = {{ times = false, threads = 2 }}\n{more}",
+        place.path("teacher"),
+        place.path("pairs"),
+        place.path("learn.txt"),
+        place.path("check.txt"),
+    );
+    let table = text.parse().expect("TOML");
+    DistillExperiment::from_table(table, &[]).expect("an experiment")
+}
+
+const TRAIN: &str = "train = { batch = 4, steps = 60, products = 'f32' }\n";
+
+fn begin(place: &Place, experiment: &DistillExperiment, out: &str, resume: bool) -> Distiller {
+    let registry = Registry::default();
+    let dir = place.path(out);
+    let (dir, quiet) = (Path::new(&dir), &mut |_: Told<'_>| {});
+    Distiller::new(&registry, experiment, dir, resume, &mut |_| {}, quiet).expect("begins")
+}
+
+fn run(distiller: &mut Distiller) -> Outcome {
+    let stop = AtomicBool::new(false);
+    distiller.run(&stop, &mut |_| {}).expect("runs")
+}
+
+#[test]
+fn a_student_learns_by_every_aligner_and_serves_as_it_was_scored() {
+    let place = place();
+    for (i, aligner) in ALIGNERS.iter().enumerate() {
+        let experiment = experiment(&place, aligner, TRAIN);
+        let out = format!("out-{i}");
+        let mut distiller = begin(&place, &experiment, &out, false);
+        let untaught = distiller.evaluate().expect("scores");
+        let taught = run(&mut distiller);
+        // Random weights know nothing of the vocabulary's 111 tokens; the letters of sources take about four bits.
+        assert!(untaught.bits_per_byte > 5.0, "{untaught:?}");
+        assert!(
+            taught.scores.bits_per_byte < untaught.bits_per_byte - 1.0,
+            "{aligner}: {untaught:?}, {taught:?}"
+        );
+        assert!(taught.scores.next_byte > untaught.next_byte, "{aligner}");
+        assert_eq!((taught.steps, taught.scores.bytes), (60, untaught.bytes));
+        // What was exported is what was scored.
+        let student = format!(
+            "student = {{ model = '{}' }}",
+            place.path(&format!("{out}/best"))
+        );
+        let again = toml_with(&experiment, &student);
+        let mut again = begin(&place, &again, &format!("again-{i}"), false);
+        assert_eq!(
+            again.evaluate().expect("scores"),
+            taught.scores,
+            "{aligner}"
+        );
+    }
+    // And decodes like any model.
+    let said = place.json(&[
+        "generate",
+        "--target",
+        "out-3/best",
+        "--prompt",
+        "let x",
+        "--raw",
+        "--max-new-tokens",
+        "8",
+        "--json",
+    ]);
+    assert!(
+        said["ids"].as_array().is_some_and(|ids| !ids.is_empty()),
+        "{said}"
+    );
+}
+
+/// The same with another student.
+fn toml_with(experiment: &DistillExperiment, student: &str) -> DistillExperiment {
+    let mut table: toml::Table = experiment.to_toml().expect("TOML").parse().expect("TOML");
+    table.extend(student.parse::<toml::Table>().expect("a student"));
+    DistillExperiment::from_table(table, &[]).expect("an experiment")
+}
+
+#[test]
+fn a_run_that_was_broken_off_ends_with_the_same_bytes() {
+    let place = place();
+    for aligner in ["name = 'multilevel-ot'", "name = 'dskd'"] {
+        let more = "train = { batch = 3, steps = 12, checkpoint = 5 }\n";
+        let mut experiment = experiment(&place, aligner, more);
+        experiment.evaluate.every = 6;
+        let (whole, broken) = (
+            format!("whole-{}", aligner.len()),
+            format!("broken-{}", aligner.len()),
+        );
+        run(&mut begin(&place, &experiment, &whole, false));
+        let stop = AtomicBool::new(false);
+        let mut first = begin(&place, &experiment, &broken, false);
+        let error = first.run(&stop, &mut |told| {
+            if let Told::Step(step, ..) = told {
+                stop.store(step.step == 7, Ordering::Relaxed);
+            }
+        });
+        assert!(
+            error
+                .expect_err("broken off")
+                .to_string()
+                .contains("step 7")
+        );
+        run(&mut begin(&place, &experiment, &broken, true));
+        for name in [
+            "checkpoint.safetensors",
+            "metrics.jsonl",
+            "best/model.safetensors",
+        ] {
+            let read = |out: &str| std::fs::read(place.path(&format!("{out}/{name}"))).expect(name);
+            assert!(read(&whole) == read(&broken), "{aligner}: {name}");
+        }
+        // What it was begun with is what it goes on with.
+        let mut other = experiment.clone();
+        other.optimizer.lr = 1e-3;
+        let dir = place.path(&broken);
+        let refused = Distiller::new(
+            &Registry::default(),
+            &other,
+            Path::new(&dir),
+            true,
+            &mut |_| {},
+            &mut |_| {},
+        );
+        let refused = refused.err().expect("refused").to_string();
+        assert!(refused.contains("optimizer.lr"), "{refused}");
+    }
+}
+
+/// Characters of both tokenizers, a BOS on one side, templates of different length.
+fn talkers(place: &Place) -> [Tokenizer; 2] {
+    let dir = place.dir.path();
+    let ends = ["<|end|>", "<|im_start|>", "<|im_end|>"];
+    folder(
+        &dir.join("one"),
+        &byte_level_tokenizer(&ends),
+        &json!({"bos_token": "<|end|>", "eos_token": "<|im_end|>", "chat_template": CHATML}),
+    );
+    let (file, _) = pair_tokenizer(&["<|stop|>"]);
+    let short = "{% for m in messages %}{{ m['content'] + '\n' }}{% if m['role'] == 'assistant' %}{{ '<|stop|>' }}{% endif %}{% endfor %}";
+    folder(
+        &dir.join("other"),
+        &file,
+        &json!({"eos_token": "<|stop|>", "chat_template": short}),
+    );
+    ["one", "other"].map(|name| Tokenizer::from_dir(&dir.join(name)).expect("a tokenizer"))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    #[test]
+    fn answers_are_the_same_bytes_on_both_sides_whoever_teaches(
+        talks in prop::collection::vec(("[ -~]{1,20}", "[ -~]{0,10}[a-z<|>_]{1,30}"), 1..6),
+        shots in 0usize..3,
+    ) {
+        let place = Place::new();
+        let [one, other] = talkers(&place);
+        let rows = talks.iter().enumerate().map(|(i, (asked, said))| {
+            json!({"id": i, "messages": [{"role": "user", "content": format!("q {asked}")}, {"role": "assistant", "content": said}]}).to_string()
+        });
+        let rows: Vec<String> = rows.collect();
+        std::fs::write(place.path("talks.jsonl"), rows.join("\n")).expect("talks");
+        let spec = DataSpec {
+            files: vec![place.path("talks.jsonl").into()],
+            part: "all".into(),
+            keep_out: Vec::new(),
+            ..DataSpec::default()
+        };
+        let how = PairSpec { shots, ..PairSpec::default() };
+        for (student, teacher) in [(&one, &other), (&other, &one)] {
+            let found = pairs_of(&spec, &how, 0, &HashSet::new(), (student, teacher), &mut |_, _| {}).expect("pairs");
+            let distinct: HashSet<_> = talks.iter().collect();
+            prop_assert_eq!(found.all.len(), distinct.len(), "{:?}", found.failures);
+            for pair in &found.all {
+                let bytes = |tokenizer: &Tokenizer, ids: &[u32]| -> Vec<u8> {
+                    ids.iter().flat_map(|&id| tokenizer.token_bytes(id).unwrap_or_default().to_vec()).collect()
+                };
+                let said = [bytes(student, pair.student.said()), bytes(teacher, pair.teacher.said())];
+                prop_assert_eq!(&said[0], &said[1]);
+                prop_assert_eq!(said[0].len(), pair.bytes);
+                for (tokenizer, side, offsets) in [(student, &pair.student, &pair.offsets.0), (teacher, &pair.teacher, &pair.offsets.1)] {
+                    // It ends with the token by which the model ends what it says, and begins behind a prompt.
+                    prop_assert!(tokenizer.eos().contains(side.tokens.last().expect("tokens")));
+                    prop_assert!(side.answer.start > 0 && side.answer.end == side.tokens.len());
+                    prop_assert!(side.tokens.iter().all(|&t| (t as usize) < tokenizer.size()));
+                    for (&id, &(from, to)) in side.said().iter().zip(offsets) {
+                        prop_assert_eq!(tokenizer.token_bytes(id).unwrap_or_default(), &said[0][from..to]);
+                    }
+                }
+            }
+            // Other questions stand before the teacher's alone.
+            let rest = |side: &scylla_bench::distill::Side| side.answer.start;
+            let longer = found.all.iter().filter(|p| rest(&p.teacher) > rest(&p.student) + 60).count();
+            prop_assert!(shots > 0 || longer == 0);
+        }
+    }
+}
+
+#[test]
+fn the_teacher_never_sees_the_students_ids_and_padded_rows_take_no_part() {
+    let place = place();
+    // The student has more tokens than the teacher, and more rows than tokens.
+    let mut experiment = experiment(&place, "name = 'multilevel-ot'", TRAIN);
+    experiment.train.steps = 4;
+    experiment.student.vocab = 160;
+    let mut distiller = begin(&place, &experiment, "padded", false);
+    let taught = run(&mut distiller);
+    assert!(taught.loss.is_finite());
+    let mut bare = experiment.clone();
+    bare.student.vocab = 0;
+    let same = run(&mut begin(&place, &bare, "bare", false));
+    // Rows of no token begin elsewhere in the random numbers, and change nothing else.
+    assert!((same.scores.bits_per_byte - taught.scores.bits_per_byte).abs() < 0.5);
+}
+
+#[test]
+fn what_cannot_be_distilled_is_said() {
+    let place = place();
+    let write = |name: &str, text: &str| std::fs::write(place.path(name), text).expect("written");
+    let good = experiment(&place, "name = 'uld'", TRAIN)
+        .to_toml()
+        .expect("TOML");
+    write("good.toml", &good);
+    let refused = |set: &[&str], words: &[&str]| {
+        let sets = set.iter().flat_map(|s| ["--set", s]);
+        let args: Vec<&str> = ["distill", "--config", "good.toml", "--output", "out"]
+            .into_iter()
+            .chain(sets)
+            .collect();
+        let message = place.refused(&args);
+        for word in words {
+            assert!(message.contains(word), "{set:?}: {message}");
+        }
+    };
+    refused(&["aligner.name=nobody"], &["nobody", "multilevel-ot"]);
+    refused(&["aligner.shape=round"], &["shape"]);
+    refused(&["student.tokenizer=nowhere"], &["nowhere"]);
+    refused(&["student.hidden=50"], &["student.hidden 50", "3 heads"]);
+    refused(&["teacher.model=nowhere"], &["nowhere"]);
+    refused(
+        &["pairs.longest=100000"],
+        &["pairs.longest 100000", "context"],
+    );
+    refused(
+        &["pairs.longest=9"],
+        &["no answer to learn from", "too long"],
+    );
+    refused(&["data.part=dev"], &["data.part", "dev"]);
+    refused(&["train.steps=0"], &["train.steps 0"]);
+    refused(&["data.files=[\"missing.txt\"]"], &["missing.txt"]);
+    refused(
+        &["evaluate.files=[\"learn.txt\"]"],
+        &["no answer to learn from"],
+    );
+    refused(
+        &["student.model=teacher"],
+        &["student.model and student.tokenizer"],
+    );
+    refused(&["optimizer.lr=1e9", "optimizer.clip_norm=0.0"], &["step"]);
+}
