@@ -34,6 +34,7 @@ pub mod runs;
 mod session;
 pub mod stats;
 pub mod sweep;
+pub mod tasks;
 mod terminal;
 pub mod trace;
 pub mod train;

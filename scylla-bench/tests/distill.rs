@@ -201,6 +201,53 @@ fn a_run_that_was_broken_off_ends_with_the_same_bytes() {
     }
 }
 
+#[test]
+fn what_a_student_says_of_tasks_is_scored_against_all_right_answers() {
+    let place = place();
+    let rows = "question,context,answer1,answer2\nWho was there?,\"Once there was a king, and he was old.\",A king.,the king\n\
+                Who was old?,The queen was old.,The queen.,a queen\n";
+    let rows = rows.replace("context", "story_section");
+    std::fs::write(place.path("tales.csv"), rows).expect("table");
+    let dialogues = r##"{"fname": "t", "dialogue": "#Person1#: Hi. #Person2#: Bye.", "summary1": "They meet.", "summary2": "Two meet."}"##;
+    std::fs::write(place.path("talks.jsonl"), dialogues).expect("rows");
+    let mut experiment = experiment(&place, "name = 'multilevel-ot'", TRAIN);
+    experiment.data.files = vec![
+        place.path("tales.csv").into(),
+        place.path("talks.jsonl").into(),
+    ];
+    experiment.evaluate.files = experiment.data.files.clone();
+    experiment.evaluate.max_new_tokens = 12;
+    experiment.pairs.longest = 250;
+    experiment.train.steps = 40;
+    // Two documents to learn from, and all that is left to check on: with the same files there is nothing.
+    let registry = Registry::default();
+    let dir = place.path("none");
+    let none = Distiller::new(
+        &registry,
+        &experiment,
+        Path::new(&dir),
+        false,
+        &mut |_| {},
+        &mut |_| {},
+    );
+    assert!(
+        none.err()
+            .expect("refused")
+            .to_string()
+            .contains("no answer to learn from")
+    );
+    experiment.data.files = vec![place.path("tales.csv").into()];
+    let taught = run(&mut begin(&place, &experiment, "out", false));
+    let said = taught.last.said.expect("answers");
+    assert_eq!(said.count, 1);
+    for score in [said.f1, said.rouge_l, said.rouge_lsum] {
+        assert!((0.0..=1.0).contains(&score), "{said:?}");
+    }
+    let metrics = std::fs::read_to_string(place.path("out/metrics.jsonl")).expect("metrics");
+    let last: Value = serde_json::from_str(metrics.lines().last().expect("a line")).expect("JSON");
+    assert_eq!(last["scores"]["said"]["count"], 1);
+}
+
 /// Characters of both tokenizers, a BOS on one side, templates of different length.
 fn talkers(place: &Place) -> [Tokenizer; 2] {
     let dir = place.dir.path();

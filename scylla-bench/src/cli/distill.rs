@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::train::{Lines, duration};
 use super::{ModelOptions, print_json, print_text, with_download};
-use crate::distill::{DistillExperiment, Distiller, Outcome, Step, Told};
+use crate::distill::{DistillExperiment, Distiller, Outcome, Scores, Step, Told};
 use crate::experiment::Override;
 use crate::{Registry, Result};
 
@@ -32,6 +32,15 @@ pub(super) struct Distill {
     model: ModelOptions,
 }
 
+fn said(scores: &Scores) -> String {
+    scores.said.map_or(String::new(), |said| {
+        format!(
+            ", {} answers with F1 {:.3} and Rouge-L {:.3}",
+            said.count, said.f1, said.rouge_l
+        )
+    })
+}
+
 fn line(step: &Step, total: u64, left: f64) -> String {
     let parts: Vec<String> = step
         .parts
@@ -48,8 +57,10 @@ fn line(step: &Step, total: u64, left: f64) -> String {
     );
     if let Some(scores) = step.scores {
         line += &format!(
-            "  {:.4} bits a byte, {:.3} of the teacher's next bytes",
-            scores.bits_per_byte, scores.next_byte
+            "  {:.4} bits a byte, {:.3} of the teacher's next bytes{}",
+            scores.bits_per_byte,
+            scores.next_byte,
+            said(&scores)
         );
     }
     line
@@ -90,7 +101,7 @@ impl Distill {
         }
         let scores = outcome.scores;
         print_text(&format!(
-            "{} steps, {} tokens: loss {:.4}; at its best, behind step {}, {:.4} bits a byte over {} bytes and {:.3} of the teacher's next bytes\n  --target {}\n",
+            "{} steps, {} tokens: loss {:.4}; at its best, behind step {}, {:.4} bits a byte over {} bytes and {:.3} of the teacher's next bytes{}\n  --target {}\n",
             outcome.steps,
             outcome.tokens,
             outcome.loss,
@@ -98,6 +109,7 @@ impl Distill {
             scores.bits_per_byte,
             scores.bytes,
             scores.next_byte,
+            said(&scores),
             outcome.best.display()
         ))
     }

@@ -1,5 +1,5 @@
 //! One reader of conversations, in the forms that people keep them in: JSON lines or one JSON list of rows, with or
-//! without a byte order mark, or the rows of a parquet file.
+//! without a byte order mark, the rows of a parquet file, or a CSV table with a header.
 //!
 //! | form | row |
 //! |---|---|
@@ -9,6 +9,7 @@
 //! | HumanEval's | `task_id`, `prompt` |
 //! | GSM8K's | `question` (and `answer`) |
 //! | Alpaca's | `instruction`, `input` (and `output`) |
+//! | tasks over a text | [`tasks`] |
 //!
 //! A row in no form is refused with its place and what was expected: a prompt that was misread is worse than none.
 
@@ -19,6 +20,7 @@ use scylla_core::text::Message;
 use serde_json::{Map, Value};
 
 use super::parquet;
+use crate::tasks;
 use crate::{Error, Result};
 
 /// A conversation as a file holds it.
@@ -31,6 +33,8 @@ pub struct Conversation {
     /// What was said: a system message at most once and first, then user and assistant in turn. Where a file holds only what
     /// the user says, user messages alone.
     pub messages: Vec<Message>,
+    /// Of a task over a text: other answers that count as right beside the assistant's.
+    pub others: Vec<String>,
 }
 
 /// Reads a file of conversations.
@@ -38,10 +42,26 @@ pub struct Conversation {
 /// # Errors
 /// If it cannot be read or holds none; if a row is none, with its line; if an id comes twice.
 pub fn read(path: &Path) -> Result<Vec<Conversation>> {
-    match parquet::is(path) {
-        true => of_rows(parquet::rows(path)?, path),
-        false => parse(&read_text(path)?, path),
+    match path.extension().and_then(|e| e.to_str()) {
+        _ if parquet::is(path) => of_rows(parquet::rows(path)?, path),
+        Some("csv") => of_rows(csv_rows(path)?, path),
+        _ => parse(&read_text(path)?, path),
     }
+}
+
+/// The rows of a table of texts with a header, each with its place.
+pub(super) fn csv_rows(path: &Path) -> Result<Vec<(String, Value)>> {
+    let text = read_text(path)?;
+    let mut table = csv::Reader::from_reader(text.as_bytes());
+    let bad = |e: csv::Error| Error::file(path, format!("no table of texts: {e}"));
+    let header = table.headers().map_err(bad)?.clone();
+    let row = |(i, record): (usize, csv::Result<csv::StringRecord>)| {
+        let record = record.map_err(bad)?;
+        let fields = header.iter().zip(&record);
+        let fields = fields.map(|(k, v)| (k.trim().to_string(), Value::String(v.into())));
+        Ok((format!("row {}", i + 1), Value::Object(fields.collect())))
+    };
+    table.records().enumerate().map(row).collect()
 }
 
 /// Reads the text of such a file.
@@ -135,6 +155,17 @@ fn conversation(row: &Value, number: usize) -> Result<Conversation, String> {
     let Value::Object(row) = row else {
         return Err(format!("not a prompt: no JSON object; {EXPECTED}"));
     };
+    if let Some(task) = tasks::of_row(row) {
+        let task = task?;
+        let mut answers = task.answers.into_iter();
+        let said = answers.next().map(Message::assistant);
+        return Ok(Conversation {
+            id: id(row, number)?,
+            task: Some(task.name.into()),
+            messages: [user(task.asked)].into_iter().chain(said).collect(),
+            others: answers.collect(),
+        });
+    }
     let given = |row: &Row, key: &str| row.get(key).is_some_and(|v| !v.is_null());
     let empty = |v: &Value| v.as_array().is_some_and(Vec::is_empty);
     let body = match row.get("body") {
@@ -212,6 +243,7 @@ fn conversation(row: &Value, number: usize) -> Result<Conversation, String> {
             Some(other) => return Err(format!("`category` is {other}; expected a text")),
         },
         messages,
+        others: Vec::new(),
     })
 }
 
@@ -239,6 +271,8 @@ fn id(row: &Row, number: usize) -> Result<String, String> {
         "task_id",
         "custom_id",
         "conversation_id",
+        "example_id",
+        "fname",
     ];
     let found = keys
         .iter()

@@ -11,8 +11,10 @@ use scylla_core::text::{Message, Tokenizer};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{conversations, parquet};
+use super::conversations::{self, Conversation};
+use super::parquet;
 use crate::prompts;
+use crate::tasks;
 use crate::{Error, Result};
 
 /// Where data comes from.
@@ -20,7 +22,7 @@ use crate::{Error, Result};
 #[serde(default, deny_unknown_fields)]
 pub struct DataSpec {
     /// Files, or folders whose files are read in the order of their names. `.txt` and `.md` hold texts, `.jsonl`,
-    /// `.json` and `.parquet` rows: of a `text` each, or conversations.
+    /// `.json`, `.csv` and `.parquet` rows: of a `text` each, or conversations.
     pub files: Vec<PathBuf>,
     /// The line that parts the documents of a text file.
     pub separator: String,
@@ -89,7 +91,7 @@ pub enum Content {
     /// Text.
     Text(String),
     /// A conversation.
-    Talk(Vec<Message>),
+    Talk(Conversation),
 }
 
 impl Content {
@@ -98,8 +100,8 @@ impl Content {
         let mut hash = Sha256::new();
         match self {
             Self::Text(text) => hash.update(text.as_bytes()),
-            Self::Talk(messages) => {
-                for m in messages {
+            Self::Talk(talk) => {
+                for m in &talk.messages {
                     hash.update(m.role.as_bytes());
                     hash.update([0]);
                     hash.update(m.content.as_bytes());
@@ -219,7 +221,7 @@ fn files_of(spec: &DataSpec) -> Result<Vec<PathBuf>> {
         if found.is_empty() {
             return Err(Error::file(
                 path,
-                "holds no .txt, .md, .jsonl, .json or .parquet file",
+                "holds no .txt, .md, .jsonl, .json, .csv or .parquet file",
             ));
         }
         found.sort();
@@ -234,6 +236,7 @@ enum Kind {
     Text,
     Rows,
     Parquet,
+    Csv,
 }
 
 /// What a file holds by its name; `None`: nothing that is read.
@@ -241,6 +244,7 @@ fn kind_of(path: &Path) -> Option<Kind> {
     match path.extension()?.to_str()? {
         "jsonl" | "json" => Some(Kind::Rows),
         "txt" | "md" => Some(Kind::Text),
+        "csv" => Some(Kind::Csv),
         _ if parquet::is(path) => Some(Kind::Parquet),
         _ => None,
     }
@@ -255,11 +259,13 @@ pub fn contents(path: &Path, separator: &str) -> Result<Vec<(String, Content)>> 
     let Some(kind) = kind_of(path) else {
         return Err(Error::file(
             path,
-            "expected a file .txt, .md, .jsonl, .json or .parquet",
+            "expected a file .txt, .md, .jsonl, .json, .csv or .parquet",
         ));
     };
-    if kind == Kind::Parquet {
-        return parquet_rows(path);
+    match kind {
+        Kind::Parquet => return placed_rows(parquet::rows(path)?, path),
+        Kind::Csv => return placed_rows(conversations::csv_rows(path)?, path),
+        Kind::Text | Kind::Rows => {}
     }
     let text = read_text(path)?;
     if kind == Kind::Rows {
@@ -286,16 +292,21 @@ pub fn contents(path: &Path, separator: &str) -> Result<Vec<(String, Content)>> 
     Ok(found)
 }
 
-/// The same of a parquet file.
-fn parquet_rows(path: &Path) -> Result<Vec<(String, Content)>> {
-    let rows = parquet::rows(path)?;
-    let is_text =
-        |row: &serde_json::Value| row.get("text").is_some_and(serde_json::Value::is_string);
+/// Whether a row is a text, and no task over one.
+fn is_text(row: &serde_json::Value) -> bool {
+    let task = row.as_object().and_then(tasks::of_row);
+    row.get("text").is_some_and(serde_json::Value::is_string) && task.is_none()
+}
+
+/// The documents of rows, each with its place.
+fn placed_rows(
+    rows: Vec<(String, serde_json::Value)>,
+    path: &Path,
+) -> Result<Vec<(String, Content)>> {
     let name = path.display();
     if !rows.first().is_some_and(|(_, row)| is_text(row)) {
-        let talk = |c: conversations::Conversation| {
-            (format!("{name}, id {}", c.id), Content::Talk(c.messages))
-        };
+        let talk =
+            |c: conversations::Conversation| (format!("{name}, id {}", c.id), Content::Talk(c));
         return Ok(conversations::of_rows(rows, path)?
             .into_iter()
             .map(talk)
@@ -320,12 +331,9 @@ fn rows_of(text: &str, path: &Path) -> Result<Vec<(String, Content)>> {
         .find(|l| !l.trim().is_empty())
         .unwrap_or_default();
     let row: serde_json::Value = serde_json::from_str(first).unwrap_or_default();
-    if row.get("text").is_none_or(|t| !t.is_string()) {
+    if !is_text(&row) {
         let place = |c: conversations::Conversation| {
-            (
-                format!("{}, id {}", path.display(), c.id),
-                Content::Talk(c.messages),
-            )
+            (format!("{}, id {}", path.display(), c.id), Content::Talk(c))
         };
         return Ok(conversations::parse(text, path)?
             .into_iter()
@@ -445,7 +453,8 @@ impl KeptOut {
         };
         match content {
             Content::Text(text) => text.len() < 200 && is(text),
-            Content::Talk(messages) => messages
+            Content::Talk(talk) => talk
+                .messages
                 .iter()
                 .any(|m| m.role == "user" && m.content.len() < 200 && is(&m.content)),
         }
@@ -459,15 +468,28 @@ fn grams(ids: &[u32]) -> impl Iterator<Item = [u32; GRAM]> + '_ {
 /// A document's tokens, and whether it holds an evaluation prompt.
 type Tokenised = Result<(Vec<u32>, Vec<bool>, bool)>;
 
-fn tokenised(content: &Content, tokenizer: &Tokenizer, kept_out: &KeptOut) -> Tokenised {
-    let (tokens, mask) = match content {
+/// How a document becomes tokens, with those that are trained on.
+pub type Tokenise<'a> = &'a (dyn Fn(&Content) -> Result<(Vec<u32>, Vec<bool>)> + Sync);
+
+/// As a model's drafts are trained on them: texts whole, conversations through its chat template.
+fn as_trained(content: &Content, tokenizer: &Tokenizer) -> Result<(Vec<u32>, Vec<bool>)> {
+    match content {
         Content::Text(text) => {
             let ids = tokenizer.encode(text)?;
             let mask = vec![true; ids.len()];
-            (ids, mask)
+            Ok((ids, mask))
         }
-        Content::Talk(messages) => tokens_of_talk(messages, tokenizer)?,
-    };
+        Content::Talk(talk) => tokens_of_talk(&talk.messages, tokenizer),
+    }
+}
+
+fn tokenised(
+    content: &Content,
+    tokenizer: &Tokenizer,
+    tokenise: Tokenise<'_>,
+    kept_out: &KeptOut,
+) -> Tokenised {
+    let (tokens, mask) = tokenise(content)?;
     let meets = kept_out.meets(&tokens, content, tokenizer);
     Ok((tokens, mask, meets))
 }
@@ -478,6 +500,7 @@ const TOGETHER: usize = 512;
 fn all_tokenised(
     contents: &[&Content],
     tokenizer: &Tokenizer,
+    tokenise: Tokenise<'_>,
     kept_out: &KeptOut,
 ) -> Vec<Tokenised> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -493,7 +516,7 @@ fn all_tokenised(
                     let Some(content) = contents.get(i) else {
                         break;
                     };
-                    let one = tokenised(content, tokenizer, kept_out);
+                    let one = tokenised(content, tokenizer, tokenise, kept_out);
                     *found[i].lock().unwrap_or_else(|e| e.into_inner()) = Some(one);
                 }
             });
@@ -515,16 +538,18 @@ pub fn load(
     tokenizer: &Tokenizer,
     on_read: &mut dyn FnMut(usize, u64),
 ) -> Result<Documents> {
-    read(spec, tokenizer, &mut |_| {}, on_read)
+    let tokenise = |content: &Content| as_trained(content, tokenizer);
+    read(spec, tokenizer, &tokenise, &mut |_| {}, on_read)
 }
 
-/// The same, told each document as it is when it is taken.
+/// The same by another way to tokens, told each document as it is when it is taken.
 ///
 /// # Errors
 /// As [`load`].
 pub fn read(
     spec: &DataSpec,
     tokenizer: &Tokenizer,
+    tokenise: Tokenise<'_>,
     on_taken: &mut dyn FnMut(&Content),
     on_read: &mut dyn FnMut(usize, u64),
 ) -> Result<Documents> {
@@ -555,7 +580,7 @@ pub fn read(
             }
             let some_contents: Vec<&Content> =
                 some.iter().map(|(_, content, _)| *content).collect();
-            let all = all_tokenised(&some_contents, tokenizer, &kept_out);
+            let all = all_tokenised(&some_contents, tokenizer, tokenise, &kept_out);
             for ((name, content, hash), one) in some.iter().zip(all) {
                 if enough(&found.counts) {
                     found.counts.skipped += 1;

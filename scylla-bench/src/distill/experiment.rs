@@ -138,6 +138,8 @@ pub struct Watch {
     pub every: u64,
     /// Answers at most.
     pub count: usize,
+    /// New tokens of the student's own answers at most, where right ones are known; 0: it is not asked for any.
+    pub max_new_tokens: usize,
     /// Files to check on, in place of the dev part; what was learned from is left out.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<PathBuf>,
@@ -148,6 +150,7 @@ impl Default for Watch {
         Self {
             every: 100,
             count: 64,
+            max_new_tokens: 64,
             files: Vec::new(),
         }
     }

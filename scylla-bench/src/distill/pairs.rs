@@ -11,6 +11,7 @@ use scylla_core::train::graph::PackedRows;
 use sha2::{Digest, Sha256};
 
 use super::experiment::PairSpec;
+use crate::data::conversations::Conversation;
 use crate::data::documents::{Content, Counts, DataSpec, read};
 use crate::{Error, Result};
 
@@ -41,6 +42,8 @@ pub struct Pair {
     pub student: Side,
     /// The teacher's.
     pub teacher: Side,
+    /// Texts that count as right answers; none of a piece of a text.
+    pub right: Vec<String>,
     /// Where each token lies in the answer's bytes, the student's and the teacher's; a token that ends it has none.
     pub offsets: (Offsets, Offsets),
 }
@@ -76,9 +79,22 @@ pub fn pairs_of(
     on_read: &mut dyn FnMut(usize, u64),
 ) -> Result<Pairs> {
     let mut contents = Vec::new();
+    // What both sides make of a document comes later; these tokens tell whether it holds an evaluation prompt, and how long it is.
+    let bare = |content: &Content| {
+        let tokens = match content {
+            Content::Text(text) => teacher.encode_bare(text)?,
+            Content::Talk(talk) => {
+                let said = talk.messages.iter().map(|m| format!("{}\n", m.content));
+                teacher.encode_bare(&said.collect::<String>())?
+            }
+        };
+        let mask = vec![true; tokens.len()];
+        Ok((tokens, mask))
+    };
     let documents = read(
         spec,
         teacher,
+        &bare,
         &mut |content| contents.push(content.clone()),
         on_read,
     )?;
@@ -147,7 +163,7 @@ pub fn pairs_of(
 
 fn talk(content: &Content) -> Option<&[Message]> {
     match content {
-        Content::Talk(messages) => Some(messages),
+        Content::Talk(talk) => Some(&talk.messages),
         Content::Text(_) => None,
     }
 }
@@ -179,7 +195,7 @@ impl Maker<'_> {
                 all.map(|(i, piece)| self.text(format!("{name}, piece {}", i + 1), piece))
                     .collect()
             }
-            Content::Talk(messages) => vec![self.answer(name, messages, number)],
+            Content::Talk(talk) => vec![self.answer(name, talk, number)],
         }
     }
 
@@ -198,9 +214,9 @@ impl Maker<'_> {
     }
 
     /// The last answer of a conversation, each side behind its own prompt, and with the token by which it ends.
-    fn answer(&self, name: &str, messages: &[Message], number: usize) -> Result<Pair> {
+    fn answer(&self, name: &str, talk: &Conversation, number: usize) -> Result<Pair> {
         let none = || Error::Experiment("the assistant says nothing in it".into());
-        let (before, answer) = answered(messages).ok_or_else(none)?;
+        let (before, answer) = answered(&talk.messages).ok_or_else(none)?;
         let side = |tokenizer: &Tokenizer, before: &[Message]| -> Result<(Vec<u32>, Vec<u32>)> {
             let (prompt, end) = prompt(tokenizer, before, answer)?;
             let mut said = tokenizer.encode_bare(answer)?;
@@ -209,7 +225,12 @@ impl Maker<'_> {
         };
         let shown = [&self.shots(number)[..], before].concat();
         let (own, other) = (side(self.student, before)?, side(self.teacher, &shown)?);
-        self.pair(name.to_string(), answer, own, other)
+        let mut pair = self.pair(name.to_string(), answer, own, other)?;
+        pair.right = [answer.to_string()]
+            .into_iter()
+            .chain(talk.others.clone())
+            .collect();
+        Ok(pair)
     }
 
     /// Questions and answers of other conversations.
@@ -255,6 +276,7 @@ impl Maker<'_> {
         Ok(Pair {
             name,
             bytes: answer.len(),
+            right: Vec::new(),
             student: side(own)?,
             teacher: side(other)?,
             offsets,

