@@ -10,7 +10,9 @@ use common::{CHATML, Place};
 use proptest::prelude::*;
 use scylla_bench::Registry;
 use scylla_bench::data::documents::DataSpec;
-use scylla_bench::distill::{DistillExperiment, Distiller, Outcome, PairSpec, Told, pairs_of};
+use scylla_bench::distill::{
+    CacheSpec, DistillExperiment, Distiller, Outcome, PairSpec, Told, pairs_of,
+};
 use scylla_core::text::Tokenizer;
 use scylla_tests::{byte_level_tokenizer, pair_tokenizer, write_letters};
 use serde_json::{Value, json};
@@ -246,6 +248,111 @@ fn what_a_student_says_of_tasks_is_scored_against_all_right_answers() {
     let metrics = std::fs::read_to_string(place.path("out/metrics.jsonl")).expect("metrics");
     let last: Value = serde_json::from_str(metrics.lines().last().expect("a line")).expect("JSON");
     assert_eq!(last["scores"]["said"]["count"], 1);
+}
+
+#[test]
+fn what_a_teacher_says_is_kept_once_and_by_whom_it_was_said() {
+    let place = place();
+    let more = "train = { batch = 3, steps = 6, products = 'f32' }\n";
+    for aligner in ["name = 'uld'", "name = 'dskd'"] {
+        let live = experiment(&place, aligner, more);
+        let mut kept = live.clone();
+        let dir = place.path(&format!("said-{}", aligner.len()));
+        // All of the teacher's tokens: nothing is lost.
+        kept.cache = Some(CacheSpec {
+            dir: dir.clone().into(),
+            top_k: 1000,
+        });
+        let out = |name: &str| format!("{name}-{}", aligner.len());
+        let a = run(&mut begin(&place, &live, &out("live"), false));
+        let b = run(&mut begin(&place, &kept, &out("kept"), false));
+        assert!(
+            (a.loss - b.loss).abs() < 1e-4 * a.loss.abs(),
+            "{aligner}: {} {}",
+            a.loss,
+            b.loss
+        );
+        // What is there is taken as it is, by a student of another shape too; of another teacher it is refused.
+        let written = |name: &str| {
+            std::fs::metadata(format!("{dir}/{name}"))
+                .expect(name)
+                .modified()
+                .expect("time")
+        };
+        let before = written("said-00000.safetensors");
+        let mut other = kept.clone();
+        other.student.layers = 2;
+        run(&mut begin(&place, &other, &out("other"), false));
+        assert_eq!(written("said-00000.safetensors"), before);
+        let mut few = kept.clone();
+        few.cache = Some(CacheSpec {
+            dir: dir.clone().into(),
+            top_k: 8,
+        });
+        let refused = |experiment: &DistillExperiment, name: &str| {
+            let mut distiller = begin(&place, experiment, name, false);
+            let error = distiller.run(&AtomicBool::new(false), &mut |_| {});
+            error.expect_err("refused").to_string()
+        };
+        let message = refused(&few, &out("few"));
+        assert!(
+            message.contains("another number of tokens") && message.contains("cache.dir"),
+            "{message}"
+        );
+        let mut longer = kept.clone();
+        longer.pairs.bytes = 100;
+        let message = refused(&longer, &out("longer"));
+        assert!(message.contains("other answers"), "{message}");
+        few.cache = Some(CacheSpec {
+            dir: place.path(&out("cut")).into(),
+            top_k: 8,
+        });
+        let c = run(&mut begin(&place, &few, &out("cut-run"), false));
+        assert!(c.loss.is_finite() && c.loss != b.loss);
+    }
+}
+
+#[test]
+fn a_cache_that_was_broken_off_goes_on() {
+    let place = place();
+    let mut experiment = experiment(
+        &place,
+        "name = 'uld'",
+        "train = { batch = 2, steps = 1, products = 'f32' }\n",
+    );
+    let cache = |name: &str| {
+        Some(CacheSpec {
+            dir: place.path(name).into(),
+            top_k: 8,
+        })
+    };
+    experiment.cache = cache("whole");
+    run(&mut begin(&place, &experiment, "a", false));
+    experiment.cache = cache("parts");
+    let stop = AtomicBool::new(false);
+    let mut first = begin(&place, &experiment, "b", false);
+    let error = first.run(&stop, &mut |told| {
+        if let Told::Note(note) = told {
+            stop.store(note.contains("1 of"), Ordering::Relaxed);
+        }
+    });
+    assert!(
+        error
+            .expect_err("broken off")
+            .to_string()
+            .contains("goes on")
+    );
+    assert!(!Path::new(&place.path("parts/said-00001.safetensors")).exists());
+    run(&mut begin(&place, &experiment, "b", true));
+    let names = std::fs::read_dir(place.path("whole")).expect("shards");
+    let mut count = 0;
+    for name in names.map(|e| e.expect("an entry").file_name()) {
+        let read =
+            |dir: &str| std::fs::read(Path::new(&place.path(dir)).join(&name)).expect("file");
+        assert!(read("whole") == read("parts"), "{name:?}");
+        count += 1;
+    }
+    assert!(count > 3, "{count} files");
 }
 
 /// Characters of both tokenizers, a BOS on one side, templates of different length.

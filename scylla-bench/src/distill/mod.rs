@@ -3,6 +3,7 @@
 //! Texts and answers are tokenised by each side for itself, behind prompts of its own (`pairs`); the teacher says what it thinks of
 //! them (`teacher`), an aligner compares, and what it finds flows into the student through the graph (`trainer`).
 
+mod cache;
 mod experiment;
 mod pairs;
 mod score;
@@ -10,7 +11,7 @@ mod student;
 mod teacher;
 mod trainer;
 
-pub use experiment::{DistillExperiment, DistillSpec, PairSpec, StudentSpec, Watch};
+pub use experiment::{CacheSpec, DistillExperiment, DistillSpec, PairSpec, StudentSpec, Watch};
 pub use pairs::{Pair, Pairs, Side, pairs_of};
 pub use score::{Said, Scores};
 pub use student::Student;

@@ -61,6 +61,8 @@ pub struct Pairs {
     pub failures: Vec<String>,
     /// Sha256 over both sides' tokens.
     pub hash: String,
+    /// Sha256 over the teacher's.
+    pub taught: String,
     /// Hashes of the documents that were taken.
     pub documents: HashSet<[u8; 32]>,
 }
@@ -111,7 +113,7 @@ pub fn pairs_of(
         teacher,
         talks,
     };
-    let mut hash = Sha256::new();
+    let (mut hash, mut taught) = (Sha256::new(), Sha256::new());
     for (i, (name, content)) in names.iter().zip(&contents).enumerate() {
         if count > 0 && found.all.len() >= count {
             break;
@@ -125,11 +127,14 @@ pub fn pairs_of(
             match pair {
                 Ok(pair) if maker.is_long(&pair) => found.long += 1,
                 Ok(pair) => {
-                    for side in [&pair.student, &pair.teacher] {
+                    let bytes = |side: &Side| -> Vec<u8> {
+                        let start = (side.answer.start as u64).to_le_bytes();
                         let tokens = side.tokens.iter().flat_map(|t| t.to_le_bytes());
-                        hash.update(tokens.collect::<Vec<u8>>());
-                        hash.update((side.answer.start as u64).to_le_bytes());
-                    }
+                        tokens.chain(start).collect()
+                    };
+                    hash.update(bytes(&pair.student));
+                    hash.update(bytes(&pair.teacher));
+                    taught.update(bytes(&pair.teacher));
                     found.all.push(pair);
                 }
                 Err(e) => {
@@ -144,7 +149,11 @@ pub fn pairs_of(
     if count > 0 {
         found.all.truncate(count);
     }
-    found.hash = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+    let hex = |hash: Sha256| -> String {
+        let bytes = hash.finalize();
+        bytes.iter().map(|b| format!("{b:02x}")).collect()
+    };
+    (found.hash, found.taught) = (hex(hash), hex(taught));
     match found.all.is_empty() {
         false => Ok(found),
         true => {

@@ -6,13 +6,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Storage, Tensor, Var};
 use multilevel_ot::{IGNORED, Space};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use scylla_core::assets::OnProgress;
 use scylla_core::files;
+use scylla_core::kernels::zeros;
 use scylla_core::model::{LoadOptions, parse_device};
 use scylla_core::plugin::Matrix;
 use scylla_core::text::Tokenizer;
@@ -23,6 +24,7 @@ use scylla_core::train::{
 use scylla_core::{Decoder, Target};
 use serde::{Deserialize, Serialize};
 
+use super::cache::Cache;
 use super::experiment::DistillExperiment;
 use super::pairs::{Pair, Pairs, Side, packed, pairs_of};
 use super::score::{FirstBytes, Said, Scores, Sums, expected};
@@ -138,6 +140,8 @@ pub struct Distiller {
     tables: Tables,
     train: Pairs,
     watched: Pairs,
+    /// What the teacher says, where it is kept.
+    cache: Option<Cache>,
     /// What the teacher expects of each answer that is watched, once it was asked.
     expects: Vec<HashMap<usize, u8>>,
     bytes: [FirstBytes; 2],
@@ -257,6 +261,7 @@ impl Distiller {
             experiment: experiment.clone(),
             dir: dir.to_path_buf(),
             expects: Vec::new(),
+            cache: None,
             step_s: 0.0,
             on,
             teacher,
@@ -363,6 +368,21 @@ impl Distiller {
         std::fs::create_dir_all(&self.dir).map_err(Error::io(&self.dir))?;
         let text = self.experiment.to_toml()?;
         files::write(&self.dir.join("experiment.toml"), text.as_bytes())?;
+        if let Some(spec) = self.experiment.cache.clone().filter(|_| !self.needs.alone) {
+            let dir = spec.dir.display().to_string();
+            let mut on_shard = |done: usize, all: usize| {
+                told(Told::Note(format!("{dir}: {done} of {all} shards")));
+            };
+            self.cache = Some(Cache::open(
+                &spec,
+                (&mut self.teacher, &self.on),
+                &self.train.all,
+                &self.train.taught,
+                self.needs.hidden,
+                stop,
+                &mut on_shard,
+            )?);
+        }
         let metrics = self.dir.join(METRICS);
         self.state.metrics = cut_to(&metrics, self.state.metrics)?;
         let steps = self.experiment.train.steps;
@@ -449,7 +469,7 @@ impl Distiller {
     }
 
     /// The answers of a step: all in an order of the seed, then all in another.
-    fn batch(&self, step: u64) -> Vec<&Pair> {
+    fn batch(&self, step: u64) -> Vec<usize> {
         let count = self.train.all.len() as u64;
         let first = step * self.experiment.train.batch as u64;
         let mut order: Option<(u64, Vec<usize>)> = None;
@@ -463,7 +483,7 @@ impl Distiller {
                 order = Some((epoch, all));
             }
             let all = order.as_ref().map_or(&[][..], |(_, all)| all);
-            &self.train.all[all[(at % count) as usize]]
+            all[(at % count) as usize]
         };
         (first..first + self.experiment.train.batch as u64)
             .map(of)
@@ -474,7 +494,8 @@ impl Distiller {
     fn step(&mut self) -> Result<Step> {
         let begun = Instant::now();
         let step = self.state.step;
-        let pairs: Vec<Pair> = self.batch(step).into_iter().cloned().collect();
+        let batch = self.batch(step);
+        let pairs: Vec<Pair> = batch.iter().map(|&i| self.train.all[i].clone()).collect();
         let pairs: Vec<&Pair> = pairs.iter().collect();
         let failed = |e: Error| {
             let names: Vec<&str> = pairs.iter().map(|p| p.name.as_str()).collect();
@@ -484,7 +505,7 @@ impl Distiller {
                 step + 1
             ))
         };
-        let mut learned = self.learn(&pairs).map_err(failed)?;
+        let mut learned = self.learn(&batch, &pairs).map_err(failed)?;
         let (settings, schedule) = (&self.experiment.optimizer, &self.experiment.schedule);
         let lr = settings.lr * schedule.factor(step, self.experiment.train.steps);
         let grads = std::mem::take(&mut learned.gradients);
@@ -521,9 +542,9 @@ impl Distiller {
     }
 
     /// The loss of a batch and its gradients. Logits exist for a few answers at a time.
-    fn learn(&mut self, pairs: &[&Pair]) -> Result<Learned> {
+    fn learn(&mut self, batch: &[usize], pairs: &[&Pair]) -> Result<Learned> {
         let mut learned = Learned::default();
-        let read = match self.needs.alone {
+        let read = match self.needs.alone || self.cache.is_some() {
             true => None,
             false => {
                 let begun = Instant::now();
@@ -544,16 +565,29 @@ impl Distiller {
             let at = i * together..i * together + some.len();
             let share = some.len() as f64 / pairs.len() as f64;
             let begun = Instant::now();
-            let teacher = match &read {
-                None => None,
-                Some(read) => {
+            let given = match (&read, &self.cache) {
+                (Some(read), _) => {
                     let own = Rows::of(some.iter().map(|p| &p.teacher), &read.begins[at.clone()]);
                     let logits = self.teacher.logits(&self.on, &read.states, &own.rows)?;
-                    let known = self.teacher.known();
-                    let mut said = own.answers(logits, known)?;
-                    if self.needs.hidden {
-                        said.hidden = Some(own.tensor(&chosen(&read.states, &own.rows)?)?);
-                    }
+                    let hidden = match self.needs.hidden {
+                        true => Some(chosen(&read.states, &own.rows)?),
+                        false => None,
+                    };
+                    Some((own, logits, hidden))
+                }
+                (None, Some(cache)) => {
+                    let own = Rows::of(some.iter().map(|p| &p.teacher), &vec![0; some.len()]);
+                    let (logits, hidden) = own.kept(cache, &batch[at.clone()])?;
+                    Some((own, logits, hidden))
+                }
+                (None, None) => None,
+            };
+            let teacher = match given {
+                None => None,
+                Some((own, logits, hidden)) => {
+                    let logits = own.tensor(logits)?;
+                    let mut said = own.answers(logits, self.teacher.known())?;
+                    said.hidden = hidden.map(|states| own.tensor(states)).transpose()?;
                     if self.needs.offsets {
                         let offsets = some.iter().map(|p| p.offsets.1.clone());
                         said.offsets = Some(offsets.collect());
@@ -564,9 +598,10 @@ impl Distiller {
             learned.teacher_ms += begun.elapsed().as_secs_f64() * 1e3;
             let own = Rows::of(some.iter().map(|p| &p.student), &begins[at]);
             let hidden = match self.needs.hidden {
-                true => Some(Var::from_tensor(
-                    &own.tensor(&chosen(&states.matrix, &own.rows)?)?,
-                )?),
+                true => {
+                    let (values, shape) = own.values(chosen(&states.matrix, &own.rows)?)?;
+                    Some(Var::from_vec(values, shape, &Device::Cpu)?)
+                }
                 false => None,
             };
             let offsets = || some.iter().map(|p| p.offsets.0.clone()).collect();
@@ -735,14 +770,27 @@ impl<'a> Rows<'a> {
         side.answer.clone().map(|at| begin + at - 1).collect()
     }
 
-    fn tensor(&self, m: &Matrix) -> Result<Tensor> {
-        let shape = (self.sides.len(), self.length, m.columns);
-        let values = m.all()?.into_owned();
-        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+    /// The same rows out of a cache: logits, and hidden states where they are kept.
+    fn kept(&self, cache: &Cache, answers: &[usize]) -> Result<(Matrix, Option<Matrix>)> {
+        let (mut logits, mut states) = (Vec::new(), Vec::new());
+        for &answer in answers {
+            let (said, hidden) = cache.said(answer)?;
+            let last = said.rows() - 1;
+            let rows: Vec<usize> = (0..self.length).map(|i| i.min(last)).collect();
+            logits.push(chosen(&said, &rows)?);
+            if let Some(hidden) = hidden {
+                states.push(chosen(&hidden, &rows)?);
+            }
+        }
+        let states = match states.is_empty() {
+            true => None,
+            false => Some(Matrix::joined(states)?),
+        };
+        Ok((Matrix::joined(logits)?, states))
     }
 
-    /// Logits of these rows with their labels and tokens.
-    fn answers(&self, logits: Matrix, vocab: usize) -> Result<AnswerLogits> {
+    /// Logits `[B, S, W]` of these rows with their labels and tokens.
+    fn answers(&self, logits: Tensor, vocab: usize) -> Result<AnswerLogits> {
         let shape = (self.sides.len(), self.length);
         let (mut labels, mut tokens) = (Vec::new(), Vec::new());
         for side in &self.sides {
@@ -754,12 +802,6 @@ impl<'a> Rows<'a> {
                 tokens.push(i64::from(side.tokens[at]));
             }
         }
-        let width = logits.columns;
-        let values = match logits.is_on_device() {
-            true => logits.all()?.into_owned(),
-            false => logits.into_values()?,
-        };
-        let logits = Tensor::from_vec(values, (shape.0, shape.1, width), &Device::Cpu)?;
         Ok(AnswerLogits {
             logits,
             labels: Tensor::from_vec(labels, shape, &Device::Cpu)?,
@@ -768,6 +810,21 @@ impl<'a> Rows<'a> {
             offsets: None,
             hidden: None,
         })
+    }
+
+    /// The values of rows, without a copy where they are on the host, and their shape.
+    fn values(&self, m: Matrix) -> Result<(Vec<f32>, (usize, usize, usize))> {
+        let shape = (self.sides.len(), self.length, m.columns);
+        let values = match m.is_on_device() {
+            true => m.all()?.into_owned(),
+            false => m.into_values()?,
+        };
+        Ok((values, shape))
+    }
+
+    fn tensor(&self, m: Matrix) -> Result<Tensor> {
+        let (values, shape) = self.values(m)?;
+        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
     }
 }
 
@@ -800,20 +857,16 @@ impl Asked<'_> {
     fn loss(&self, rows: &Rows<'_>, logits: &mut Matrix) -> scylla_core::Result<Found> {
         let core = |e: Error| scylla_core::Error::Invalid(e.to_string());
         let begun = Instant::now();
-        let given = rows.answers(std::mem::take(logits), self.vocab);
+        let (values, shape) = rows.values(std::mem::take(logits)).map_err(core)?;
+        let var = Var::from_vec(values, shape, &Device::Cpu)?;
+        let given = rows.answers(var.as_tensor().clone(), self.vocab);
         let mut student = given.map_err(core)?;
-        let width = student.logits.dim(2)?;
-        let var = Var::from_tensor(&student.logits)?;
-        student.logits = var.as_tensor().clone();
+        let width = shape.2;
         student.offsets.clone_from(&self.offsets);
         student.hidden = self.hidden.map(|h| h.as_tensor().clone());
         let teacher = self.teacher.as_ref().unwrap_or(&student);
         let loss = self.aligner.loss(teacher, &student, self.context)?;
-        let matrix = |t: &Tensor| -> scylla_core::Result<Matrix> {
-            let columns = t.dims().last().copied().unwrap_or(1);
-            let scaled = (t.to_dtype(DType::F32)? * self.share)?;
-            Ok(Matrix::host(scaled.flatten_all()?.to_vec1()?, columns))
-        };
+        let matrix = |t: &Tensor| scaled(t, self.share as f32, self.on);
         let (mut hidden, mut others) = (None, Vec::new());
         let slopes = match &loss.gradient {
             Some(gradient) => matrix(gradient)?,
@@ -846,6 +899,34 @@ impl Asked<'_> {
         *logits = self.on.bring(&slopes)?;
         Ok(found)
     }
+}
+
+/// A tensor of f32 on the host times a factor, as rows of its last dimension: one pass over it, as logits' gradients are large.
+fn scaled(of: &Tensor, factor: f32, on: &Compute) -> scylla_core::Result<Matrix> {
+    let columns = of.dims().last().copied().unwrap_or(1);
+    let of = of.to_dtype(DType::F32)?.contiguous()?;
+    let (storage, layout) = of.storage_and_layout();
+    let (Storage::Cpu(storage), Some((from, to))) = (&*storage, layout.contiguous_offsets()) else {
+        return Err(scylla_core::Error::Invalid(
+            "a gradient that is not on the host".into(),
+        ));
+    };
+    let values = &storage.as_slice::<f32>()?[from..to];
+    let mut out = zeros::<f32>(values.len());
+    let times = |rows: std::ops::Range<usize>, out: &mut [f32]| {
+        let from = &values[rows.start * columns..rows.end * columns];
+        out.iter_mut()
+            .zip(from)
+            .for_each(|(out, v)| *out = v * factor);
+    };
+    match on {
+        Compute::Kernels(p) => {
+            let each = |rows, [out]: [&mut [f32]; 1]| times(rows, out);
+            p.pool.rows([&mut out], [columns], 8, each);
+        }
+        Compute::Tensors { .. } => times(0..values.len() / columns.max(1), &mut out),
+    }
+    Ok(Matrix::host(out, columns))
 }
 
 /// Gradients of some rows, among zeros for all others.
