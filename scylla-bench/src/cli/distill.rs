@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::train::{Lines, duration};
 use super::{ModelOptions, print_json, print_text, with_download};
-use crate::distill::{DistillExperiment, Distiller, Outcome, Scores, Step, Told};
+use crate::distill::{AnswerScore, DistillExperiment, Distiller, Outcome, Scores, Step, Told};
 use crate::experiment::Override;
 use crate::{Registry, Result};
 
@@ -17,8 +17,11 @@ pub(super) struct Distill {
     #[arg(long)]
     config: PathBuf,
     /// Folder for checkpoint, metrics and the best student
-    #[arg(long)]
-    output: PathBuf,
+    #[arg(long, required_unless_present = "score", conflicts_with = "score")]
+    output: Option<PathBuf>,
+    /// Say what the student is worth as it is, and teach it nothing
+    #[arg(long, conflicts_with = "resume")]
+    score: bool,
     /// Override any field of the experiment
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
@@ -80,19 +83,32 @@ impl Distill {
                 lines.now(&line(step, total, left), due, 10);
             }
         };
-        let mut distiller = with_download(|p| {
-            Distiller::new(
-                registry,
-                &experiment,
-                &self.output,
-                self.resume,
-                p,
-                &mut told,
-            )
-        })?;
+        let output = self.output.as_deref().map(|dir| (dir, self.resume));
+        let mut distiller =
+            with_download(|p| Distiller::new(registry, &experiment, output, p, &mut told))?;
+        if self.score {
+            let (scores, answers) = distiller.evaluate_each()?;
+            return self.print_scores(&scores, &answers);
+        }
         told(Told::Note(format!("products in {}", distiller.products())));
         let outcome = distiller.run(stop, &mut told)?;
         self.print(&outcome)
+    }
+
+    fn print_scores(&self, scores: &Scores, answers: &[AnswerScore]) -> Result<()> {
+        if self.json {
+            let mut all = serde_json::to_value(scores)
+                .map_err(|e| crate::Error::Experiment(e.to_string()))?;
+            all["answers"] = serde_json::json!(answers);
+            return print_json(&all);
+        }
+        print_text(&format!(
+            "{:.4} bits a byte over {} bytes and {:.3} of the teacher's next bytes{}\n",
+            scores.bits_per_byte,
+            scores.bytes,
+            scores.next_byte,
+            said(scores)
+        ))
     }
 
     fn print(&self, outcome: &Outcome) -> Result<()> {

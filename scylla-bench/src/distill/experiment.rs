@@ -154,6 +154,8 @@ impl Default for DistillSpec {
 pub struct Watch {
     /// Steps from one evaluation to the next; 0: only at the end.
     pub every: u64,
+    /// `dev`, or `test` to report on: students are chosen by dev.
+    pub part: String,
     /// Answers at most.
     pub count: usize,
     /// New tokens of the student's own answers at most, where right ones are known; 0: it is not asked for any.
@@ -167,6 +169,7 @@ impl Default for Watch {
     fn default() -> Self {
         Self {
             every: 100,
+            part: "dev".into(),
             count: 64,
             max_new_tokens: 64,
             files: Vec::new(),
@@ -272,8 +275,13 @@ impl DistillExperiment {
         self.form()?;
         self.optimizer.check()?;
         self.schedule.check(t.steps)?;
-        if self.evaluate.count == 0 {
+        let watch = &self.evaluate;
+        if watch.count == 0 {
             return bad("evaluate.count 0: expected at least 1".into());
+        }
+        if !["dev", "test"].contains(&&*watch.part) {
+            let known = ["dev", "test"];
+            return Err(scylla_core::Error::unknown("part to check on", &watch.part, known).into());
         }
         Ok(())
     }

@@ -13,7 +13,7 @@ mod trainer;
 
 pub use experiment::{CacheSpec, DistillExperiment, DistillSpec, PairSpec, StudentSpec, Watch};
 pub use pairs::{Pair, Pairs, Side, pairs_of};
-pub use score::{Said, Scores};
+pub use score::{AnswerScore, Said, Scores};
 pub use student::Student;
 pub use teacher::Teacher;
 pub use trainer::{Distiller, OnTold, Outcome, Step, StepTimes, Told};

@@ -25,6 +25,21 @@ pub struct Scores {
     pub said: Option<Said>,
 }
 
+/// What an answer adds to them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AnswerScore {
+    /// Its file and place there.
+    pub name: String,
+    /// Bits that the student needs for it.
+    pub bits: f64,
+    /// Bytes.
+    pub bytes: usize,
+    /// Places at which both sides expect the same byte.
+    pub same: usize,
+    /// Such places in all.
+    pub places: usize,
+}
+
 /// What a student's own answers are worth: means over them, each against the right answer that is nearest to it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Said {
@@ -98,46 +113,42 @@ pub(super) fn expected(
         .collect()
 }
 
-/// Sums over answers.
-#[derive(Default)]
-pub(super) struct Sums {
-    bits: f64,
-    bytes: usize,
-    same: usize,
-    places: usize,
+/// What an answer is worth: logits `[tokens, width]` of the student before each of its tokens, the first `vocab` columns of which are
+/// tokens, and what both sides expect.
+pub(super) fn of_answer(
+    pair: &Pair,
+    (rows, width, vocab): (&[f32], usize, usize),
+    (own, teacher): (&HashMap<usize, u8>, &HashMap<usize, u8>),
+) -> AnswerScore {
+    let said = pair.student.said().iter().zip(&pair.offsets.0);
+    let real = said
+        .zip(rows.chunks_exact(width))
+        .filter(|((_, (from, to)), _)| to > from);
+    let bits = real.map(|((&token, _), row)| surprise(&row[..vocab], token as usize));
+    let places = own
+        .iter()
+        .filter_map(|(at, byte)| Some((byte, teacher.get(at)?)));
+    AnswerScore {
+        name: pair.name.clone(),
+        bits: bits.sum(),
+        bytes: pair.bytes,
+        same: places.clone().filter(|(a, b)| a == b).count(),
+        places: places.count(),
+    }
 }
 
-impl Sums {
-    /// Adds an answer: logits `[tokens, width]` of the student before each of its tokens, the first `vocab` columns of which are
-    /// tokens, and what the teacher expects.
-    pub(super) fn add(
-        &mut self,
-        pair: &Pair,
-        (rows, width, vocab): (&[f32], usize, usize),
-        (own, teacher): (&HashMap<usize, u8>, &HashMap<usize, u8>),
-    ) {
-        let said = pair.student.said().iter().zip(&pair.offsets.0);
-        for ((&token, &(from, to)), row) in said.zip(rows.chunks_exact(width)) {
-            if to > from {
-                self.bits += surprise(&row[..vocab], token as usize);
-            }
-        }
-        self.bytes += pair.bytes;
-        for (place, byte) in own {
-            if let Some(other) = teacher.get(place) {
-                self.places += 1;
-                self.same += usize::from(byte == other);
-            }
-        }
-    }
-
-    pub(super) fn scores(&self) -> Scores {
-        Scores {
-            bits_per_byte: self.bits / self.bytes.max(1) as f64,
-            next_byte: self.same as f64 / self.places.max(1) as f64,
-            bytes: self.bytes,
-            places: self.places,
-            said: None,
+impl Scores {
+    /// Over all answers.
+    pub(super) fn over(answers: &[AnswerScore], said: Option<Said>) -> Self {
+        let sum = |of: fn(&AnswerScore) -> usize| answers.iter().map(of).sum::<usize>();
+        let (bytes, places) = (sum(|a| a.bytes), sum(|a| a.places));
+        let bits: f64 = answers.iter().map(|a| a.bits).sum();
+        Self {
+            bits_per_byte: bits / bytes.max(1) as f64,
+            next_byte: sum(|a| a.same) as f64 / places.max(1) as f64,
+            bytes,
+            places,
+            said,
         }
     }
 }

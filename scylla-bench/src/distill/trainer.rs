@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use super::cache::Cache;
 use super::experiment::DistillExperiment;
 use super::pairs::{Pair, Pairs, Side, packed, pairs_of};
-use super::score::{FirstBytes, Said, Scores, Sums, expected};
+use super::score::{AnswerScore, FirstBytes, Said, Scores, expected, of_answer};
 use super::student::{Student, still};
 use super::teacher::{Teacher, chosen};
 use crate::context::{AlignerContext, Spaces, tokenizer_at};
@@ -157,7 +157,8 @@ fn columns(tokenizer: &Tokenizer, width: usize) -> usize {
 }
 
 impl Distiller {
-    /// Loads teacher and student, reads the data, and begins or goes on.
+    /// Loads teacher and student, reads the data, and begins or, where it is told so, goes on in a folder; without one nothing can be
+    /// learned.
     ///
     /// # Errors
     /// If anything is amiss that can be known before a step is paid for; in particular, on resume, if teacher, data or experiment
@@ -165,12 +166,15 @@ impl Distiller {
     pub fn new(
         registry: &Registry,
         experiment: &DistillExperiment,
-        dir: &Path,
-        resume: bool,
+        output: Option<(&Path, bool)>,
         on_progress: OnProgress<'_>,
         told: OnTold<'_>,
     ) -> Result<Self> {
-        for name in [CHECKPOINT, METRICS, BEST] {
+        let (dir, resume) = output.unwrap_or((Path::new(""), false));
+        for name in [CHECKPOINT, METRICS, BEST]
+            .iter()
+            .filter(|_| output.is_some())
+        {
             let path = dir.join(name);
             if path.exists() && !resume {
                 return Err(Error::file(
@@ -206,7 +210,7 @@ impl Distiller {
         let train = pairs_of(data, how, 0, &but, both, on_read)?;
         let dev = match experiment.evaluate.files.is_empty() {
             true => DataSpec {
-                part: "dev".into(),
+                part: experiment.evaluate.part.clone(),
                 tokens: 0,
                 ..data.clone()
             },
@@ -363,8 +367,18 @@ impl Distiller {
     /// Learns to the end.
     ///
     /// # Errors
-    /// If the loss is not a number, a file cannot be written, or the user broke off (the state is kept then).
+    /// If students would be chosen by the test part; if the loss is not a number, a file cannot be written, or the user broke off (the state is kept then).
     pub fn run(&mut self, stop: &AtomicBool, told: OnTold<'_>) -> Result<Outcome> {
+        if self.experiment.evaluate.part == "test" {
+            return Err(Error::Experiment(
+                "evaluate.part is test: students are chosen by dev; --score reports on test".into(),
+            ));
+        }
+        if self.dir.as_os_str().is_empty() {
+            return Err(Error::Experiment(
+                "a student learns in a folder: --output".into(),
+            ));
+        }
         std::fs::create_dir_all(&self.dir).map_err(Error::io(&self.dir))?;
         let text = self.experiment.to_toml()?;
         files::write(&self.dir.join("experiment.toml"), text.as_bytes())?;
@@ -650,14 +664,22 @@ impl Distiller {
     /// # Errors
     /// If a pass fails.
     pub fn evaluate(&mut self) -> Result<Scores> {
+        Ok(self.evaluate_each()?.0)
+    }
+
+    /// The same, and answer by answer.
+    ///
+    /// # Errors
+    /// As [`Distiller::evaluate`].
+    pub fn evaluate_each(&mut self) -> Result<(Scores, Vec<AnswerScore>)> {
         let pairs = std::mem::take(&mut self.watched.all);
         let found = self.scored(&pairs);
         self.watched.all = pairs;
         found
     }
 
-    fn scored(&mut self, pairs: &[Pair]) -> Result<Scores> {
-        let mut sums = Sums::default();
+    fn scored(&mut self, pairs: &[Pair]) -> Result<(Scores, Vec<AnswerScore>)> {
+        let mut found = Vec::with_capacity(pairs.len());
         let asked = self.expects.len() == pairs.len();
         let mut expects = std::mem::take(&mut self.expects);
         let mut named = still(&self.named);
@@ -684,14 +706,12 @@ impl Distiller {
                 let (values, width) = (logits.all()?, logits.columns);
                 let own = expected(&pair.offsets.0, &self.bytes[0], &values, width);
                 let teacher = &expects[i * self.experiment.train.batch + j];
-                sums.add(pair, (&values, width, vocab), (&own, teacher));
+                found.push(of_answer(pair, (&values, width, vocab), (&own, teacher)));
             }
         }
         self.expects = expects;
-        Ok(Scores {
-            said: self.said(pairs)?,
-            ..sums.scores()
-        })
+        let scores = Scores::over(&found, self.said(pairs)?);
+        Ok((scores, found))
     }
 
     /// What the student says itself, decoded as the model that it is exported as, where right answers are known.
