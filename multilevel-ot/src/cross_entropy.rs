@@ -37,6 +37,7 @@ impl Aligner for CrossEntropy {
     fn needs(&self) -> AlignNeeds {
         AlignNeeds {
             alone: true,
+            by_token: true,
             ..AlignNeeds::default()
         }
     }

@@ -150,7 +150,7 @@ impl Dskd {
         let scores = (query.matmul(&keys.t()?)? / width.sqrt())?;
         let values = (normalized(&teacher.hidden)? + normalized(&teacher.outputs)?)?;
         let carried = softmax(&scores)?.matmul(&self.to_student.apply(&values)?)?;
-        let projected = carried.matmul(&self.student.head.t()?)?;
+        let projected = carried.matmul(&student.head.t()?)?;
         let t2s_ce = (cross_entropy(&projected, &student.targets)? / n)?;
 
         let right = projected.argmax(D::Minus1)?.eq(&student.targets)?;
@@ -162,7 +162,7 @@ impl Dskd {
 
         let across = scores.t()?.contiguous()?;
         let carried = softmax(&across)?.matmul(&self.to_teacher.apply(&student.hidden)?)?;
-        let projected = carried.matmul(&self.teacher.head.t()?)?;
+        let projected = carried.matmul(&teacher.head.t()?)?;
         let rows = divergence(&temper(&teacher.logits)?, &temper(&projected)?)?;
         let s2t_kd = (rows.sum_all()? / n)?;
         Ok([ce, t2s_ce, t2s_kd, s2t_kd])
@@ -175,6 +175,8 @@ struct Answer {
     logits: Tensor,
     /// `[T]`
     targets: Tensor,
+    /// `[V, H]`: of the head what belongs to tokens.
+    head: Tensor,
     /// `[T, H]`: hidden states, embeddings of the tokens there and of those that follow.
     hidden: Tensor,
     inputs: Tensor,
@@ -238,6 +240,7 @@ impl Answer {
         };
         let logits = take(&side.logits.narrow(2, 0, side.vocab)?)?;
         Ok(Self {
+            head: space.head.narrow(0, 0, side.vocab)?,
             hidden: take(hidden)?,
             inputs: space.embeddings.index_select(&inputs, 0)?,
             outputs: space.embeddings.index_select(&targets, 0)?,
@@ -287,6 +290,7 @@ impl Aligner for Dskd {
         AlignNeeds {
             tokens: true,
             hidden: true,
+            whole_rows: true,
             ..AlignNeeds::default()
         }
     }

@@ -280,4 +280,4 @@ impl Objective for Gold {
     }
 }
 
-aligner!(Gold, offsets: true);
+aligner!(Gold, offsets: true, |_own, needs| { needs.whole_rows = true; });

@@ -188,12 +188,18 @@ impl Inputs {
 /// Makes an [`Objective`] an [`scylla_core::train::Aligner`] that needs byte offsets, or not.
 macro_rules! aligner {
     ($of:ty, offsets: $offsets:literal) => {
+        aligner!($of, offsets: $offsets, |_own, _needs| {});
+    };
+    ($of:ty, offsets: $offsets:literal, |$own:ident, $needs:ident| $more:block) => {
         impl scylla_core::train::Aligner for $of {
             fn needs(&self) -> scylla_core::train::AlignNeeds {
-                scylla_core::train::AlignNeeds {
+                let mut needs = scylla_core::train::AlignNeeds {
                     offsets: $offsets,
                     ..Default::default()
-                }
+                };
+                let ($own, $needs) = (self, &mut needs);
+                $more
+                needs
             }
 
             fn loss(

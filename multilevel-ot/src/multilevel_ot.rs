@@ -303,4 +303,8 @@ impl Objective for MultiLevelOt {
     }
 }
 
-aligner!(MultiLevelOt, offsets: false);
+aligner!(MultiLevelOt, offsets: false, |own, needs| {
+    // It ranks over a batch, and divides rows by the deviation of all they hold.
+    needs.whole_batch = own.mode == Mode::ReferenceCode;
+    needs.whole_rows = own.mode == Mode::ReferenceCode;
+});

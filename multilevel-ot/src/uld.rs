@@ -138,4 +138,8 @@ impl Objective for Uld {
     }
 }
 
-aligner!(Uld, offsets: false);
+aligner!(Uld, offsets: false, |own, needs| {
+    needs.whole_rows = true;
+    // Its cross entropy is a mean over the tokens of a batch.
+    needs.whole_batch = own.mode == Mode::ReferenceCode;
+});

@@ -342,4 +342,4 @@ impl XToken {
     }
 }
 
-aligner!(XToken, offsets: true);
+aligner!(XToken, offsets: true, |_own, needs| { needs.whole_rows = true; });

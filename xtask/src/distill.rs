@@ -22,21 +22,20 @@ answer (docs/results/distillation.json, with a page beside it). Broken off, the 
   --results DIR    folder for results (docs/results)
 ";
 
-/// Methods: name, aligner, and whether it reads hidden states.
-const METHODS: [(&str, &str, bool); 9] = [
-    ("ce", "{ name = \"ce\" }", false),
-    ("uld", "{ name = \"uld\" }", false),
-    ("mined", "{ name = \"mined\" }", false),
-    ("multilevel-ot", "{ name = \"multilevel-ot\" }", false),
+/// Methods: name and aligner.
+const METHODS: [(&str, &str); 9] = [
+    ("ce", "{ name = \"ce\" }"),
+    ("uld", "{ name = \"uld\" }"),
+    ("mined", "{ name = \"mined\" }"),
+    ("multilevel-ot", "{ name = \"multilevel-ot\" }"),
     (
         "multilevel-ot, released",
         "{ name = \"multilevel-ot\", mode = \"reference-code\" }",
-        false,
     ),
-    ("alm", "{ name = \"alm\" }", false),
-    ("gold", "{ name = \"gold\", ce_weight = 1.0 }", false),
-    ("dskd", "{ name = \"dskd\" }", true),
-    ("x-token", "{ name = \"x-token\" }", false),
+    ("alm", "{ name = \"alm\" }"),
+    ("gold", "{ name = \"gold\", ce_weight = 1.0 }"),
+    ("dskd", "{ name = \"dskd\" }"),
+    ("x-token", "{ name = \"x-token\" }"),
 ];
 
 /// Learning rates that each method is tried with.
@@ -83,11 +82,11 @@ impl Options {
         })
     }
 
-    fn methods(&self) -> impl Iterator<Item = &'static (&'static str, &'static str, bool)> + use<> {
+    fn methods(&self) -> impl Iterator<Item = &'static (&'static str, &'static str)> + use<> {
         let small = self.small;
         METHODS
             .iter()
-            .filter(move |(name, ..)| !small || ["ce", "multilevel-ot"].contains(name))
+            .filter(move |(name, _)| !small || ["ce", "multilevel-ot"].contains(name))
     }
 
     fn rates(&self) -> &'static [&'static str] {
@@ -156,14 +155,12 @@ pub(crate) fn compare(args: &[String]) -> Result<()> {
     learn(pretrain, &first)?;
     let student = first.join("best").display().to_string();
     let texts = files(&["papers.txt", "documentation.txt"]);
-    let asked = |aligner: &str, hidden: bool, rate: &str, seed: u64, steps: &str| {
-        let said = if hidden { "said-with-states" } else { "said" };
+    let asked = |aligner: &str, rate: &str, seed: u64, steps: &str| {
         let warmup = if options.small { "1" } else { "5" };
         vec![
             ("student.model", student.clone()),
             ("aligner", aligner.to_string()),
             ("data.files", texts.clone()),
-            ("cache.dir", options.work.join(said).display().to_string()),
             ("optimizer.lr", rate.to_string()),
             ("run.seed", seed.to_string()),
             ("train.steps", steps.to_string()),
@@ -171,11 +168,11 @@ pub(crate) fn compare(args: &[String]) -> Result<()> {
         ]
     };
     let mut chosen = BTreeMap::new();
-    for &(name, aligner, hidden) in options.methods() {
+    for &(name, aligner) in options.methods() {
         let mut best: Option<(f64, &str)> = None;
         for rate in options.rates() {
             let dir = options.work.join(format!("rates/{}/{rate}", folder(name)));
-            let command = with("compare", &asked(aligner, hidden, rate, 0, choosing));
+            let command = with("compare", &asked(aligner, rate, 0, choosing));
             let bits = learn(command, &dir)?["scores"]["bits_per_byte"].as_f64();
             let bits = bits.context("no bits per byte")?;
             eprintln!("{name} at {rate}: {bits:.4} bits a byte");
@@ -187,9 +184,9 @@ pub(crate) fn compare(args: &[String]) -> Result<()> {
     }
     // Seed by seed, so that what is there when it is broken off is whole.
     for seed in 0..options.seeds() {
-        for &(name, aligner, hidden) in options.methods() {
+        for &(name, aligner) in options.methods() {
             let dir = options.work.join(format!("seeds/{}-{seed}", folder(name)));
-            let asked = asked(aligner, hidden, chosen[name], seed, reporting);
+            let asked = asked(aligner, chosen[name], seed, reporting);
             let summary = learn(with("compare", &asked), &dir)?;
             let mut of_student = asked;
             of_student[0].1 = dir.join("best").display().to_string();
@@ -202,7 +199,7 @@ pub(crate) fn compare(args: &[String]) -> Result<()> {
             page(&options)?;
         }
     }
-    let untaught = asked(METHODS[0].1, false, RATES[1], 0, reporting);
+    let untaught = asked(METHODS[0].1, RATES[1], 0, reporting);
     let dir = options.work.join("seeds/untaught");
     std::fs::create_dir_all(&dir)?;
     score(
@@ -221,13 +218,33 @@ fn folder(name: &str) -> String {
 /// Lets a student learn, or says what came of it before.
 fn learn(mut command: Command, dir: &Path) -> Result<Value> {
     let summary = dir.join("summary.json");
-    if !summary.exists() {
+    if !same_as_before(&command, &summary, "asked.txt")? {
         command.arg("--output").arg(dir).arg("--resume");
         run(command.stdout(Stdio::null()))?;
     }
     let text =
         std::fs::read_to_string(&summary).with_context(|| format!("{}", summary.display()))?;
     Ok(serde_json::from_str(&text)?)
+}
+
+/// Whether a result is there already; how it was asked for is kept beside it, and must be the same.
+fn same_as_before(command: &Command, result: &Path, kept: &str) -> Result<bool> {
+    let asked = format!("{:?}\n", command.get_args().collect::<Vec<_>>());
+    let path = result.with_file_name(kept);
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir)?;
+    }
+    match std::fs::read_to_string(&path) {
+        Ok(before) if before == asked => Ok(result.exists()),
+        Ok(_) => bail!(
+            "{}: was asked for otherwise; another --work begins anew",
+            path.display()
+        ),
+        Err(_) => {
+            std::fs::write(&path, asked)?;
+            Ok(false)
+        }
+    }
 }
 
 /// What a student is worth on test texts, kept beside it.
@@ -238,7 +255,7 @@ fn score(
     summary: &Value,
 ) -> Result<()> {
     let path = dir.join("test.json");
-    if path.exists() {
+    if same_as_before(&command, &path, "scored.txt")? {
         return Ok(());
     }
     let out = command
@@ -270,7 +287,7 @@ fn page(options: &Options) -> Result<()> {
     }
     let order = |run: &Value| {
         let name = run["method"].as_str().unwrap_or_default();
-        let place = METHODS.iter().position(|(n, ..)| *n == name);
+        let place = METHODS.iter().position(|(n, _)| *n == name);
         (place.map_or(0, |p| p + 1), run["seed"].as_u64())
     };
     all.sort_by_key(order);
@@ -285,11 +302,11 @@ fn page(options: &Options) -> Result<()> {
 fn table(all: &[Value]) -> String {
     let mut text = String::from(
         "# Methods of distillation across tokenizers\n\nWritten by `cargo xtask distill --corpus corpus`; how: [distillation.md](../distillation.md#the-comparison). Test texts; \
-         mean over seeds, smallest to largest. The difference from `ce` is that of the same seed and the same texts, its interval the middle 95 % over resampled answers.\n\n\
+         mean over seeds, smallest to largest. The difference from `ce` is that of the same seed and the same texts, its interval the middle 95 % over resampled documents.\n\n\
          | method | learning rate | seeds | bits a byte | difference from `ce` | next byte as the teacher's |\n|---|---|---|---|---|---|\n",
     );
     let of = |name: &str| -> Vec<&Value> { all.iter().filter(|r| r["method"] == name).collect() };
-    let names = std::iter::once("untaught").chain(METHODS.iter().map(|(name, ..)| *name));
+    let names = std::iter::once("untaught").chain(METHODS.iter().map(|(name, _)| *name));
     let plain = of("ce");
     for name in names {
         let runs = of(name);
@@ -320,18 +337,26 @@ fn table(all: &[Value]) -> String {
     text
 }
 
-/// Bits and bytes by answer.
+/// Bits and bytes by document.
 type Answers = Vec<(f64, f64)>;
 
 fn answers(run: &Value) -> Answers {
     let all = run["answers"].as_array().map_or(&[][..], Vec::as_slice);
     let number = |a: &Value, key: &str| a[key].as_f64().unwrap_or(0.0);
-    all.iter()
-        .map(|a| (number(a, "bits"), number(a, "bytes")))
-        .collect()
+    let mut found: BTreeMap<&str, (f64, f64)> = BTreeMap::new();
+    for answer in all {
+        let name = answer["name"].as_str().unwrap_or_default();
+        let document = name
+            .rsplit_once(", piece")
+            .map_or(name, |(document, _)| document);
+        let sums = found.entry(document).or_default();
+        sums.0 += number(answer, "bits");
+        sums.1 += number(answer, "bytes");
+    }
+    found.into_values().collect()
 }
 
-/// Mean difference of bits a byte over the seeds that both have, with the middle 95 % over resampled answers.
+/// Mean difference of bits a byte over the seeds that both have, with the middle 95 % over resampled documents.
 fn apart(runs: &[&Value], plain: &[&Value]) -> String {
     let pairs: Vec<(Answers, Answers)> = runs
         .iter()

@@ -14,7 +14,6 @@ use sha2::{Digest, Sha256};
 use super::conversations::{self, Conversation};
 use super::parquet;
 use crate::prompts;
-use crate::tasks;
 use crate::{Error, Result};
 
 /// Where data comes from.
@@ -217,11 +216,12 @@ fn files_of(spec: &DataSpec) -> Result<Vec<PathBuf>> {
         let mut found = entries
             .map(|e| Ok(e.map_err(Error::io(path))?.path()))
             .collect::<Result<Vec<_>>>()?;
-        found.retain(|p| kind_of(p).is_some());
+        // Tables stand beside data for many reasons: they are read where they are named.
+        found.retain(|p| kind_of(p).is_some_and(|kind| kind != Kind::Csv));
         if found.is_empty() {
             return Err(Error::file(
                 path,
-                "holds no .txt, .md, .jsonl, .json, .csv or .parquet file",
+                "holds no .txt, .md, .jsonl, .json or .parquet file",
             ));
         }
         found.sort();
@@ -292,10 +292,9 @@ pub fn contents(path: &Path, separator: &str) -> Result<Vec<(String, Content)>> 
     Ok(found)
 }
 
-/// Whether a row is a text, and no task over one.
+/// Whether a row is a text.
 fn is_text(row: &serde_json::Value) -> bool {
-    let task = row.as_object().and_then(tasks::of_row);
-    row.get("text").is_some_and(serde_json::Value::is_string) && task.is_none()
+    row.get("text").is_some_and(serde_json::Value::is_string)
 }
 
 /// The documents of rows, each with its place.
@@ -529,6 +528,11 @@ fn all_tokenised(
     found.into_iter().map(one).collect()
 }
 
+/// A hash, as it is written.
+pub(crate) fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+}
+
 /// Reads what a specification names. `on_read(documents, tokens)` is told now and then.
 ///
 /// # Errors
@@ -539,10 +543,11 @@ pub fn load(
     on_read: &mut dyn FnMut(usize, u64),
 ) -> Result<Documents> {
     let tokenise = |content: &Content| as_trained(content, tokenizer);
-    read(spec, tokenizer, &tokenise, &mut |_| {}, on_read)
+    read(spec, tokenizer, &tokenise, false, &mut |_| {}, on_read)
 }
 
-/// The same by another way to tokens, told each document as it is when it is taken.
+/// The same by another way to tokens, told each document as it is when it is taken; where that is asked for in the order of their
+/// hashes, so that a part of them is of all files.
 ///
 /// # Errors
 /// As [`load`].
@@ -550,6 +555,7 @@ pub fn read(
     spec: &DataSpec,
     tokenizer: &Tokenizer,
     tokenise: Tokenise<'_>,
+    by_hash: bool,
     on_taken: &mut dyn FnMut(&Content),
     on_read: &mut dyn FnMut(usize, u64),
 ) -> Result<Documents> {
@@ -558,10 +564,10 @@ pub fn read(
     let mut found = Documents::default();
     let mut seen = HashSet::new();
     let mut whole = Sha256::new();
-    for path in files_of(spec)? {
-        let contents = contents(&path, &spec.separator)?;
-        let mut wanted = Vec::new();
-        for (name, content) in &contents {
+    let mut wanted = Vec::new();
+    let files = files_of(spec)?;
+    for (i, path) in files.iter().enumerate() {
+        for (name, content) in contents(path, &spec.separator)? {
             let hash = content.hash();
             found.counts.read += 1;
             let other = spec.part != "all" && part_of(&hash) != spec.part;
@@ -572,14 +578,19 @@ pub fn read(
             }
             wanted.push((name, content, hash));
         }
+        if by_hash && i + 1 < files.len() {
+            continue;
+        }
+        if by_hash {
+            wanted.sort_by_key(|(.., hash)| *hash);
+        }
         for some in wanted.chunks(TOGETHER) {
             let enough = |c: &Counts| spec.tokens > 0 && c.tokens >= spec.tokens;
             if enough(&found.counts) {
                 found.counts.skipped += some.len();
                 continue;
             }
-            let some_contents: Vec<&Content> =
-                some.iter().map(|(_, content, _)| *content).collect();
+            let some_contents: Vec<&Content> = some.iter().map(|(_, content, _)| content).collect();
             let all = all_tokenised(&some_contents, tokenizer, tokenise, &kept_out);
             for ((name, content, hash), one) in some.iter().zip(all) {
                 if enough(&found.counts) {
@@ -594,13 +605,10 @@ pub fn read(
             }
             on_read(found.counts.written, found.counts.tokens);
         }
+        wanted.clear();
     }
     whole.update(found.counts.tokens.to_le_bytes());
-    found.hash = whole
-        .finalize()
-        .iter()
-        .map(|b| format!("{b:02x}"))
-        .collect();
+    found.hash = hex(whole);
     if found.all.is_empty() {
         let c = &found.counts;
         let first = found

@@ -1,4 +1,4 @@
-//! What the teacher says, kept: the most probable tokens of each row and the mass of all others, so that runs over the same answers
+//! What the teacher says, kept: the most probable tokens of each row, that of the answer, and the mass of all others, so that runs over the same answers
 //! need its pass once.
 
 use std::path::{Path, PathBuf};
@@ -28,6 +28,8 @@ const VERSION: u32 = 1;
 struct Index {
     version: u32,
     teacher: String,
+    /// In what form its weights were, and what its head was computed with.
+    form: String,
     /// Hash of the teacher's tokens.
     answers: String,
     top_k: usize,
@@ -91,6 +93,7 @@ impl Cache {
         let mut index = Index {
             version: VERSION,
             teacher: teacher.hash.clone(),
+            form: format!("{}, {}", teacher.loaded().forms.join("+"), on.name()),
             answers: answers.into(),
             top_k: spec.top_k.min(teacher.known()),
             hidden: if hidden {
@@ -106,7 +109,9 @@ impl Cache {
         std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
         let listing = dir.join("said.json");
         if listing.exists() {
-            index.written = resumed(&listing, &index)?;
+            let was = resumed(&listing, &index)?;
+            // States that are there are no harm.
+            (index.written, index.hidden) = (was.written, was.hidden);
         }
         let left: usize = index.rows[(index.written * SHARD).min(index.rows.len())..]
             .iter()
@@ -197,11 +202,16 @@ impl Cache {
 }
 
 /// Shards that are there already of what is asked for.
-fn resumed(listing: &Path, index: &Index) -> Result<usize> {
-    let was: Index = serde_json::from_value(read_json(listing, "a list of what a teacher said")?)
-        .map_err(|e| Error::file(listing, e.to_string()))?;
+fn resumed(listing: &Path, index: &Index) -> Result<Index> {
+    let mut was: Index =
+        serde_json::from_value(read_json(listing, "a list of what a teacher said")?)
+            .map_err(|e| Error::file(listing, e.to_string()))?;
     let differs = [
         ("what another teacher said", was.teacher != index.teacher),
+        (
+            "what it said in another form, or computed otherwise",
+            was.form != index.form,
+        ),
         (
             "what was said of other answers, or by another tokenizer",
             was.answers != index.answers || was.rows != index.rows,
@@ -210,10 +220,7 @@ fn resumed(listing: &Path, index: &Index) -> Result<usize> {
             "another number of tokens a row",
             was.top_k != index.top_k || was.columns != index.columns || was.known != index.known,
         ),
-        (
-            "hidden states, or none, unlike what is asked for",
-            was.hidden != index.hidden,
-        ),
+        ("no hidden states", was.hidden < index.hidden),
         ("a form of another version", was.version != index.version),
     ];
     match differs.iter().find(|(_, differs)| *differs) {
@@ -221,7 +228,10 @@ fn resumed(listing: &Path, index: &Index) -> Result<usize> {
             listing,
             format!("holds {what}; another cache.dir begins anew"),
         )),
-        None => Ok(was.written.min(index.shards())),
+        None => {
+            was.written = was.written.min(index.shards());
+            Ok(was)
+        }
     }
 }
 
@@ -250,9 +260,15 @@ fn write_shard(
             let logits = teacher.logits(on, &read.states, &rows)?;
             let (values, n) = (logits.all()?, rows.len());
             let (mut ids, mut logs, mut tails) = (Vec::new(), Vec::new(), Vec::new());
-            for row in values.chunks_exact(index.columns) {
+            let said = pair.teacher.said().iter().map(|&t| Some(t as usize));
+            for (row, said) in values.chunks_exact(index.columns).zip(said.chain([None])) {
                 let row = &row[..index.known];
-                let best = top(row, k);
+                let mut best = top(row, k);
+                // The answer's own token is kept, whatever else is said.
+                if let Some(said) = said.filter(|said| !best.contains(said)) {
+                    best.pop();
+                    best.push(said);
+                }
                 let most = best.first().map_or(0.0, |&b| row[b]);
                 let sum = |values: &mut dyn Iterator<Item = f32>| -> f64 {
                     values.map(|v| f64::from(v - most).exp()).sum()

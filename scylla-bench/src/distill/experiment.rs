@@ -93,6 +93,8 @@ pub struct PairSpec {
     pub longest: usize,
     /// Other conversations, with their answers, that stand before the teacher's question; the student's has none.
     pub shots: usize,
+    /// The date that chat templates are told: one that does not move on while a run is broken off.
+    pub date: String,
 }
 
 impl Default for PairSpec {
@@ -101,6 +103,7 @@ impl Default for PairSpec {
             bytes: 1024,
             longest: 1024,
             shots: 0,
+            date: "2026-01-01".into(),
         }
     }
 }
@@ -126,7 +129,7 @@ fn usual_top_k() -> usize {
 pub struct DistillSpec {
     /// Answers of a step.
     pub batch: usize,
-    /// Of them, those whose logits exist at a time: one a thread is enough. Losses that rank over a batch rank over these.
+    /// Of them, those whose logits exist at a time: one a thread is enough. Of losses over a batch as a whole it is all of them.
     pub together: usize,
     /// Optimizer steps.
     pub steps: u64,
@@ -246,7 +249,16 @@ impl DistillExperiment {
                 "data.features are a target's states; texts are distilled (data.files)".into(),
             );
         }
+        if self.data.whole || self.run.tensorboard {
+            return bad("data.whole and run.tensorboard mean nothing here: answers are learned from, and metrics.jsonl has all numbers".into());
+        }
+        self.date()?;
         let checked_elsewhere = !self.evaluate.files.is_empty();
+        if checked_elsewhere && self.evaluate.part != "dev" {
+            return bad(
+                "evaluate.part is a part of data.files; evaluate.files are taken whole".into(),
+            );
+        }
         if !(self.data.part == "train" || self.data.part == "all" && checked_elsewhere) {
             return bad(format!(
                 "data.part `{}`: a student learns from train and is checked on dev, or learns from all with evaluate.files beside",
@@ -284,6 +296,16 @@ impl DistillExperiment {
             return Err(scylla_core::Error::unknown("part to check on", &watch.part, known).into());
         }
         Ok(())
+    }
+
+    /// The date that chat templates are told.
+    ///
+    /// # Errors
+    /// If it is none.
+    pub fn date(&self) -> Result<jiff::civil::DateTime> {
+        let text = self.pairs.date.trim();
+        let bad = |e| Error::Experiment(format!("pairs.date `{text}`: {e}; expected 2026-07-26"));
+        text.parse().map_err(bad)
     }
 
     /// Name of the aligner, and its settings.

@@ -4,15 +4,15 @@ use std::collections::HashSet;
 use std::ops::Range;
 
 use multilevel_ot::bytes::{Offsets, token_offsets};
+use rand::SeedableRng;
 use rand::rngs::StdRng;
-use rand::{RngExt, SeedableRng};
 use scylla_core::text::{Message, Tokenizer};
 use scylla_core::train::graph::PackedRows;
 use sha2::{Digest, Sha256};
 
 use super::experiment::PairSpec;
 use crate::data::conversations::Conversation;
-use crate::data::documents::{Content, Counts, DataSpec, read};
+use crate::data::documents::{Content, Counts, DataSpec, hex, read};
 use crate::{Error, Result};
 
 /// One side's tokens.
@@ -63,15 +63,15 @@ pub struct Pairs {
     pub hash: String,
     /// Sha256 over the teacher's.
     pub taught: String,
-    /// Hashes of the documents that were taken.
+    /// Hashes of the texts and questions that were taken.
     pub documents: HashSet<[u8; 32]>,
 }
 
-/// Reads documents and tokenises them for both. Those whose hash is in `but` are left out; of the rest at most `count` pairs are
-/// made, where it is not 0.
+/// Reads documents, in the order of their hashes, and tokenises them for both. Texts and questions whose hash is in `but` are left
+/// out; of the rest at most `count` pairs are made, where it is not 0.
 ///
 /// # Errors
-/// If a file cannot be read, or no pair is left.
+/// If a file cannot be read, no pair is left, or there are fewer conversations than are to be shown.
 pub fn pairs_of(
     spec: &DataSpec,
     how: &PairSpec,
@@ -97,7 +97,8 @@ pub fn pairs_of(
         spec,
         teacher,
         &bare,
-        &mut |content| contents.push(content.clone()),
+        true,
+        &mut |content: &Content| contents.push(content.clone()),
         on_read,
     )?;
     let mut found = Pairs {
@@ -106,7 +107,19 @@ pub fn pairs_of(
         ..Pairs::default()
     };
     let names: Vec<String> = documents.all.into_iter().map(|d| d.name).collect();
-    let talks: Vec<&[Message]> = contents.iter().filter_map(talk).collect();
+    let talks: Vec<(usize, &[Message])> = contents
+        .iter()
+        .enumerate()
+        .filter_map(|(i, content)| Some((i, talk(content)?)))
+        .collect();
+    if !talks.is_empty() && how.shots >= talks.len() {
+        return Err(Error::Experiment(format!(
+            "pairs.shots {}: part `{}` holds {} conversations, that which is asked included",
+            how.shots,
+            spec.part,
+            talks.len()
+        )));
+    }
     let maker = Maker {
         how,
         student,
@@ -118,7 +131,7 @@ pub fn pairs_of(
         if count > 0 && found.all.len() >= count {
             break;
         }
-        let own = content.hash();
+        let own = asked_hash(content);
         if but.contains(&own) {
             continue;
         }
@@ -149,10 +162,6 @@ pub fn pairs_of(
     if count > 0 {
         found.all.truncate(count);
     }
-    let hex = |hash: Sha256| -> String {
-        let bytes = hash.finalize();
-        bytes.iter().map(|b| format!("{b:02x}")).collect()
-    };
     (found.hash, found.taught) = (hex(hash), hex(taught));
     match found.all.is_empty() {
         false => Ok(found),
@@ -160,7 +169,7 @@ pub fn pairs_of(
             let first = found.failures.first();
             let first = first.map_or(String::new(), |f| format!("; the first failure: {f}"));
             Err(Error::Experiment(format!(
-                "no answer to learn from in part `{}`: {} documents taken, {} answers too long for pairs.longest {}{first}",
+                "no answer in part `{}`: {} documents taken that were not learned from, {} answers too long for pairs.longest {}{first}",
                 spec.part,
                 found.documents.len(),
                 found.long,
@@ -177,6 +186,23 @@ fn talk(content: &Content) -> Option<&[Message]> {
     }
 }
 
+/// What tells a text, or a question whatever its answer.
+fn asked_hash(content: &Content) -> [u8; 32] {
+    match talk(content).and_then(answered) {
+        None => content.hash(),
+        Some((before, _)) => {
+            let mut hash = Sha256::new();
+            for m in before {
+                hash.update(m.role.as_bytes());
+                hash.update([0]);
+                hash.update(m.content.as_bytes());
+                hash.update([0]);
+            }
+            hash.finalize().into()
+        }
+    }
+}
+
 /// Up to the last answer.
 fn answered(messages: &[Message]) -> Option<(&[Message], &str)> {
     let last = messages.iter().rposition(|m| m.role == "assistant")?;
@@ -187,8 +213,8 @@ struct Maker<'a> {
     how: &'a PairSpec,
     student: &'a Tokenizer,
     teacher: &'a Tokenizer,
-    /// All conversations, of which some stand before the teacher's question.
-    talks: Vec<&'a [Message]>,
+    /// All conversations, by their number among the documents; some of them stand before the teacher's question.
+    talks: Vec<(usize, &'a [Message])>,
 }
 
 impl Maker<'_> {
@@ -219,7 +245,7 @@ impl Maker<'_> {
             let begin = tokenizer.beginning().ok_or_else(none)?;
             Ok((vec![begin], tokenizer.encode_bare(text)?))
         };
-        self.pair(name, text, side(self.student)?, side(self.teacher)?)
+        self.pair(name, side(self.student)?, side(self.teacher)?)
     }
 
     /// The last answer of a conversation, each side behind its own prompt, and with the token by which it ends.
@@ -232,9 +258,12 @@ impl Maker<'_> {
             said.extend(end);
             Ok((prompt, said))
         };
-        let shown = [&self.shots(number)[..], before].concat();
+        // What the system says comes first.
+        let system = before.iter().take_while(|m| m.role == "system").count();
+        let (system, asked) = before.split_at(system);
+        let shown = [system, &self.shots(number, asked)[..], asked].concat();
         let (own, other) = (side(self.student, before)?, side(self.teacher, &shown)?);
-        let mut pair = self.pair(name.to_string(), answer, own, other)?;
+        let mut pair = self.pair(name.to_string(), own, other)?;
         pair.right = [answer.to_string()]
             .into_iter()
             .chain(talk.others.clone())
@@ -242,35 +271,36 @@ impl Maker<'_> {
         Ok(pair)
     }
 
-    /// Questions and answers of other conversations.
-    fn shots(&self, number: usize) -> Vec<Message> {
-        let mut random = StdRng::seed_from_u64(number as u64);
-        let mut shown = Vec::new();
-        let mut used = HashSet::from([number]);
-        for _ in 0..self.how.shots.min(self.talks.len().saturating_sub(1)) {
-            let other = random.random_range(0..self.talks.len());
-            if !used.insert(other) {
-                continue;
-            }
-            let messages = self.talks[other].iter().filter(|m| m.role != "system");
-            let messages: Vec<Message> = messages.cloned().collect();
-            if let Some((before, answer)) = answered(&messages) {
-                shown.extend_from_slice(before);
-                shown.push(Message::assistant(answer));
-            }
+    /// Questions and answers of other conversations, none of which asks the same.
+    fn shots(&self, number: usize, asked: &[Message]) -> Vec<Message> {
+        if self.how.shots == 0 {
+            return Vec::new();
         }
-        shown
+        let mut random = StdRng::seed_from_u64(number as u64);
+        let order = rand::seq::index::sample(&mut random, self.talks.len(), self.talks.len());
+        let others = order.into_iter().filter_map(|i| {
+            let (at, messages) = self.talks[i];
+            let talk: Vec<Message> = messages
+                .iter()
+                .filter(|m| m.role != "system")
+                .cloned()
+                .collect();
+            let (before, answer) = answered(&talk).filter(|(b, _)| at != number && *b != asked)?;
+            Some([before, &[Message::assistant(answer)]].concat())
+        });
+        others.take(self.how.shots).flatten().collect()
     }
 
     fn pair(
         &self,
         name: String,
-        answer: &str,
         own: (Vec<u32>, Vec<u32>),
         other: (Vec<u32>, Vec<u32>),
     ) -> Result<Pair> {
         let offsets = token_offsets((self.student, &own.1), (self.teacher, &other.1))
             .map_err(|e| Error::Core(e.into()))?;
+        // White space around it that one side alone has, or writes otherwise, is no part of it.
+        let bytes = offsets.0.iter().map(|&(_, to)| to).max().unwrap_or(0);
         let side = |(mut tokens, said): (Vec<u32>, Vec<u32>)| -> Result<Side> {
             if tokens.is_empty() || said.is_empty() {
                 return Err(Error::Experiment(
@@ -284,7 +314,7 @@ impl Maker<'_> {
         };
         Ok(Pair {
             name,
-            bytes: answer.len(),
+            bytes,
             right: Vec::new(),
             student: side(own)?,
             teacher: side(other)?,
@@ -309,7 +339,9 @@ fn prompt(
     };
     let open = template.render(before)?;
     let closed = template.render_closed(&[before, &[Message::assistant(answer)]].concat())?;
-    let behind = closed.strip_prefix(&open).unwrap_or_default();
+    // What the answer spells is not what ends it.
+    let said = closed.strip_prefix(&open).unwrap_or_default().trim_start();
+    let behind = said.strip_prefix(answer.trim()).unwrap_or_default();
     let behind = tokenizer.encode_plain(behind)?;
     let end = behind.into_iter().find(|id| tokenizer.eos().contains(id));
     Ok((tokenizer.encode_plain(&open)?, end.or(usual)))

@@ -73,12 +73,15 @@ impl Said {
     }
 }
 
-/// First bytes of a vocabulary's tokens.
-pub(super) struct FirstBytes(Vec<Option<u8>>);
+/// First bytes of a vocabulary's tokens, and how many each has.
+pub(super) struct FirstBytes(Vec<Option<(u8, usize)>>);
 
 impl FirstBytes {
     pub(super) fn of(tokenizer: &Tokenizer) -> Self {
-        let first = |id| tokenizer.token_bytes(id).and_then(|b| b.first().copied());
+        let first = |id| {
+            let bytes = tokenizer.token_bytes(id)?;
+            Some((*bytes.first()?, bytes.len()))
+        };
         Self((0..tokenizer.size() as u32).map(first).collect())
     }
 
@@ -88,7 +91,7 @@ impl FirstBytes {
         let most = known.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
         let mut mass = [0.0f64; 256];
         for (&logit, byte) in known.iter().zip(&self.0) {
-            if let Some(byte) = byte {
+            if let Some((byte, _)) = byte {
                 mass[usize::from(*byte)] += f64::from(logit - most).exp();
             }
         }
@@ -100,16 +103,22 @@ impl FirstBytes {
     }
 }
 
-/// Places in an answer's bytes at which a side's tokens begin, and the byte that it expects there.
+/// Places in an answer's bytes at which a side's tokens begin, and the byte that it expects there. A token that begins with what is
+/// no part of the answer begins at none.
 pub(super) fn expected(
+    said: &[u32],
     offsets: &Offsets,
     first: &FirstBytes,
     rows: &[f32],
     width: usize,
 ) -> HashMap<usize, u8> {
-    let tokens = offsets.iter().zip(rows.chunks_exact(width));
-    let real = tokens.filter(|((from, to), _)| to > from);
-    real.map(|(&(from, _), row)| (from, first.next(row)))
+    let tokens = said.iter().zip(offsets).zip(rows.chunks_exact(width));
+    let whole = tokens.filter(|((token, (from, to)), _)| {
+        let bytes = first.0.get(**token as usize).copied().flatten();
+        to > from && bytes.is_some_and(|(_, bytes)| bytes == to - from)
+    });
+    whole
+        .map(|((_, &(from, _)), row)| (from, first.next(row)))
         .collect()
 }
 
@@ -173,15 +182,20 @@ mod tests {
     #[test]
     fn the_next_byte_has_the_mass_of_all_tokens_that_begin_with_it() {
         // Two tokens of `a` outweigh one of `b` that is likelier than either.
-        let first = FirstBytes(vec![Some(b'a'), Some(b'b'), Some(b'a'), None]);
+        let token = |byte: u8, bytes: usize| Some((byte, bytes));
+        let first = FirstBytes(vec![token(b'a', 1), token(b'b', 2), token(b'a', 3), None]);
         assert_eq!(first.next(&[1.0, 1.5, 1.0, 9.0, 9.0]), b'a');
         assert_eq!(first.next(&[1.0, 2.5, 1.0, 9.0]), b'b');
+        // The last but one lies half outside of the answer.
         let found = expected(
-            &vec![(0, 2), (2, 2), (2, 3)],
+            &[1, 3, 2, 0],
+            &vec![(0, 2), (2, 2), (2, 4), (4, 5)],
             &first,
-            &[0.0, 9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 9.0, 0.0, 0.0, 0.0],
+            &[
+                0.0, 9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 9.0, 0.0, 0.0, 0.0,
+            ],
             4,
         );
-        assert_eq!(found, HashMap::from([(0, b'b'), (2, b'a')]));
+        assert_eq!(found, HashMap::from([(0, b'b'), (4, b'a')]));
     }
 }

@@ -51,14 +51,34 @@ impl Student {
             (Some(dir), _) => {
                 let config = read_json(&dir.join("config.json"), "a model configuration")?;
                 let entries = std::fs::read_dir(dir).map_err(Error::io(dir))?;
-                let mut names = entries.filter_map(|e| Some(e.ok()?.path()));
-                let has = names.any(|p| p.extension().is_some_and(|e| e == "safetensors"));
-                (dir.clone(), config, has.then(|| dir.clone()))
+                let names = entries.filter_map(|e| Some(e.ok()?.path()));
+                let paths: Vec<PathBuf> = names.collect();
+                let held = |kind: &str| {
+                    paths
+                        .iter()
+                        .find(|p| p.extension().is_some_and(|e| e == kind))
+                };
+                match (held("safetensors"), held("bin").or(held("gguf"))) {
+                    (None, Some(other)) => {
+                        return Err(Error::file(
+                            other,
+                            "a student begins with weights in safetensors; with random ones in a folder without any weights",
+                        ));
+                    }
+                    (found, _) => (dir.clone(), config, found.map(|_| dir.clone())),
+                }
             }
             (None, Some(dir)) => (dir.clone(), Json::Null, None),
             (None, None) => return Err(Error::Experiment("[student] names no folder".into())),
         };
-        let tokenizer = Tokenizer::from_dir(&from)?;
+        let own = match &weights {
+            Some(dir) => Tokenizer::of_model(&ModelFiles::open(dir)?)?,
+            None => None,
+        };
+        let tokenizer = match own {
+            Some(tokenizer) => tokenizer,
+            None => Tokenizer::from_dir(&from)?,
+        };
         let config = match config {
             Json::Null => new_config(spec, &tokenizer),
             config => config,

@@ -20,6 +20,8 @@ pub struct Teacher {
     pub tokenizer: Tokenizer,
     /// Its head, as products take it.
     head: Option<Head>,
+    /// What the user should know of its files.
+    pub notes: Vec<String>,
     /// Where its files lie.
     pub path: PathBuf,
     /// Sha256 of its files.
@@ -51,6 +53,7 @@ impl Teacher {
             loaded: target.loaded,
             tokenizer,
             head: None,
+            notes: target.notes,
             hash: assets::hash_files(&files.files())?,
             path,
         })

@@ -17,7 +17,7 @@ use scylla_core::kernels::zeros;
 use scylla_core::model::{LoadOptions, parse_device};
 use scylla_core::plugin::Matrix;
 use scylla_core::text::Tokenizer;
-use scylla_core::train::graph::{Compute, Parameters, Tape, Value, under_head};
+use scylla_core::train::graph::{Compute, Head, Parameters, Tape, Value, under_head};
 use scylla_core::train::{
     AdamW, AlignContext, AlignNeeds, Aligner, AnswerLogits, Named, checkpoint, norm,
 };
@@ -119,6 +119,8 @@ struct State {
     tokens: u64,
     metrics: u64,
     last: Option<Step>,
+    /// A step whose evaluation a break came before.
+    pending: Option<Step>,
     best: Option<(u64, Scores)>,
 }
 
@@ -148,6 +150,8 @@ pub struct Distiller {
     named: Named,
     optimizer: AdamW,
     state: State,
+    /// Answers whose logits exist at a time.
+    together: usize,
     step_s: f64,
 }
 
@@ -183,14 +187,30 @@ impl Distiller {
                 ));
             }
         }
-        let student = Student::open(&experiment.student)?;
+        let mut student = Student::open(&experiment.student)?;
+        if !student.is_trained() {
+            told(Told::Note("the student begins with random weights".into()));
+        }
         let options = LoadOptions {
             weights: experiment.teacher.weights,
             threads: experiment.run.threads,
             context: experiment.teacher.context,
             device: parse_device(&experiment.run.device)?,
         };
-        let teacher = Teacher::open(&experiment.teacher.model, &options, on_progress)?;
+        let mut teacher = Teacher::open(&experiment.teacher.model, &options, on_progress)?;
+        for note in &teacher.notes {
+            told(Told::Note(format!("the teacher: {note}")));
+        }
+        let date = experiment.date()?;
+        for (whose, tokenizer) in [
+            ("student", &mut student.tokenizer),
+            ("teacher", &mut teacher.tokenizer),
+        ] {
+            if let Some(reason) = tokenizer.broken_template() {
+                return Err(Error::Experiment(format!("the {whose}: {reason}")));
+            }
+            tokenizer.choose_template(None, Some(date))?;
+        }
         let on = compute_beside(teacher.loaded(), &options, experiment.form()?)?;
         let longest = experiment.pairs.longest;
         for (whose, context) in [
@@ -223,7 +243,12 @@ impl Distiller {
             },
         };
         let count = experiment.evaluate.count;
-        let watched = pairs_of(&dev, how, count, &train.documents, both, on_read)?;
+        let watched = pairs_of(&dev, how, count, &train.documents, both, on_read);
+        let watched = watched.map_err(|e| {
+            Error::Experiment(format!(
+                "nothing to check on: {e} (evaluate.files names files of their own)"
+            ))
+        })?;
         for (what, pairs) in [("to learn from", &train), ("to check on", &watched)] {
             let bytes: usize = pairs.all.iter().map(|p| p.bytes).sum();
             told(Told::Note(format!(
@@ -249,6 +274,10 @@ impl Distiller {
         };
         let mut this = Self {
             bytes: [both.0, both.1].map(FirstBytes::of),
+            together: match aligner.needs().whole_batch {
+                true => experiment.train.batch,
+                false => experiment.train.together,
+            },
             needs: aligner.needs(),
             optimizer: AdamW::new(&on, &named)?,
             state: State {
@@ -260,6 +289,7 @@ impl Distiller {
                 tokens: 0,
                 metrics: 0,
                 last: None,
+                pending: None,
                 best: None,
             },
             experiment: experiment.clone(),
@@ -383,6 +413,13 @@ impl Distiller {
         let text = self.experiment.to_toml()?;
         files::write(&self.dir.join("experiment.toml"), text.as_bytes())?;
         if let Some(spec) = self.experiment.cache.clone().filter(|_| !self.needs.alone) {
+            if self.needs.whole_rows && spec.top_k < self.teacher.known() {
+                return Err(Error::Experiment(format!(
+                    "this aligner reads the teacher's rows whole, of which cache.top_k keeps {} of {} tokens; without [cache] the teacher says all",
+                    spec.top_k,
+                    self.teacher.known()
+                )));
+            }
             let dir = spec.dir.display().to_string();
             let mut on_shard = |done: usize, all: usize| {
                 told(Told::Note(format!("{dir}: {done} of {all} shards")));
@@ -400,6 +437,9 @@ impl Distiller {
         let metrics = self.dir.join(METRICS);
         self.state.metrics = cut_to(&metrics, self.state.metrics)?;
         let steps = self.experiment.train.steps;
+        if let Some(step) = self.state.pending.take() {
+            self.judge(step, stop, told)?;
+        }
         while self.state.step < steps {
             if stop.load(Ordering::Relaxed) {
                 self.save()?;
@@ -409,38 +449,66 @@ impl Distiller {
                 )));
             }
             let begun = Instant::now();
-            let mut step = self.step()?;
-            let every = self.experiment.evaluate.every;
-            let is_last = step.step == steps;
-            if is_last || every > 0 && step.step.is_multiple_of(every) {
-                step.scores = Some(self.evaluate()?);
-                self.keep_best(&step)?;
-            }
-            self.state.metrics += append(&metrics, &step)?;
-            self.state.last = Some(step.clone());
-            let due = match self.experiment.train.checkpoint {
-                0 => step.scores.is_some(),
-                every => step.step.is_multiple_of(every) || is_last,
-            };
-            if due {
-                self.save()?;
-            }
+            let step = self.step()?;
             let took = begun.elapsed().as_secs_f64();
             self.step_s = match self.step_s {
                 0.0 => took,
                 mean => 0.9 * mean + 0.1 * took,
             };
-            told(Told::Step(
-                &step,
-                steps,
-                self.step_s * (steps - step.step) as f64,
-            ));
+            let every = self.experiment.evaluate.every;
+            if step.step == steps || every > 0 && step.step.is_multiple_of(every) {
+                // Nothing that goes wrong from here on costs a step.
+                self.state.pending = Some(step.clone());
+                self.save()?;
+                self.state.pending = None;
+                self.judge(step, stop, told)?;
+                continue;
+            }
+            self.keep(&step)?;
+            let checkpoint = self.experiment.train.checkpoint;
+            if checkpoint > 0 && step.step.is_multiple_of(checkpoint) {
+                self.save()?;
+            }
+            told(Told::Step(&step, steps, self.left(&step)));
         }
         let outcome = self.outcome()?;
         let text = serde_json::to_string_pretty(&outcome);
         let text = text.map_err(|e| Error::Experiment(e.to_string()))? + "\n";
         files::write(&self.dir.join("summary.json"), text.as_bytes())?;
         Ok(outcome)
+    }
+
+    /// Evaluates the student behind a step, and keeps it where it is the best.
+    fn judge(&mut self, mut step: Step, stop: &AtomicBool, told: OnTold<'_>) -> Result<()> {
+        let scores = self.evaluated(stop)?.0;
+        if !scores.bits_per_byte.is_finite() {
+            return Err(Error::Experiment(format!(
+                "the student needs {} bits a byte behind step {}",
+                scores.bits_per_byte, step.step
+            )));
+        }
+        step.scores = Some(scores);
+        self.keep_best(&step)?;
+        self.keep(&step)?;
+        self.save()?;
+        told(Told::Step(
+            &step,
+            self.experiment.train.steps,
+            self.left(&step),
+        ));
+        Ok(())
+    }
+
+    /// Appends a step to the metrics.
+    fn keep(&mut self, step: &Step) -> Result<()> {
+        self.state.metrics += append(&self.dir.join(METRICS), step)?;
+        self.state.last = Some(step.clone());
+        Ok(())
+    }
+
+    /// Seconds that the steps behind one will take.
+    fn left(&self, step: &Step) -> f64 {
+        self.step_s * (self.experiment.train.steps - step.step) as f64
     }
 
     fn outcome(&self) -> Result<Outcome> {
@@ -473,6 +541,13 @@ impl Distiller {
     }
 
     fn save(&self) -> Result<()> {
+        for named in [&self.named, &self.optimizer.first, &self.optimizer.second] {
+            if !norm(named)?.is_finite() {
+                return Err(Error::Experiment(
+                    "a parameter or a moment has left the range of numbers; a smaller learning rate, or clipping".into(),
+                ));
+            }
+        }
         let path = self.dir.join(CHECKPOINT);
         Ok(checkpoint::save(
             &path,
@@ -527,12 +602,6 @@ impl Distiller {
             .optimizer
             .step(&self.on, settings, lr, &mut self.named, &grads)
             .map_err(|e| failed(e.into()))?;
-        if !norm(&self.named)?.is_finite() {
-            return Err(failed(Error::Experiment(
-                "a parameter has left the range of numbers; a smaller learning rate, or clipping"
-                    .into(),
-            )));
-        }
         self.tell_aligner()?;
         let tokens: usize = pairs.iter().map(|p| p.student.tokens.len()).sum();
         self.state.step += 1;
@@ -574,10 +643,15 @@ impl Distiller {
         let states = language.states(&mut tape, &mut named, &rows, &tokens)?;
         let head = language.head(&mut tape, &mut named)?;
         let mut others: Named = Named::new();
-        let together = self.experiment.train.together;
+        let together = self.together;
+        let labels =
+            |pairs: &[&Pair]| -> f64 { pairs.iter().map(|p| p.student.answer.len() as f64).sum() };
         for (i, some) in pairs.chunks(together).enumerate() {
             let at = i * together..i * together + some.len();
-            let share = some.len() as f64 / pairs.len() as f64;
+            let share = match self.needs.by_token {
+                true => labels(some) / labels(pairs),
+                false => some.len() as f64 / pairs.len() as f64,
+            };
             let begun = Instant::now();
             let given = match (&read, &self.cache) {
                 (Some(read), _) => {
@@ -672,21 +746,33 @@ impl Distiller {
     /// # Errors
     /// As [`Distiller::evaluate`].
     pub fn evaluate_each(&mut self) -> Result<(Scores, Vec<AnswerScore>)> {
+        self.evaluated(&AtomicBool::new(false))
+    }
+
+    fn evaluated(&mut self, stop: &AtomicBool) -> Result<(Scores, Vec<AnswerScore>)> {
         let pairs = std::mem::take(&mut self.watched.all);
-        let found = self.scored(&pairs);
+        let found = self.scored(&pairs, stop);
         self.watched.all = pairs;
         found
     }
 
-    fn scored(&mut self, pairs: &[Pair]) -> Result<(Scores, Vec<AnswerScore>)> {
+    fn scored(&mut self, pairs: &[Pair], stop: &AtomicBool) -> Result<(Scores, Vec<AnswerScore>)> {
         let mut found = Vec::with_capacity(pairs.len());
         let asked = self.expects.len() == pairs.len();
         let mut expects = std::mem::take(&mut self.expects);
         let mut named = still(&self.named);
         let mut tape = Tape::new(&self.on);
-        let head = self.student.language.head(&mut tape, &mut named)?;
+        // Packed once for all answers.
+        let head = tables_of(&self.student, &self.named)?[1].clone();
+        let head = Head::frozen(&self.on, head)?;
         let vocab = columns(&self.student.tokenizer, self.student.shape().vocab);
         for (i, some) in pairs.chunks(self.experiment.train.batch).enumerate() {
+            if stop.load(Ordering::Relaxed) {
+                return Err(Error::Interrupted(format!(
+                    " while the student was evaluated behind step {}; --resume goes on",
+                    self.state.step
+                )));
+            }
             let some: Vec<&Pair> = some.iter().collect();
             if !asked {
                 let read = self.teacher.read(&some)?;
@@ -694,7 +780,13 @@ impl Distiller {
                     let rows = Rows::before(&pair.teacher, begin);
                     let logits = self.teacher.logits(&self.on, &read.states, &rows)?;
                     let (values, width) = (logits.all()?, logits.columns);
-                    expects.push(expected(&pair.offsets.1, &self.bytes[1], &values, width));
+                    expects.push(expected(
+                        pair.teacher.said(),
+                        &pair.offsets.1,
+                        &self.bytes[1],
+                        &values,
+                        width,
+                    ));
                 }
             }
             let (rows, tokens, begins) = packed(some.iter().map(|p| &p.student))?;
@@ -704,7 +796,8 @@ impl Distiller {
                 let rows = chosen(&states.matrix, &Rows::before(&pair.student, begin))?;
                 let logits = head.logits(&self.on, &rows)?;
                 let (values, width) = (logits.all()?, logits.columns);
-                let own = expected(&pair.offsets.0, &self.bytes[0], &values, width);
+                let said = pair.student.said();
+                let own = expected(said, &pair.offsets.0, &self.bytes[0], &values, width);
                 let teacher = &expects[i * self.experiment.train.batch + j];
                 found.push(of_answer(pair, (&values, width, vocab), (&own, teacher)));
             }
@@ -726,6 +819,7 @@ impl Distiller {
         let options = LoadOptions {
             threads: self.experiment.run.threads,
             device: parse_device(&self.experiment.run.device)?,
+            context: self.student.shape().context,
             ..LoadOptions::default()
         };
         let target = Target::open(&dir.path().to_string_lossy(), &options)?;

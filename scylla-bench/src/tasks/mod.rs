@@ -7,7 +7,9 @@
 //! | FairytaleQA | `question`, `story_section`, `answer1` and `answer2` |
 //! | DIALOGSum | `dialogue`, `summary`, or `summary1` to `summary3` |
 //! | any other | `question`, `context` (or `passage`, `paragraph`), `answer` or `answers`, as a text, texts, or SQuAD's `text` |
-//! | | `summary` (or `highlights`) of a `text`, `document` or `article` |
+//! | | `summary` (or `highlights`) of a `document` or `article` |
+//!
+//! A row that holds more than that of what is asked (choices, images, messages, a system's) is none.
 
 mod score;
 
@@ -28,12 +30,41 @@ pub struct Task {
 
 type Row = Map<String, Value>;
 
+/// What would be asked beside a text and a question.
+const MORE: [&str; 17] = [
+    "choices",
+    "options",
+    "image",
+    "images",
+    "audio",
+    "video",
+    "tools",
+    "messages",
+    "conversations",
+    "turns",
+    "prompt",
+    "instruction",
+    "system",
+    "system_prompt",
+    "text",
+    "input",
+    "documents",
+];
+
 /// The task of a row, where it is one.
 ///
 /// # Errors
 /// If it is one and something of it is no text.
 pub fn of_row(row: &Row) -> Option<Result<Task, String>> {
-    let has = |key: &str| row.get(key).is_some_and(|v| !v.is_null());
+    let has = |key: &str| match row.get(key) {
+        None | Some(Value::Null) => false,
+        Some(Value::String(text)) => !text.trim().is_empty(),
+        Some(_) => true,
+    };
+    let holds = |key: &&&str| has(key) && row[**key].as_array().is_none_or(|all| !all.is_empty());
+    if MORE.iter().any(|key| holds(&key)) {
+        return None;
+    }
     let first = |keys: &[&'static str]| keys.iter().copied().find(|key| has(key));
     let context = first(&[
         "paragraph_text",
@@ -46,7 +77,7 @@ pub fn of_row(row: &Row) -> Option<Result<Task, String>> {
     if let (true, Some(context), Some(answered)) = (has("question"), context, answered) {
         return Some(question(row, context, answered));
     }
-    let text = first(&["dialogue", "text", "document", "article"])?;
+    let text = first(&["dialogue", "document", "article"])?;
     let summary = first(&["summary", "summary1", "highlights"])?;
     Some(summarised(row, text, summary))
 }
@@ -175,6 +206,12 @@ mod tests {
                 &["a", "b"],
             ),
             (
+                json!({"context": "c", "question": "q", "answers": "", "answer": "a"}),
+                "question",
+                "c",
+                &["a"],
+            ),
+            (
                 json!({"passage": "c", "question": "q", "answer": " a "}),
                 "question",
                 "Question: q",
@@ -215,6 +252,10 @@ mod tests {
             json!({"prompt": "a"}),
             json!({"context": "c", "question": "q"}),
             json!({"context": "c", "question": "q", "answers": null}),
+            json!({"context": "c", "question": "q", "answer": "B", "choices": ["x", "y"]}),
+            json!({"context": "c", "question": "q", "answer": "b", "image": "i.png"}),
+            json!({"text": "t", "summary": "s"}),
+            json!({"document": "d", "summary": " "}),
         ] {
             assert!(of(row.clone()).is_none(), "{row}");
         }
@@ -227,7 +268,7 @@ mod tests {
                 json!({"context": "c", "question": "q", "answers": []}),
                 "answers",
             ),
-            (json!({"dialogue": " ", "summary": "s"}), "dialogue"),
+            (json!({"dialogue": 3, "summary": "s"}), "dialogue"),
             (json!({"dialogue": "d", "summary": ["s"]}), "summary"),
         ] {
             let error = of(row).expect("a task").expect_err("broken");

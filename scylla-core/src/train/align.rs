@@ -32,6 +32,12 @@ pub struct AlignNeeds {
     pub hidden: bool,
     /// Nothing of a teacher: the loss is over the student's answers alone.
     pub alone: bool,
+    /// The teacher's rows whole, rather than its most probable tokens and those of the answer with the mass of all others.
+    pub whole_rows: bool,
+    /// All answers of a batch at once: it is no mean over answers that are looked at one by one.
+    pub whole_batch: bool,
+    /// Its terms are means over the tokens of all answers, so that an answer counts by its length.
+    pub by_token: bool,
 }
 
 /// Where in training a loss is asked for.
