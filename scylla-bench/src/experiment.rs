@@ -387,6 +387,18 @@ fn is_shipped(decoder: &Table) -> bool {
     })
 }
 
+/// The table of an experiment file.
+pub(crate) fn table_of(path: &Path) -> Result<Table> {
+    read_text(path)?
+        .parse()
+        .map_err(|e| Error::file(path, format!("not TOML: {e}")))
+}
+
+/// The experiment that a table says.
+pub(crate) fn said<T: serde::de::DeserializeOwned>(table: Table) -> Result<T> {
+    T::deserialize(table).map_err(|e| Error::Experiment(e.to_string().trim().replace('\n', " ")))
+}
+
 impl Experiment {
     /// Reads an experiment file (or the default one) and applies overrides. Of the default one the shipped drafts are left out
     /// where the target is not the default model, which they are for.
@@ -426,8 +438,7 @@ impl Experiment {
         for one in overrides {
             one.clone().apply(&mut table);
         }
-        let experiment = Self::deserialize(table)
-            .map_err(|e| Error::Experiment(e.to_string().trim().replace('\n', " ")))?;
+        let experiment: Self = said(table)?;
         experiment.check()?;
         Ok(experiment)
     }

@@ -2,13 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use scylla_core::files::read_text;
 use scylla_core::train::{AdamWSettings, Schedule};
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
 use crate::data::documents::DataSpec;
-use crate::experiment::{Override, Target};
+use crate::experiment::{Override, Target, said, table_of};
 use crate::train::RunSpec;
 use crate::{Error, Result};
 
@@ -186,10 +185,7 @@ impl DistillExperiment {
     /// # Errors
     /// If the file cannot be read, or says what is not understood.
     pub fn load(path: &Path, overrides: &[Override]) -> Result<Self> {
-        let table: Table = read_text(path)?
-            .parse()
-            .map_err(|e| Error::file(path, format!("not TOML: {e}")))?;
-        Self::from_table(table, overrides)
+        Self::from_table(table_of(path)?, overrides)
     }
 
     /// An experiment of a table.
@@ -200,8 +196,7 @@ impl DistillExperiment {
         for one in overrides {
             one.clone().apply(&mut table);
         }
-        let experiment = Self::deserialize(table)
-            .map_err(|e| Error::Experiment(e.to_string().trim().replace('\n', " ")))?;
+        let experiment: Self = said(table)?;
         experiment.check()?;
         Ok(experiment)
     }

@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use scylla_core::files::read_text;
 use scylla_core::kernels::ProductForm;
 use scylla_core::plugin::TargetShape;
 use scylla_core::train::{AdamWSettings, Schedule};
@@ -14,7 +13,7 @@ use toml::Table;
 
 use crate::context::parse;
 use crate::data::documents::DataSpec;
-use crate::experiment::{BudgetSpec, Experiment, Override, Run, Target};
+use crate::experiment::{BudgetSpec, Experiment, Override, Run, Target, said, table_of};
 use crate::prompts::PromptSpec;
 use crate::{Error, Result};
 
@@ -209,10 +208,7 @@ impl TrainExperiment {
     /// # Errors
     /// If the file cannot be read, or says what is not understood.
     pub fn load(path: &Path, overrides: &[Override]) -> Result<Self> {
-        let table: Table = read_text(path)?
-            .parse()
-            .map_err(|e| Error::file(path, format!("not TOML: {e}")))?;
-        Self::from_table(table, overrides)
+        Self::from_table(table_of(path)?, overrides)
     }
 
     /// An experiment of a table.
@@ -223,8 +219,7 @@ impl TrainExperiment {
         for one in overrides {
             one.clone().apply_to_lists(&mut table);
         }
-        let experiment = Self::deserialize(table)
-            .map_err(|e| Error::Experiment(e.to_string().trim().replace('\n', " ")))?;
+        let experiment: Self = said(table)?;
         experiment.check()?;
         Ok(experiment)
     }
