@@ -5,6 +5,7 @@ use serde::Deserialize;
 
 use crate::answer::{Pair, Side};
 use crate::loss::{self, Evaluation, Objective};
+use crate::parallel::{by_row, threads};
 use crate::rows::Rows;
 use crate::{Error, Result, Scalar};
 
@@ -71,14 +72,23 @@ pub(crate) fn mean_cross_entropy<F: Scalar>(
     let mut sum = 0.0;
     for (b, answer) in answers.iter().enumerate() {
         let rows = Rows::read(side, b, &answer.rows, &[1.0], None)?;
-        for (row, (&at, &token)) in answer.rows.iter().zip(&answer.tokens).enumerate() {
-            sum -= rows.log_probability(row, 1.0, token).wide();
-            if let Some(gradient) = &mut gradient {
-                let first = (b * side.seq + at) * side.width;
-                let out = &mut gradient[first..][..side.vocab];
+        let of_row = |(): &mut (), row: usize, out: Option<&mut [F]>| {
+            let token = answer.tokens[row];
+            if let Some(out) = out {
+                let out = &mut out[..side.vocab];
                 rows.add_probabilities(row, 1.0, share, out);
                 out[token] = out[token] - share;
             }
+            rows.log_probability(row, 1.0, token).wide()
+        };
+        // Sequences come one after another here, so each has all threads.
+        let threads = threads(1, answer.rows.len() * side.vocab);
+        let size = side.seq * side.width;
+        let own = gradient
+            .as_deref_mut()
+            .map(|gradient| &mut gradient[b * size..(b + 1) * size]);
+        for log in by_row(&answer.rows, side.width, own, threads, || (), of_row) {
+            sum -= log;
         }
     }
     Ok(sum / tokens as f64)

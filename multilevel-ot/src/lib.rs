@@ -15,6 +15,7 @@ mod loss;
 mod matching;
 mod mined;
 mod multilevel_ot;
+mod parallel;
 mod reference_code;
 mod rows;
 mod scalar;

@@ -5,6 +5,7 @@ use scylla_core::kernels::softmax::{distances, distances_gradient};
 use crate::answer::Pair;
 use crate::loss::{Evaluation, Objective, aligner, mean_of_sequences};
 use crate::matching::assign;
+use crate::parallel::{by_row, threads};
 use crate::reference_code;
 use crate::rows::Rows;
 use crate::settings::{Matching, Mode, MultiLevelOt, SinkhornForm};
@@ -73,7 +74,9 @@ impl MultiLevelOt {
         let (had, sl) = terms.compare(hot, &p, weights[1], weights[2]);
         let sd = self.transport(&mut terms, &wide, weights[3])?;
         if let Some(gradient) = gradient {
-            terms.write(hot, self.sd_temperature, &answer, student.width, gradient);
+            let threads = threads(student.batch, answer.rows.len() * student.vocab);
+            let shape = (student.width, threads);
+            terms.write(hot, self.sd_temperature, &answer, shape, gradient);
         }
         Ok(Evaluation {
             parts: vec![ce, had, sl, sd],
@@ -256,12 +259,13 @@ impl<'a, F: Scalar> Terms<'a, F> {
         temperature: f64,
         sd_temperature: f64,
         answer: &crate::answer::Answer,
-        width: usize,
+        (width, threads): (usize, usize),
         gradient: &mut [F],
     ) {
         let k = self.matched.len();
-        for (row, (&at, &token)) in answer.rows.iter().zip(&answer.tokens).enumerate() {
-            let out = &mut gradient[at * width..][..self.rows.x[row].len()];
+        let of_row = |(): &mut (), row: usize, out: Option<&mut [F]>| {
+            let Some(out) = out else { return };
+            let (out, token) = (&mut out[..self.rows.x[row].len()], answer.tokens[row]);
             let factors = [
                 (1.0, self.ce),
                 (temperature, self.dense[row]),
@@ -272,7 +276,9 @@ impl<'a, F: Scalar> Terms<'a, F> {
             for (i, &j) in self.matched.iter().enumerate() {
                 out[j] = out[j] + self.sparse[row * k + i] + self.sparse_sd[row * k + i];
             }
-        }
+        };
+        let rows = &answer.rows[..answer.tokens.len()];
+        by_row(rows, width, Some(gradient), threads, || (), of_row);
     }
 }
 

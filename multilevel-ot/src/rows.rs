@@ -3,6 +3,7 @@
 use scylla_core::kernels::softmax::{Sums, accumulate, combine, sums};
 
 use crate::answer::Side;
+use crate::parallel::{by_row, threads};
 use crate::{Error, Result, Scalar};
 
 /// Exponentials at `scale`, which serve the temperature `1 / scale` and, squared, half of it.
@@ -80,34 +81,60 @@ impl<'a, F: Scalar> Rows<'a, F> {
             sums: Vec::with_capacity(rows.len() * distinct.len()),
             temperatures: distinct,
         };
-        for &s in rows {
-            let x = side.row(b, s);
-            let at = found.sums.len();
-            found
-                .sums
-                .resize(at + found.temperatures.len(), (F::zero(), F::zero()));
-            for pass in &found.passes {
+        let (passes, kinds) = (&found.passes, found.temperatures.len());
+        let threads = threads(side.batch, rows.len() * side.vocab);
+        let of_row = |(): &mut (), row: usize, _: Option<&mut [F]>| {
+            let x = side.row(b, rows[row]);
+            let mut of = vec![(F::zero(), F::zero()); kinds];
+            for pass in passes {
                 let sums: Sums<F> = sums(x, F::of(pass.scale));
                 if !sums.sum.is_finite() {
                     return Err(Error::Invalid(format!(
-                        "{} logits of row [{b}, {s}] hold NaN or infinity, or nothing finite",
-                        side.name
+                        "{} logits of row [{b}, {}] hold NaN or infinity, or nothing finite",
+                        side.name, rows[row]
                     )));
                 }
                 for (place, sum) in [(pass.single, sums.sum), (pass.square, sums.squares)] {
                     if let Some(place) = place {
-                        found.sums[at + place] = (sums.reference, sum);
+                        of[place] = (sums.reference, sum);
                     }
                 }
             }
+            Ok((x, of))
+        };
+        for one in by_row(rows, 0, None, threads, || (), of_row) {
+            let (x, of) = one?;
             found.x.push(x);
-            if let Some((temperature, first, mass)) = &mut mass
-                && found.x.len() <= *first
-            {
-                found.add_probabilities(found.x.len() - 1, *temperature, F::one(), mass);
-            }
+            found.sums.extend(of);
+        }
+        if let Some((temperature, first, mass)) = &mut mass {
+            found.add_mass(*temperature, *first, mass, threads);
         }
         Ok(found)
+    }
+
+    /// Probabilities of the first so many rows, added to `mass`, each thread's share of the tokens in the order of the rows.
+    fn add_mass(&self, temperature: f64, first: usize, mass: &mut [F], threads: usize) {
+        let share = mass.len().div_ceil(threads.max(1)).max(1);
+        let add = |from: usize, mass: &mut [F]| {
+            for row in 0..first.min(self.len()) {
+                let (reference, sum) = self.sum(row, temperature);
+                let x = &self.x[row][from..from + mass.len()];
+                let (scale, factor) = (F::of(1.0 / temperature), F::one() / sum);
+                accumulate(x, reference, scale, factor, mass);
+            }
+        };
+        std::thread::scope(|scope| {
+            let mut shares = mass.chunks_mut(share).enumerate();
+            let own = shares.next();
+            for (i, mass) in shares {
+                let add = &add;
+                scope.spawn(move || add(i * share, mass));
+            }
+            if let Some((_, mass)) = own {
+                add(0, mass);
+            }
+        });
     }
 
     pub(crate) fn len(&self) -> usize {

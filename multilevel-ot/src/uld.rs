@@ -3,6 +3,7 @@ use serde::Deserialize;
 use crate::answer::{Answer, Pair};
 use crate::cross_entropy::mean_cross_entropy;
 use crate::loss::{Evaluation, Objective, aligner, mean_of_sequences};
+use crate::parallel::{by_row, threads};
 use crate::rows::Rows;
 use crate::scalar::dot;
 use crate::settings::Mode;
@@ -45,6 +46,25 @@ impl Default for Uld {
     }
 }
 
+/// Memory that rows of a thread share.
+struct Held<F> {
+    scratch: Scratch<F>,
+    p: Vec<F>,
+    q: Vec<F>,
+    upstream: Vec<F>,
+}
+
+impl<F: Default> Default for Held<F> {
+    fn default() -> Self {
+        Self {
+            scratch: Scratch::default(),
+            p: Vec::new(),
+            q: Vec::new(),
+            upstream: Vec::new(),
+        }
+    }
+}
+
 impl Uld {
     /// One sequence: the distance, and in paper mode the cross entropy.
     fn sequence<F: Scalar>(
@@ -52,7 +72,7 @@ impl Uld {
         pair: &Pair<'_, F>,
         b: usize,
         weights: [f64; 2],
-        mut gradient: Option<&mut [F]>,
+        gradient: Option<&mut [F]>,
     ) -> Result<Evaluation> {
         let (teacher, student) = (&pair.teacher, &pair.student);
         let paper = self.mode == Mode::Paper;
@@ -78,36 +98,47 @@ impl Uld {
         let shared = s.len().saturating_sub(last).min(t.len());
         let ce_share = 1.0 / answer.tokens.len().max(1) as f64;
         let share = 1.0 / shared.max(1) as f64;
-        let (mut ce, mut uld) = (0.0, 0.0);
-        let mut scratch = Scratch::default();
-        let (mut p, mut q, mut upstream) = (Vec::new(), Vec::new(), vec![F::zero(); student.vocab]);
         let ce_weight = F::of(weights[0] * ce_share);
         let slope = F::of(weights[1] * share / hot);
-        for (row, &at) in answer.rows.iter().enumerate() {
+        let of_row = |held: &mut Held<F>, row: usize, out: Option<&mut [F]>| {
+            let Held {
+                scratch,
+                p,
+                q,
+                upstream,
+            } = held;
             let token = answer.tokens.get(row);
+            let (mut ce, mut uld, mut dense) = (0.0, 0.0, F::zero());
             if let Some(&token) = token {
-                ce -= ce_share * s.log_probability(row, 1.0, token).wide();
+                ce = ce_share * s.log_probability(row, 1.0, token).wide();
             }
-            let mut dense = F::zero();
             if row < shared {
-                t.probabilities(row, cold, &mut p);
-                s.probabilities(row, hot, &mut q);
-                uld += share * F::distance(&p, &q, &mut scratch, &mut upstream).wide();
-                dense = -slope * dot(&q, &upstream);
+                upstream.resize(student.vocab, F::zero());
+                t.probabilities(row, cold, p);
+                s.probabilities(row, hot, q);
+                uld = share * F::distance(p, q, scratch, upstream).wide();
+                dense = -slope * dot(q, upstream);
             }
-            let Some(gradient) = gradient.as_deref_mut() else {
-                continue;
-            };
-            let out = &mut gradient[at * student.width..][..student.vocab];
+            let Some(out) = out else { return (ce, uld) };
+            let out = &mut out[..student.vocab];
             if let Some(&token) = token {
                 s.add_probabilities(row, 1.0, ce_weight, out);
                 out[token] = out[token] - ce_weight;
             }
             if row < shared {
-                for ((out, &q), &g) in out.iter_mut().zip(&q).zip(&upstream) {
+                for ((out, &q), &g) in out.iter_mut().zip(&*q).zip(&*upstream) {
                     *out = *out + q * (slope * g + dense);
                 }
             }
+            (ce, uld)
+        };
+        let threads = threads(student.batch, answer.rows.len() * student.vocab);
+        let (width, rows) = (student.width, &answer.rows);
+        let found = by_row(rows, width, gradient, threads, Held::default, of_row);
+        let (mut ce, mut uld) = (0.0, 0.0);
+        for (of_ce, of_uld) in found {
+            ce -= of_ce;
+            uld += of_uld;
         }
         Ok(Evaluation {
             parts: vec![ce, uld],
