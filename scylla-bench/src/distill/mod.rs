@@ -4,10 +4,14 @@
 //! them (`teacher`), an aligner compares, and what it finds flows into the student through the graph (`trainer`).
 
 mod cache;
+mod evaluate;
 mod experiment;
+mod learn;
 mod pairs;
+mod rows;
 mod score;
 mod student;
+mod tables;
 mod teacher;
 mod trainer;
 

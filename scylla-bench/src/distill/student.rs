@@ -101,6 +101,11 @@ impl Student {
         self.language.config()
     }
 
+    /// Columns of its logits that belong to tokens.
+    pub fn known(&self) -> usize {
+        self.tokenizer.size().min(self.shape().vocab)
+    }
+
     /// Whether it begins with weights of its own.
     pub fn is_trained(&self) -> bool {
         self.weights.is_some()

@@ -1,0 +1,128 @@
+//! What a student is worth: its scores on answers that it does not learn from, and of answers of its own.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use scylla_core::model::{LoadOptions, parse_device};
+use scylla_core::train::graph::{Head, Tape};
+use scylla_core::{Decoder, Target};
+
+use super::pairs::{Pair, packed};
+use super::rows::Rows;
+use super::score::{AnswerScore, Said, Scores, expected, of_answer};
+use super::student::still;
+use super::tables::tables_of;
+use super::teacher::chosen;
+use super::trainer::Distiller;
+use crate::{Error, Result};
+
+impl Distiller {
+    /// What the student is worth on answers that it does not learn from.
+    ///
+    /// # Errors
+    /// If a pass fails.
+    pub fn evaluate(&mut self) -> Result<Scores> {
+        Ok(self.evaluate_each()?.0)
+    }
+
+    /// The same, and answer by answer.
+    ///
+    /// # Errors
+    /// As [`Distiller::evaluate`].
+    pub fn evaluate_each(&mut self) -> Result<(Scores, Vec<AnswerScore>)> {
+        self.evaluated(&AtomicBool::new(false))
+    }
+
+    pub(super) fn evaluated(&mut self, stop: &AtomicBool) -> Result<(Scores, Vec<AnswerScore>)> {
+        let pairs = std::mem::take(&mut self.watched.all);
+        let found = self.scored(&pairs, stop);
+        self.watched.all = pairs;
+        found
+    }
+
+    fn scored(&mut self, pairs: &[Pair], stop: &AtomicBool) -> Result<(Scores, Vec<AnswerScore>)> {
+        let mut found = Vec::with_capacity(pairs.len());
+        let asked = self.expects.len() == pairs.len();
+        let mut expects = std::mem::take(&mut self.expects);
+        let mut named = still(&self.named);
+        let mut tape = Tape::new(&self.on);
+        // Packed once for all answers.
+        let head = tables_of(&self.student, &self.named)?[1].clone();
+        let head = Head::frozen(&self.on, head)?;
+        let vocab = self.student.known();
+        for (i, some) in pairs.chunks(self.experiment.train.batch).enumerate() {
+            if stop.load(Ordering::Relaxed) {
+                return Err(Error::Interrupted(format!(
+                    " while the student was evaluated behind step {}; --resume goes on",
+                    self.state.step
+                )));
+            }
+            let some: Vec<&Pair> = some.iter().collect();
+            if !asked {
+                let read = self.teacher.read(&some)?;
+                for (pair, &begin) in some.iter().zip(&read.begins) {
+                    let rows = Rows::before(&pair.teacher, begin);
+                    let logits = self.teacher.logits(&self.on, &read.states, &rows)?;
+                    let (values, width) = (logits.all()?, logits.columns);
+                    expects.push(expected(
+                        pair.teacher.said(),
+                        &pair.offsets.1,
+                        &self.bytes[1],
+                        &values,
+                        width,
+                    ));
+                }
+            }
+            let (rows, tokens, begins) = packed(some.iter().map(|p| &p.student))?;
+            let language = &self.student.language;
+            let states = language.states(&mut tape, &mut named, &rows, &tokens)?;
+            for (j, (pair, &begin)) in some.iter().zip(&begins).enumerate() {
+                let rows = chosen(&states.matrix, &Rows::before(&pair.student, begin))?;
+                let logits = head.logits(&self.on, &rows)?;
+                let (values, width) = (logits.all()?, logits.columns);
+                let said = pair.student.said();
+                let own = expected(said, &pair.offsets.0, &self.bytes[0], &values, width);
+                let teacher = &expects[i * self.experiment.train.batch + j];
+                found.push(of_answer(pair, (&values, width, vocab), (&own, teacher)));
+            }
+        }
+        self.expects = expects;
+        let scores = Scores::over(&found, self.said(pairs)?);
+        Ok((scores, found))
+    }
+
+    /// What the student says itself, decoded as the model that it is exported as, where right answers are known.
+    fn said(&self, pairs: &[Pair]) -> Result<Option<Said>> {
+        let most = self.experiment.evaluate.max_new_tokens;
+        let asked: Vec<&Pair> = pairs.iter().filter(|p| !p.right.is_empty()).collect();
+        if asked.is_empty() || most == 0 {
+            return Ok(None);
+        }
+        let dir = tempfile::tempdir().map_err(Error::io(&std::env::temp_dir()))?;
+        self.student.export(&self.named, dir.path())?;
+        let options = LoadOptions {
+            threads: self.experiment.run.threads,
+            device: parse_device(&self.experiment.run.device)?,
+            context: self.student.shape().context,
+            ..LoadOptions::default()
+        };
+        let target = Target::open(&dir.path().to_string_lossy(), &options)?;
+        let mut decoder = Decoder::new(target, None, scylla_verify::Auto)?;
+        let request = |pair: &&Pair| {
+            let prompt = pair.student.tokens[..pair.student.answer.start].to_vec();
+            let mut request = decoder.request_of(prompt);
+            request.max_new_tokens = most;
+            request
+        };
+        let requests = asked.iter().map(request).collect();
+        let outputs = decoder.answer_all(requests);
+        if let Some(failed) = outputs.iter().find_map(|o| o.failed.clone()) {
+            return Err(Error::Experiment(format!(
+                "the student's own answer: {failed}"
+            )));
+        }
+        let texts = outputs.iter().map(|o| o.text.as_str());
+        Ok(Some(Said::of(
+            texts.zip(asked.iter().map(|p| &p.right[..])),
+        )))
+    }
+}
