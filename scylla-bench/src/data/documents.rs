@@ -96,20 +96,23 @@ pub enum Content {
 impl Content {
     /// Its hash.
     pub fn hash(&self) -> [u8; 32] {
-        let mut hash = Sha256::new();
         match self {
-            Self::Text(text) => hash.update(text.as_bytes()),
-            Self::Talk(talk) => {
-                for m in &talk.messages {
-                    hash.update(m.role.as_bytes());
-                    hash.update([0]);
-                    hash.update(m.content.as_bytes());
-                    hash.update([0]);
-                }
-            }
+            Self::Text(text) => Sha256::digest(text.as_bytes()).into(),
+            Self::Talk(talk) => hash_of_messages(&talk.messages),
         }
-        hash.finalize().into()
     }
+}
+
+/// The hash of what was said.
+pub(crate) fn hash_of_messages(messages: &[Message]) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    for m in messages {
+        hash.update(m.role.as_bytes());
+        hash.update([0]);
+        hash.update(m.content.as_bytes());
+        hash.update([0]);
+    }
+    hash.finalize().into()
 }
 
 /// Of 256 documents two are dev and two are test.

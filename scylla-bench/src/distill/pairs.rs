@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use super::experiment::PairSpec;
 use crate::data::conversations::Conversation;
-use crate::data::documents::{Content, Counts, DataSpec, hex, read};
+use crate::data::documents::{Content, Counts, DataSpec, hash_of_messages, hex, read};
 use crate::{Error, Result};
 
 /// One side's tokens.
@@ -190,16 +190,7 @@ fn talk(content: &Content) -> Option<&[Message]> {
 fn asked_hash(content: &Content) -> [u8; 32] {
     match talk(content).and_then(answered) {
         None => content.hash(),
-        Some((before, _)) => {
-            let mut hash = Sha256::new();
-            for m in before {
-                hash.update(m.role.as_bytes());
-                hash.update([0]);
-                hash.update(m.content.as_bytes());
-                hash.update([0]);
-            }
-            hash.finalize().into()
-        }
+        Some((before, _)) => hash_of_messages(before),
     }
 }
 
