@@ -178,6 +178,20 @@ fn rates_and_costs_make_a_plan_that_engines_take() {
         .expect("off from some batch");
     assert!((8..=32).contains(&off), "{off}");
 
+    // Two trees that are asked for, beside plain decoding.
+    let two = json(&place, &with(&["--budgets", "3/1/1,2/1/0", "--json"]));
+    let cells = two["cells"].as_array().expect("cells");
+    assert_eq!(cells.len(), 6 * 3);
+    let (plain, chosen) = (&cells[0], &two["choices"][0]);
+    assert!(plain["draft"].is_null() && chosen["budget"]["total"] == 3);
+    let of = |total: usize| {
+        let found = cells.iter().find(|c| c["budget"]["total"] == total);
+        found.expect("a cell")["tokens_per_s"]["value"].as_f64()
+    };
+    assert_eq!(of(3), chosen["tokens_per_s"]["value"].as_f64());
+    assert!(of(2) < of(3) && of(1) == plain["plain_tokens_per_s"].as_f64());
+    assert!(said.get("cells").is_none());
+
     let shuffled = [
         "plan",
         "--costs",
@@ -291,6 +305,15 @@ fn what_cannot_be_planned_is_told() {
         (vec!["--laws", "absent.json"], "absent.json"),
         (vec!["--trace", "absent"], "absent"),
         (vec!["--alpha", "0.5", "--batch", "0"], "1 at least"),
+        (vec!["--alpha", "0.5", "--budgets", "3/1"], "5/2/2 is meant"),
+        (
+            vec!["--alpha", "0.5", "--budgets", "1/1/0"],
+            "5/2/2 is meant",
+        ),
+        (
+            vec!["--alpha", "0.5", "--budgets", "5/2/1"],
+            "nothing of such trees",
+        ),
     ] {
         let said = failed(&place, &[&plan[..], &args].concat());
         assert!(said.contains(expected), "{args:?}: {said}");

@@ -1,5 +1,6 @@
 //! Developer automation: starts cargo and the built binary, and links none of the crates.
 
+mod budgets;
 mod chart;
 mod chi_square;
 mod compare;
@@ -30,6 +31,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   inlining        the kernels built into a crate of somebody else's in three profiles: no intrinsic may be left a call
   compare [...]   beside llama.cpp, candle-transformers and, where installed, PyTorch, on the same files, prompts and threads;
                   `compare --help` lists its options
+  budgets [...]   speed by batch with every budget of a sweep, with automatic ones, and beside a plan made beforehand; `budgets --help`
   data OUT        the default corpus for training: pinned packages under free licences, with a manifest; `data --help`
   data prompts CORPUS OUT    questions over six tasks, composed out of that corpus, for the target to answer
   grid [--small]  trains the drafts behind the laws: families, layers and token budgets, with their results; `grid --help`
@@ -69,6 +71,11 @@ fn main() -> ExitCode {
             Ok(())
         }
         Some("distill") => distill::compare(rest),
+        Some("budgets") if rest.iter().any(|a| a == "--help") => {
+            let _ = std::io::Write::write_all(&mut std::io::stdout(), budgets::USAGE.as_bytes());
+            Ok(())
+        }
+        Some("budgets") => budgets::budgets(rest),
         Some("picture") => picture::picture(rest),
         Some("gpu-pack") if rest.iter().any(|a| a == "--help") => {
             let _ = std::io::Write::write_all(&mut std::io::stdout(), pack::USAGE.as_bytes());

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use clap::{Args, ValueEnum};
 use scylla_core::files::{self, read_text};
+use scylla_core::tree::Budget;
 use serde::{Deserialize, Serialize};
 
 use super::fit::query;
@@ -14,7 +15,7 @@ use crate::experiment::{Experiment, Override};
 use crate::laws::{Band, Laws, Point};
 use crate::plan::{
     self, BreakEven, Choice, CostTable, Drafted, Measured, More, Peaks, Planned, Prospects, Shape,
-    break_even, choose, export, fit_roofline, from_rates, from_trace, measure,
+    break_even, choose, every, export, fit_roofline, from_rates, from_trace, measure,
 };
 use crate::{Error, Registry, Result};
 
@@ -51,12 +52,16 @@ pub(super) struct Plan {
     /// Acceptance by depth of a chain, as 0.7,0.6,0.5; further candidates of a depth behind slashes, as 0.7/0.1,0.6/0.1
     #[arg(long, value_name = "RATES", group = "acceptance")]
     alpha: Option<String>,
-    /// A dense trace of a draft (`scylla bench --trace dense`), replayed with each tree
+    /// A dense trace of a draft (`scylla bench --trace dense`), replayed with each tree; may be said several times, of several drafts
     #[arg(long, value_name = "TRACE", group = "acceptance")]
-    trace: Option<PathBuf>,
-    /// Layers of the draft that --alpha or --trace speak of; 0 without a network. The fewest that the costs know unless said otherwise
-    #[arg(long)]
-    layers: Option<usize>,
+    trace: Vec<PathBuf>,
+    /// Layers of the draft that --alpha or --trace speak of, of several in their order; 0 without a network. The fewest that the
+    /// costs know unless said otherwise
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    layers: Vec<usize>,
+    /// Only these budgets, total/width/depth, as 2/1/0,5/2/2: then each of them is told, not the best alone
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    budgets: Vec<String>,
     /// Batch sizes
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     batch: Vec<usize>,
@@ -117,6 +122,9 @@ impl From<To> for plan::Engine {
 struct Answer {
     #[serde(flatten)]
     planned: Planned,
+    /// Where budgets were named, all that was compared.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    cells: Vec<Choice>,
     more: Vec<More>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     break_even: Vec<BreakEven>,
@@ -158,6 +166,21 @@ fn rates(text: &str) -> Result<Vec<Vec<Band>>> {
         }
     }
     Ok(all)
+}
+
+/// Budgets as they are written.
+fn budget(text: &str) -> Result<Budget> {
+    let parts: Option<Vec<usize>> = text.split('/').map(|part| part.parse().ok()).collect();
+    match parts.as_deref() {
+        Some(&[total, width, depth]) if total > 1 && width > 0 => Ok(Budget {
+            total,
+            width,
+            depth,
+        }),
+        _ => Err(bad(format!(
+            "--budgets {text}: 5/2/2 is meant, nodes with the root, children of each, and expansion steps after level 0"
+        ))),
+    }
 }
 
 /// The runs of a file of laws.
@@ -261,8 +284,14 @@ impl Plan {
         };
         batches.sort_unstable();
         batches.dedup();
-        let layers = |name: &str| match (self.layers, &table.layers()[..]) {
-            (Some(layers), _) => layers,
+        let only: Vec<Budget> = self
+            .budgets
+            .iter()
+            .map(|b| budget(b))
+            .collect::<Result<_>>()?;
+        let layers = |index: usize, name: &str| match (self.layers.get(index), &table.layers()[..])
+        {
+            (Some(&layers), _) => layers,
             // They propose what the text repeats.
             _ if ["ngram", "suffix"].contains(&name) => 0,
             (None, []) => {
@@ -288,7 +317,7 @@ impl Plan {
             ranks: &self.ranks,
             context,
         });
-        let mut drafts = match (&prospects, &self.alpha, &self.trace) {
+        let mut drafts = match (&prospects, &self.alpha, &self.trace[..]) {
             (Some(prospects), _, _) if self.predict.is_empty() => {
                 let (drafts, left_out) = prospects.largest()?;
                 if !left_out.is_empty() {
@@ -309,19 +338,23 @@ impl Plan {
                 let name = self.draft.first().map_or("eagle3", |d| named(d).0);
                 vec![Drafted {
                     name: name.into(),
-                    layers: layers(name),
+                    layers: layers(0, name),
                     tokens: None,
                     shapes: from_rates(&rates(text)?),
                 }]
             }
-            (_, _, Some(trace)) => {
-                let (name, shapes) = from_trace(registry, trace)?;
-                vec![Drafted {
-                    layers: layers(&name),
-                    name,
-                    tokens: None,
-                    shapes,
-                }]
+            (_, _, traces @ [_, ..]) => {
+                let mut drafts = Vec::new();
+                for (i, trace) in traces.iter().enumerate() {
+                    let (name, shapes) = from_trace(registry, trace, &only)?;
+                    drafts.push(Drafted {
+                        layers: layers(i, &name),
+                        name,
+                        tokens: None,
+                        shapes,
+                    });
+                }
+                drafts
             }
             _ => {
                 return Err(bad(
@@ -333,6 +366,16 @@ impl Plan {
         if engine.is_some_and(plan::Engine::chains) {
             let chain = |s: &Shape| s.budget.width == 1;
             drafts.iter_mut().for_each(|d| d.shapes.retain(chain));
+        }
+        if !only.is_empty() {
+            let named = |s: &Shape| only.contains(&s.budget);
+            drafts.iter_mut().for_each(|d| d.shapes.retain(named));
+            if let Some(without) = drafts.iter().find(|d| d.shapes.is_empty()) {
+                return Err(bad(format!(
+                    "--budgets: what is known of {} says nothing of such trees",
+                    without.name
+                )));
+            }
         }
         let planned = choose(&table, &drafts, &batches, context)?;
         if let Some(engine) = engine {
@@ -357,7 +400,14 @@ impl Plan {
             (None, _) => Vec::new(),
         };
         let drafting = planned.choices.iter().filter(|c| c.draft.is_some());
+        let mut cells = Vec::new();
+        if !only.is_empty() {
+            for &batch in &batches {
+                cells.extend(every(&table, &drafts, batch, context)?);
+            }
+        }
         let answer = Answer {
+            cells,
             break_even: match self.train_seconds {
                 Some(seconds) => drafting.map(|c| break_even(c, seconds)).collect(),
                 None => Vec::new(),
@@ -441,6 +491,9 @@ fn text(answer: &Answer) -> String {
         }
         None => "drafting pays at the largest batch that was asked for\n".into(),
     };
+    for cell in answer.cells.iter().filter(|c| c.draft.is_some()) {
+        text += &format!("batch {:>3}, of all: {}\n", cell.batch, told(cell));
+    }
     for one in &answer.break_even {
         let tokens = |t: Option<f64>| t.map_or("never".into(), |t| format!("{t:.2e}"));
         text += &format!(

@@ -83,6 +83,60 @@ fn cycle(
     Ok(forward + between + level(1)? + below)
 }
 
+/// What plain decoding does at a batch.
+fn plain(table: &CostTable, batch: usize, context: usize) -> Result<Choice> {
+    let root = table.forward(batch, 1.0, context);
+    let root = root.ok_or_else(|| Error::Experiment("the costs hold no forward".into()))?;
+    let speed = batch as f64 / (root + table.between(0, batch, 1.0, context));
+    Ok(Choice {
+        batch,
+        draft: None,
+        layers: 0,
+        tokens: None,
+        budget: Budget::OFF,
+        tau: 1.0,
+        tokens_per_s: Speed {
+            value: speed,
+            low: speed,
+            high: speed,
+        },
+        plain_tokens_per_s: speed,
+    })
+}
+
+/// What every draft does with each of its trees at a batch, behind plain decoding.
+///
+/// # Errors
+/// If the table does not know what a draft costs.
+pub fn every(
+    table: &CostTable,
+    drafts: &[Drafted],
+    batch: usize,
+    context: usize,
+) -> Result<Vec<Choice>> {
+    let plain = plain(table, batch, context)?;
+    let mut all = vec![plain.clone()];
+    for draft in drafts {
+        for shape in &draft.shapes {
+            let rate = batch as f64 / cycle(table, draft, shape, batch, context)?;
+            all.push(Choice {
+                draft: Some(draft.name.clone()),
+                layers: draft.layers,
+                tokens: draft.tokens,
+                budget: shape.budget,
+                tau: shape.tau.value,
+                tokens_per_s: Speed {
+                    value: rate * shape.tau.value,
+                    low: rate * shape.tau.low,
+                    high: rate * shape.tau.high,
+                },
+                ..plain
+            });
+        }
+    }
+    Ok(all)
+}
+
 /// The best tree of the best draft at each batch, or none where plain decoding is as fast.
 ///
 /// # Errors
@@ -95,44 +149,13 @@ pub fn choose(
 ) -> Result<Planned> {
     let mut choices = Vec::with_capacity(batches.len());
     for &batch in batches {
-        let root = table.forward(batch, 1.0, context);
-        let root = root.ok_or_else(|| Error::Experiment("the costs hold no forward".into()))?;
-        let plain = batch as f64 / (root + table.between(0, batch, 1.0, context));
-        let mut best = Choice {
-            batch,
-            draft: None,
-            layers: 0,
-            tokens: None,
-            budget: Budget::OFF,
-            tau: 1.0,
-            tokens_per_s: Speed {
-                value: plain,
-                low: plain,
-                high: plain,
-            },
-            plain_tokens_per_s: plain,
-        };
-        for draft in drafts {
-            for shape in &draft.shapes {
-                let rate = batch as f64 / cycle(table, draft, shape, batch, context)?;
-                if rate * shape.tau.value > best.tokens_per_s.value {
-                    best = Choice {
-                        draft: Some(draft.name.clone()),
-                        layers: draft.layers,
-                        tokens: draft.tokens,
-                        budget: shape.budget,
-                        tau: shape.tau.value,
-                        tokens_per_s: Speed {
-                            value: rate * shape.tau.value,
-                            low: rate * shape.tau.low,
-                            high: rate * shape.tau.high,
-                        },
-                        ..best
-                    };
-                }
-            }
-        }
-        choices.push(best);
+        let all = every(table, drafts, batch, context)?;
+        let first =
+            |best: Choice, one: Choice| match one.tokens_per_s.value > best.tokens_per_s.value {
+                true => one,
+                false => best,
+            };
+        choices.extend(all.into_iter().reduce(first));
     }
     let off = choices.iter().rev().take_while(|c| c.draft.is_none());
     let off_from_batch = off.last().map(|c| c.batch);

@@ -14,7 +14,7 @@ mod table;
 mod training;
 mod trees;
 
-pub use choose::{Choice, Planned, Speed, choose};
+pub use choose::{Choice, Planned, Speed, choose, every};
 pub use export::{Engine, export};
 pub use measure::{Measured, measure};
 pub use prospects::{More, Prospects};

@@ -94,14 +94,35 @@ const DEPTHS: [usize; 7] = [0, 1, 2, 3, 4, 5, 7];
 const WIDTHS: [usize; 4] = [1, 2, 4, 8];
 const TOTALS: [usize; 9] = [3, 4, 6, 8, 12, 16, 24, 32, 60];
 
-/// The trees of a dense trace, each replayed: tau and nodes as decoding would have had them, with a band over its texts.
+/// The trees of a dense trace, each replayed: tau and nodes as decoding would have had them, with a band over its texts. With `only`
+/// those budgets, else a choice of all that the trace holds.
 ///
 /// # Errors
-/// If the trace is not sound.
-pub fn from_trace(registry: &Registry, trace: &Path) -> Result<(String, Vec<Shape>)> {
+/// If the trace is not sound, or does not hold a budget.
+pub fn from_trace(
+    registry: &Registry,
+    trace: &Path,
+    only: &[Budget],
+) -> Result<(String, Vec<Shape>)> {
     let path = find(trace)?;
     let reader = Reader::open(&path)?;
     let (name, most) = (reader.header().draft.clone(), reader.header().budget);
+    let budgets = match only {
+        [] => held(most.into()),
+        some => some.to_vec(),
+    };
+    let mut all = Vec::new();
+    for budget in budgets {
+        all.extend(replayed(registry, &path, budget)?);
+    }
+    match all.is_empty() {
+        true => Err(Error::file(trace, "a trace without a text or a tree")),
+        false => Ok((name, all)),
+    }
+}
+
+/// Trees to choose from that are within `most`.
+fn held(most: Budget) -> Vec<Budget> {
     let mut all = Vec::new();
     for depth in DEPTHS.into_iter().filter(|&d| d <= most.depth) {
         for width in WIDTHS.into_iter().filter(|&w| w <= most.width) {
@@ -116,20 +137,15 @@ pub fn from_trace(registry: &Registry, trace: &Path) -> Result<(String, Vec<Shap
                     })
                     .collect(),
             };
-            for total in totals.into_iter().filter(|&t| t <= most.total) {
-                let budget = Budget {
-                    total,
-                    width,
-                    depth,
-                };
-                all.extend(replayed(registry, &path, budget)?);
-            }
+            let within = totals.into_iter().filter(|&t| t <= most.total);
+            all.extend(within.map(|total| Budget {
+                total,
+                width,
+                depth,
+            }));
         }
     }
-    match all.is_empty() {
-        true => Err(Error::file(trace, "a trace without a text or a tree")),
-        false => Ok((name, all)),
-    }
+    all
 }
 
 fn replayed(registry: &Registry, path: &Path, budget: Budget) -> Result<Option<Shape>> {

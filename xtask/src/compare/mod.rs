@@ -1,7 +1,7 @@
 //! This project beside what users would pick instead: llama.cpp, candle-transformers, and PyTorch where it is installed,
 //! on the same model files and prompts with the same threads, interleaved.
 
-mod numbers;
+pub(crate) mod numbers;
 mod parallel;
 mod prompts;
 mod setup;

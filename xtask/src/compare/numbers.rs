@@ -6,15 +6,15 @@ use serde_json::{Value, json};
 
 /// Repeated measurements of one thing.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct Sample(Vec<f64>);
+pub(crate) struct Sample(Vec<f64>);
 
 impl Sample {
-    pub(super) fn push(&mut self, value: f64) {
+    pub(crate) fn push(&mut self, value: f64) {
         self.0.push(value);
     }
 
     /// Value by value over another sample of the same rounds.
-    pub(super) fn over(&self, other: &Self) -> Self {
+    pub(crate) fn over(&self, other: &Self) -> Self {
         let pairs = self.0.iter().zip(&other.0);
         Self(pairs.map(|(a, b)| a / b).collect())
     }
@@ -26,7 +26,7 @@ impl Sample {
     }
 
     /// The middle value; of an even number, the mean of the middle two; NaN of none.
-    pub(super) fn median(&self) -> f64 {
+    pub(crate) fn median(&self) -> f64 {
         let sorted = self.sorted();
         match sorted.len() {
             0 => f64::NAN,
@@ -34,7 +34,7 @@ impl Sample {
         }
     }
 
-    pub(super) fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         let sorted = self.sorted();
         json!({ "median": self.median(), "min": sorted.first(), "max": sorted.last(), "rounds": self.0 })
     }

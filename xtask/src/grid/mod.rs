@@ -27,7 +27,7 @@ after each part, one line a run.
   --results DIR    folder for runs.jsonl (docs/results/grid)
   --gather         only gather what is there, and write tables and figures
   --test SET       only walk every draft that is there along the target's answers to the test part of a prompt set (core, or a file), at
-                   temperatures 0 and 1, into test-SET.json: once, at the end, as nothing may be chosen by it
+                   temperatures 0 and 1, into test-SET.json and .md: once, at the end, as nothing may be chosen by it
 ";
 
 /// Eight budgets, whole steps of two lines of 512 rows.
@@ -344,6 +344,9 @@ fn drafts_of(said: &[u8], work: &Path) -> Result<Value> {
 /// Families, and the folders of their runs.
 const FAMILIES: [&str; 4] = ["eagle2", "eagle3", "hass", "scylla"];
 
+/// Temperatures that drafts are tested at.
+const TEMPERATURES: [&str; 2] = ["0", "1"];
+
 /// What every draft of the grid is worth on a prompt set that nothing was chosen by.
 fn test(scylla: &Path, options: &Options, set: &str) -> Result<()> {
     let Some(results) = &options.results else {
@@ -369,9 +372,9 @@ fn test(scylla: &Path, options: &Options, set: &str) -> Result<()> {
     }
     let mut found = serde_json::Map::new();
     let set_of = [format!("prompts.set={set}"), "prompts.part=test".into()];
-    for temperature in ["0", "1"] {
+    for temperature in TEMPERATURES {
         let mut command = Command::new(scylla);
-        command.args(["inspect", "tau", "--json", "--walked", "--tokens", "10000"]);
+        command.args(["inspect", "tau", "--json", "--walked", "--tokens", "4000"]);
         for draft in &drafts {
             command.args(["--draft", draft]);
         }
@@ -394,6 +397,11 @@ fn test(scylla: &Path, options: &Options, set: &str) -> Result<()> {
         .to_string_lossy();
     let path = results.join(format!("test-{name}.json"));
     std::fs::create_dir_all(results)?;
+    let tables: Vec<(&str, &Value)> = TEMPERATURES
+        .iter()
+        .filter_map(|t| Some((*t, found.get(&format!("temperature_{t}"))?)))
+        .collect();
+    std::fs::write(path.with_extension("md"), page::tested(&name, &tables)?)?;
     std::fs::write(&path, serde_json::to_string(&Value::Object(found))?)
         .with_context(|| format!("{}", path.display()))
 }

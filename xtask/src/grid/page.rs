@@ -101,6 +101,67 @@ pub(super) fn write(results: &Path, fits: &[Value]) -> Result<()> {
     figures(&runs, results)
 }
 
+/// A table of what drafts are worth on a prompt set: `found` has those of each temperature, in the same order.
+pub(super) fn tested(set: &str, found: &[(&str, &Value)]) -> Result<String> {
+    let drafts = |value: &Value| value.as_array().cloned().context("no drafts");
+    let mut text = format!(
+        "Tau of every draft of the grid on the test prompts of `{set}` (standard error over answers), walked along the target's own answers with trees of \
+         20 nodes; acceptance by depth given the depth above; tau by where in the answer a cycle begins.\n"
+    );
+    for (temperature, value) in found {
+        let all = drafts(value)?;
+        let starts = |one: &Value| one["positions"].as_array().cloned().unwrap_or_default();
+        let mut from: Vec<u64> = all
+            .iter()
+            .flat_map(starts)
+            .filter_map(|p| p["from"].as_u64())
+            .collect();
+        from.sort_unstable();
+        from.dedup();
+        let _ = write!(
+            text,
+            "\nTemperature {temperature}.\n\n| draft | tau | alpha 1, 2, .. |"
+        );
+        for at in &from {
+            let _ = write!(text, " from {at} |");
+        }
+        text += "\n|---|---|---|";
+        text += &"---|".repeat(from.len());
+        text.push('\n');
+        for one in &all {
+            let of = &one["simulated"];
+            let number = |key: &str| of[key].as_f64().with_context(|| format!("no {key}"));
+            let name = one["draft"].as_str().context("no draft")?;
+            let _ = write!(
+                text,
+                "| {name} | {:.3} ({:.3}) | {} |",
+                number("tau")?,
+                number("error")?,
+                rates(
+                    one["alpha"]
+                        .as_array()
+                        .into_iter()
+                        .flatten()
+                        .map(Value::as_f64)
+                )
+            );
+            for at in &from {
+                let there = starts(one).into_iter().find(|p| p["from"] == *at);
+                let tau = there.and_then(|p| Some(p["tokens"].as_f64()? / p["cycles"].as_f64()?));
+                let _ = write!(text, " {} |", tau.map_or("-".into(), |t| format!("{t:.2}")));
+            }
+            text.push('\n');
+        }
+    }
+    Ok(text)
+}
+
+/// Acceptance by depth as it is shown.
+fn rates(alpha: impl Iterator<Item = Option<f64>>) -> String {
+    let shown = |a: Option<f64>| a.map_or("-".into(), |a| format!("{a:.2}"));
+    alpha.map(shown).collect::<Vec<String>>().join(", ")
+}
+
 /// Runs of each setting and seed, by tokens.
 fn by_setting(runs: &[Run]) -> BTreeMap<(String, u64), Vec<&Run>> {
     let mut all: BTreeMap<(String, u64), Vec<&Run>> = BTreeMap::new();
@@ -157,13 +218,11 @@ fn tables(runs: &[Run], fits: &[Value]) -> String {
     text += "| draft | seed | tokens | alpha 1, 2, .. |\n|---|---|---|---|\n";
     for ((setting, seed), of) in &settings {
         let Some(run) = of.last() else { continue };
-        let shown = |a: &Option<f64>| a.map_or("-".into(), |a| format!("{a:.2}"));
-        let alpha: Vec<String> = run.alpha.iter().map(shown).collect();
         let _ = writeln!(
             text,
             "| {setting} | {seed} | {} | {} |",
             run.tokens,
-            alpha.join(", ")
+            rates(run.alpha.iter().copied())
         );
     }
     text
@@ -274,6 +333,24 @@ mod tests {
         // Taus of 1 and 3: a mean of 2, deviation sqrt(4 / 3), over the root of four.
         let (tau, error) = ratio(&[(10.0, 10.0), (30.0, 10.0), (10.0, 10.0), (30.0, 10.0)]);
         assert!((tau - 2.0).abs() < 1e-12 && (error - (4.0f64 / 3.0).sqrt() / 2.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn drafts_are_told_by_temperature_and_place() {
+        let draft = |name: &str, tau: f64| {
+            json!({"draft": name, "simulated": {"tau": tau, "error": 0.05, "tokens": 10, "cycles": 5}, "alpha": [0.5, null],
+                   "positions": [{"from": 0, "tokens": 6, "cycles": 4}, {"from": 32, "tokens": 0, "cycles": 0}]})
+        };
+        let (cold, warm) = (json!([draft("a", 1.5)]), json!([draft("a", 1.2)]));
+        let text = tested("core", &[("0", &cold), ("1", &warm)]).expect("a table");
+        for expected in [
+            "Temperature 0.",
+            "| a | 1.500 (0.050) | 0.50, - | 1.50 |",
+            "| a | 1.200",
+        ] {
+            assert!(text.contains(expected), "{text}");
+        }
+        assert!(tested("core", &[("0", &json!({}))]).is_err());
     }
 
     #[test]

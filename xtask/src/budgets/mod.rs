@@ -1,0 +1,351 @@
+//! `cargo xtask budgets`: speed by batch with every budget of a sweep, with budgets that adapt and with a tree that does not, and how
+//! near a plan comes that was made beforehand.
+
+mod report;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use crate::{root, run, scylla};
+
+pub(crate) const USAGE: &str = "usage: cargo xtask budgets [--rounds N] [--batch LIST] [--part PART] [--per-task N] [--tokens N] [--work DIR] [--results DIR] [--gather]
+
+Decodes the default model's prompts at each batch size with every budget of a sweep for the shipped drafts, with automatic budgets, plainly,
+and in every third round with a tree of 60 nodes as EAGLE-2 has it; decoders take turns in each round. A plan is made before the first round,
+from costs measured in its time and from what the drafts propose on dev prompts; costs are measured again in each round. Into results: how far
+predictions are off, how far the plan's choice and automatic budgets are from the best cell, as JSON, tables and a figure. Broken off, the same
+command goes on. SCYLLA_SIMD=avx2 makes a processor of another kind.
+
+  --rounds N       rounds of the sweep (9)
+  --batch LIST     sequences side by side (1,2,4,8,16,32)
+  --part PART      prompts of the sweep: test, or dev
+  --per-task N     of each task (2)
+  --tokens N       new tokens of a turn at most (48)
+  --work DIR       folder of the rounds (runs/budgets)
+  --results DIR    folder of the results (docs/results/budgets)
+  --gather         only gather what is there
+";
+
+/// A draft of the sweep: its name and settings.
+struct Draft {
+    name: &'static str,
+    settings: &'static [(&'static str, &'static str)],
+}
+
+const DRAFTS: [Draft; 2] = [
+    Draft {
+        name: "eagle3",
+        settings: &[("weights", "\"q4\"")],
+    },
+    Draft {
+        name: "scylla",
+        settings: &[("weights", "\"q4\""), ("head_size", "8192")],
+    },
+];
+
+/// Budgets of the sweep: nodes with the root, width, and expansion steps after level 0.
+const BUDGETS: [[usize; 3]; 6] = [
+    [2, 1, 0],
+    [3, 1, 1],
+    [4, 1, 2],
+    [3, 2, 0],
+    [5, 2, 1],
+    [8, 4, 2],
+];
+/// What a trace must hold for them.
+const TRACED: [usize; 3] = [16, 4, 3];
+/// EAGLE-2's tree as published, which is the same at every batch.
+const FIXED: [usize; 3] = [60, 10, 5];
+/// Rounds between those in which it runs, as it takes as long as all others.
+const EVERY: usize = 3;
+/// Samples of each cost that a plan is made from.
+const SAMPLES: usize = 3;
+/// Committed positions that costs are measured at: about what the prompts and half their answers have.
+const CONTEXT: &str = "192";
+
+struct Options {
+    rounds: usize,
+    batches: Vec<usize>,
+    part: String,
+    per_task: usize,
+    tokens: usize,
+    work: PathBuf,
+    results: PathBuf,
+    gather: bool,
+}
+
+impl Options {
+    fn parse(args: &[String]) -> Result<Self> {
+        let mut options = Self {
+            rounds: 9,
+            batches: vec![1, 2, 4, 8, 16, 32],
+            part: "test".into(),
+            per_task: 2,
+            tokens: 48,
+            work: root().join("runs/budgets"),
+            results: root().join("docs/results/budgets"),
+            gather: false,
+        };
+        let mut args = args.iter();
+        while let Some(name) = args.next() {
+            if name == "--gather" {
+                options.gather = true;
+                continue;
+            }
+            let Some(value) = args.next() else {
+                bail!("{name}: no value\n{USAGE}");
+            };
+            let number = |text: &str| -> Result<usize> {
+                let number: usize = text.parse().with_context(|| format!("{name} {value}"))?;
+                match number {
+                    0 => bail!("{name} {value}: 1 at least"),
+                    some => Ok(some),
+                }
+            };
+            match name.as_str() {
+                "--rounds" => options.rounds = number(value)?,
+                "--batch" => {
+                    options.batches = value.split(',').map(number).collect::<Result<_>>()?;
+                }
+                "--part" => options.part.clone_from(value),
+                "--per-task" => options.per_task = number(value)?,
+                "--tokens" => options.tokens = number(value)?,
+                "--work" => options.work = root().join(value),
+                "--results" => options.results = root().join(value),
+                other => bail!("unknown option `{other}`\n{USAGE}"),
+            }
+        }
+        if !["dev", "test"].contains(&options.part.as_str()) {
+            bail!("--part {}: dev or test", options.part);
+        }
+        Ok(options)
+    }
+
+    fn batch_list(&self) -> String {
+        let all: Vec<String> = self.batches.iter().map(usize::to_string).collect();
+        all.join(",")
+    }
+
+    /// What rounds that are compared must have in common.
+    fn asked(&self) -> Value {
+        json!({ "batches": self.batches, "part": self.part, "per_task": self.per_task, "tokens": self.tokens, "budgets": BUDGETS,
+                "drafts": DRAFTS.map(|d| d.name), "simd": std::env::var("SCYLLA_SIMD").unwrap_or_default() })
+    }
+
+    fn round(&self, round: usize) -> PathBuf {
+        self.work.join(format!("round-{round:02}"))
+    }
+
+    fn fixed(&self, round: usize) -> PathBuf {
+        self.work.join(format!("fixed-{round:02}"))
+    }
+
+    fn costs(&self, draft: &Draft) -> PathBuf {
+        self.work.join(format!("costs-{}.csv", draft.name))
+    }
+
+    /// The plan that was made before the sweep, or the same with all costs.
+    fn plan(&self, draft: &Draft, before: bool) -> PathBuf {
+        let when = if before { "before" } else { "behind" };
+        self.work.join(format!("plan-{when}-{}.json", draft.name))
+    }
+}
+
+/// Nodes, width and steps as `scylla plan` takes and tells them.
+fn shown([total, width, depth]: [usize; 3]) -> String {
+    format!("{total}/{width}/{depth}")
+}
+
+pub(crate) fn budgets(args: &[String]) -> Result<()> {
+    let options = Options::parse(args)?;
+    if options.gather {
+        return report::write(&options);
+    }
+    let scylla = scylla()?;
+    run(Command::new(&scylla).args(["assets", "fetch"]))?;
+    fs::create_dir_all(&options.work).with_context(|| format!("{}", options.work.display()))?;
+    same_as_before(&options)?;
+    for draft in &DRAFTS {
+        trace(&scylla, &options, draft)?;
+    }
+    for round in 1..=options.rounds {
+        for draft in &DRAFTS {
+            measure(&scylla, &options, draft, round)?;
+            if round == 1 {
+                plan(&scylla, &options, draft, true)?;
+            }
+        }
+        sweep(&scylla, &options, round)?;
+        for draft in &DRAFTS {
+            plan(&scylla, &options, draft, false)?;
+        }
+        report::write(&options)?;
+    }
+    Ok(())
+}
+
+/// Rounds of other prompts, budgets or instructions are not gone on with.
+fn same_as_before(options: &Options) -> Result<()> {
+    let path = options.work.join("asked.json");
+    let asked = options.asked();
+    match fs::read_to_string(&path) {
+        Ok(text) if serde_json::from_str::<Value>(&text).ok() == Some(asked.clone()) => Ok(()),
+        Ok(text) => bail!(
+            "{} holds rounds of {}, not of {asked}: name another --work",
+            options.work.display(),
+            text.trim()
+        ),
+        Err(_) => Ok(fs::write(path, asked.to_string())?),
+    }
+}
+
+/// Runs what makes `made`, unless it is there, and keeps beside it how long that took.
+fn timed(made: &Path, command: &mut Command) -> Result<()> {
+    let seconds = made.with_extension("seconds");
+    if made.exists() && seconds.exists() {
+        return Ok(());
+    }
+    let begun = Instant::now();
+    run(command)?;
+    Ok(fs::write(
+        seconds,
+        begun.elapsed().as_secs_f64().to_string(),
+    )?)
+}
+
+/// Seconds that something took.
+fn seconds(made: &Path) -> f64 {
+    let text = fs::read_to_string(made.with_extension("seconds")).unwrap_or_default();
+    text.trim().parse().unwrap_or(0.0)
+}
+
+/// What a draft could propose on the dev prompts.
+fn trace(scylla: &Path, options: &Options, draft: &Draft) -> Result<()> {
+    let out = options.work.join(format!("trace-{}", draft.name));
+    let mut command = Command::new(scylla);
+    command.args(["bench", "--trace", "dense", "--json"]);
+    let [total, width, depth] = TRACED;
+    let mut settings = vec![
+        "compare=[]".into(),
+        format!("draft.name={}", draft.name),
+        "prompts.part=dev".into(),
+        format!("prompts.per_task={}", options.per_task),
+        "run.repeats=1".into(),
+        format!("run.max_new_tokens={}", options.tokens),
+        format!("budget.total={total}"),
+        format!("budget.width={width}"),
+        format!("budget.depth={depth}"),
+        format!("run.output={}", out.display()),
+    ];
+    settings.extend(draft.settings.iter().map(|(k, v)| format!("draft.{k}={v}")));
+    for setting in &settings {
+        command.args(["--set", setting]);
+    }
+    command.stdout(std::process::Stdio::null());
+    timed(&out.join("summary.json"), &mut command)
+}
+
+/// One more sample of what steps cost, before the first round those that the plan is made from.
+fn measure(scylla: &Path, options: &Options, draft: &Draft, round: usize) -> Result<()> {
+    let mut command = Command::new(scylla);
+    let samples = (SAMPLES + round - 1).to_string();
+    command
+        .args(["plan", "--json", "--measure"])
+        .arg(options.costs(draft));
+    command.args(["--draft", draft.name, "--context", CONTEXT]);
+    command.args(["--batch", &options.batch_list(), "--rounds", &samples]);
+    for (key, value) in draft.settings {
+        command.args(["--set", &format!("draft.{key}={value}")]);
+    }
+    command.stdout(std::process::Stdio::null());
+    if round > 1 {
+        return run(&mut command);
+    }
+    timed(&options.costs(draft), &mut command)
+}
+
+fn plan(scylla: &Path, options: &Options, draft: &Draft, before: bool) -> Result<()> {
+    let path = options.plan(draft, before);
+    if before && path.exists() {
+        return Ok(());
+    }
+    let begun = Instant::now();
+    let mut command = Command::new(scylla);
+    command
+        .args(["plan", "--json", "--costs"])
+        .arg(options.costs(draft))
+        .arg("--trace")
+        .arg(options.work.join(format!("trace-{}", draft.name)))
+        .args(["--context", CONTEXT, "--batch", &options.batch_list()])
+        .args(["--budgets", &BUDGETS.map(shown).join(",")]);
+    let out = command.output()?;
+    if !out.status.success() {
+        bail!("{command:?}: {}", String::from_utf8_lossy(&out.stderr));
+    }
+    fs::write(&path, &out.stdout)?;
+    Ok(fs::write(
+        path.with_extension("seconds"),
+        begun.elapsed().as_secs_f64().to_string(),
+    )?)
+}
+
+fn budget(of: [usize; 3]) -> String {
+    let [total, width, depth] = of;
+    format!("{{ total = {total}, width = {width}, depth = {depth} }}")
+}
+
+/// An experiment of drafts with budgets, beside plain decoding.
+fn experiment(options: &Options, round: usize, decoders: &[(&Draft, String)]) -> String {
+    let mut text = format!(
+        "[target]\nmodel = \"default\"\n\n[sampling]\ntemperature = 0.0\n\n[prompts]\nset = \"core\"\npart = \"{}\"\nper_task = {}\n\n\
+         [run]\nrepeats = 1\nseed = {round}\nmax_new_tokens = {}\n",
+        options.part, options.per_task, options.tokens
+    );
+    for (draft, budget) in decoders {
+        let settings: String = draft
+            .settings
+            .iter()
+            .map(|(key, value)| format!(", {key} = {value}"))
+            .collect();
+        text += &format!(
+            "\n[[compare]]\ndraft = {{ name = \"{}\"{settings} }}\nbudget = {budget}\n",
+            draft.name
+        );
+    }
+    text
+}
+
+/// Decoders of a round behind plain decoding: the cells of the sweep, then automatic budgets.
+fn decoders() -> Vec<(&'static Draft, String)> {
+    let cells = DRAFTS
+        .iter()
+        .flat_map(|draft| BUDGETS.map(|of| (draft, budget(of))));
+    let automatic = DRAFTS
+        .iter()
+        .map(|draft| (draft, "{ policy = \"auto\" }".to_string()));
+    cells.chain(automatic).collect()
+}
+
+fn sweep(scylla: &Path, options: &Options, round: usize) -> Result<()> {
+    let fixed = (round % EVERY == 1).then(|| {
+        let of = vec![(&DRAFTS[0], budget(FIXED))];
+        (options.fixed(round), of)
+    });
+    let all = [Some((options.round(round), decoders())), fixed];
+    for (out, decoders) in all.into_iter().flatten() {
+        let config = out.with_extension("toml");
+        fs::write(&config, experiment(options, round, &decoders))?;
+        let mut command = Command::new(scylla);
+        command.arg("bench").arg(&config).arg("--json");
+        command.args(["--batch", &options.batch_list(), "--set"]);
+        command.arg(format!("run.output={}", out.display()));
+        command.stdout(std::process::Stdio::null());
+        timed(&out.join("summary.json"), &mut command)?;
+    }
+    Ok(())
+}
