@@ -248,9 +248,12 @@ fn what_a_student_says_of_tasks_is_scored_against_all_right_answers() {
         "{none}"
     );
     experiment.data.files = vec![place.path("tales.csv").into()];
-    let taught = run(&mut begin(&place, &experiment, "out", false));
+    let mut distiller = begin(&place, &experiment, "out", false);
+    let taught = run(&mut distiller);
     let said = taught.last.said.expect("answers");
     assert_eq!(said.count, 1);
+    let (scores, answers) = distiller.evaluate_each().expect("scores");
+    assert_eq!((answers.len(), answers[0].said), (1, scores.said));
     for score in [said.f1, said.rouge_l, said.rouge_lsum] {
         assert!((0.0..=1.0).contains(&score), "{said:?}");
     }

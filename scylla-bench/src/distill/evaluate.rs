@@ -86,16 +86,21 @@ impl Distiller {
             }
         }
         self.expects = expects;
-        let scores = Scores::over(&found, self.said(pairs)?);
-        Ok((scores, found))
+        for (one, said) in found.iter_mut().zip(self.said(pairs)?) {
+            one.said = said;
+        }
+        Ok((Scores::over(&found), found))
     }
 
     /// What the student says itself, decoded as the model that it is exported as, where right answers are known.
-    fn said(&self, pairs: &[Pair]) -> Result<Option<Said>> {
+    fn said(&self, pairs: &[Pair]) -> Result<Vec<Option<Said>>> {
         let most = self.experiment.evaluate.max_new_tokens;
-        let asked: Vec<&Pair> = pairs.iter().filter(|p| !p.right.is_empty()).collect();
+        let mut all = vec![None; pairs.len()];
+        let asked: Vec<usize> = (0..pairs.len())
+            .filter(|&i| !pairs[i].right.is_empty())
+            .collect();
         if asked.is_empty() || most == 0 {
-            return Ok(None);
+            return Ok(all);
         }
         let dir = tempfile::tempdir().map_err(Error::io(&std::env::temp_dir()))?;
         self.student.export(&self.named, dir.path())?;
@@ -107,8 +112,9 @@ impl Distiller {
         };
         let target = Target::open(&dir.path().to_string_lossy(), &options)?;
         let mut decoder = Decoder::new(target, None, scylla_verify::Auto)?;
-        let request = |pair: &&Pair| {
-            let prompt = pair.student.tokens[..pair.student.answer.start].to_vec();
+        let request = |&i: &usize| {
+            let student = &pairs[i].student;
+            let prompt = student.tokens[..student.answer.start].to_vec();
             let mut request = decoder.request_of(prompt);
             request.max_new_tokens = most;
             request
@@ -120,9 +126,9 @@ impl Distiller {
                 "the student's own answer: {failed}"
             )));
         }
-        let texts = outputs.iter().map(|o| o.text.as_str());
-        Ok(Some(Said::of(
-            texts.zip(asked.iter().map(|p| &p.right[..])),
-        )))
+        for (output, i) in outputs.iter().zip(asked) {
+            all[i] = Some(Said::of(&output.text, &pairs[i].right));
+        }
+        Ok(all)
     }
 }

@@ -38,6 +38,9 @@ pub struct AnswerScore {
     pub same: usize,
     /// Such places in all.
     pub places: usize,
+    /// Of what the student says itself, where there is a right answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub said: Option<Said>,
 }
 
 /// What a student's own answers are worth: means over them, each against the right answer that is nearest to it.
@@ -54,22 +57,32 @@ pub struct Said {
 }
 
 impl Said {
-    /// Of texts, each with its right answers.
-    pub(super) fn of<'a>(texts: impl Iterator<Item = (&'a str, &'a [String])>) -> Self {
-        let mut sums = Self::default();
-        for (text, right) in texts {
-            sums.count += 1;
-            sums.f1 += tasks::f1(text, right);
-            sums.rouge_l += tasks::rouge_l(text, right);
-            sums.rouge_lsum += tasks::rouge_lsum(text, right);
-        }
-        let mean = |sum: f64| sum / sums.count.max(1) as f64;
+    /// Of a text and its right answers.
+    pub(super) fn of(text: &str, right: &[String]) -> Self {
         Self {
+            count: 1,
+            f1: tasks::f1(text, right),
+            rouge_l: tasks::rouge_l(text, right),
+            rouge_lsum: tasks::rouge_lsum(text, right),
+        }
+    }
+
+    /// Of several; `None` of none.
+    fn mean<'a>(all: impl Iterator<Item = &'a Self>) -> Option<Self> {
+        let mut sums = Self::default();
+        for one in all {
+            sums.count += one.count;
+            sums.f1 += one.f1;
+            sums.rouge_l += one.rouge_l;
+            sums.rouge_lsum += one.rouge_lsum;
+        }
+        let mean = |sum: f64| sum / sums.count as f64;
+        (sums.count > 0).then(|| Self {
             count: sums.count,
             f1: mean(sums.f1),
             rouge_l: mean(sums.rouge_l),
             rouge_lsum: mean(sums.rouge_lsum),
-        }
+        })
     }
 }
 
@@ -143,12 +156,13 @@ pub(super) fn of_answer(
         bytes: pair.bytes,
         same: places.clone().filter(|(a, b)| a == b).count(),
         places: places.count(),
+        said: None,
     }
 }
 
 impl Scores {
     /// Over all answers.
-    pub(super) fn over(answers: &[AnswerScore], said: Option<Said>) -> Self {
+    pub(super) fn over(answers: &[AnswerScore]) -> Self {
         let sum = |of: fn(&AnswerScore) -> usize| answers.iter().map(of).sum::<usize>();
         let (bytes, places) = (sum(|a| a.bytes), sum(|a| a.places));
         let bits: f64 = answers.iter().map(|a| a.bits).sum();
@@ -157,7 +171,7 @@ impl Scores {
             next_byte: sum(|a| a.same) as f64 / places.max(1) as f64,
             bytes,
             places,
-            said,
+            said: Said::mean(answers.iter().filter_map(|a| a.said.as_ref())),
         }
     }
 }

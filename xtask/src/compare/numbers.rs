@@ -63,10 +63,10 @@ impl fmt::Display for Sample {
 
 /// What was found of some units, and the 95 % interval over which units those happened to be.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Interval {
-    value: f64,
-    low: f64,
-    high: f64,
+pub(crate) struct Interval {
+    pub(crate) value: f64,
+    pub(crate) low: f64,
+    pub(crate) high: f64,
 }
 
 /// Times that units are drawn anew.
@@ -75,7 +75,7 @@ const RESAMPLES: usize = 2000;
 impl Interval {
     /// The percentile bootstrap: a statistic of `units` units, told by their indices, and of as many drawn with
     /// replacement, again and again. The same every time.
-    pub(super) fn bootstrap(units: usize, of: impl Fn(&[usize]) -> f64) -> Self {
+    pub(crate) fn bootstrap(units: usize, of: impl Fn(&[usize]) -> f64) -> Self {
         let mut chosen: Vec<usize> = (0..units).collect();
         let value = of(&chosen);
         let mut generator = SplitMix64(0);

@@ -253,8 +253,8 @@ fn pretrain(scylla: &Path, options: &Options, corpus: &Path) -> Result<()> {
     std::fs::write(&path, all).with_context(|| format!("{}", path.display()))
 }
 
-/// The target's states of the answers, computed where they are not there.
-fn features(scylla: &Path, options: &Options) -> Result<PathBuf> {
+/// The target's own answers, unpacked.
+pub(crate) fn answers() -> Result<PathBuf> {
     let answers = root().join("assets/answers/answers.jsonl");
     if !answers.exists() {
         let partial = answers.with_extension("partial");
@@ -265,6 +265,13 @@ fn features(scylla: &Path, options: &Options) -> Result<PathBuf> {
         run(xz.stdout(Stdio::from(out))).context("xz unpacks the answers")?;
         std::fs::rename(&partial, &answers)?;
     }
+    Ok(answers)
+}
+
+/// The target's states of the answers, computed where they are not there.
+fn features(scylla: &Path, options: &Options) -> Result<PathBuf> {
+    // As it is named in what was computed before.
+    answers()?;
     let features = options.work.join("features");
     let mut command = Command::new(scylla);
     // All families' at once: three layers' inputs and the final state.

@@ -1,0 +1,464 @@
+//! `cargo xtask distill`: methods of distillation across tokenizers under one budget, learning rates chosen for each alike.
+
+mod page;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use crate::{grid, root, run, scylla, vocabulary};
+
+pub(crate) const USAGE: &str = "usage: cargo xtask distill --corpus DIR [--part NAME] [--tasks FILES] [--work DIR] [--results DIR] [--small | --gather]
+
+A small Llama with another vocabulary than the default model, its teacher, is pretrained on the default corpus (`cargo xtask data DIR`) and then
+learns in the same number of steps by each method. Parts, one after another:
+
+  texts      labelled: papers and documentation, by cross entropy alone, ULD, MinED, MultiLevelOT (as published and as released), ALM, GOLD, DSKD
+             and X-Token; the learning rate is chosen for each on dev texts
+  answers    unlabelled: the teacher's own answers (assets/answers), of which cross entropy alone is distillation by sequences
+  ablation   what MultiLevelOT is made of, part by part, on the same texts
+  qwen2.5    a student with Qwen2.5's vocabulary
+
+Three seeds (of the last, one) are reported on what was held out, answer by answer (docs/results/distillation.json, with a page beside it). Broken
+off, the same command goes on.
+
+  --part NAME      only this part (it may need the rates of `texts`)
+  --tasks FILES    also what students of `answers` say to these, separated by commas: questions and summaries over texts, read for evaluation only
+  --small          two methods, few steps: whether all of it works; nothing is written to docs/results
+  --gather         only write the page of what is there
+  --work DIR       folder for students (runs/distill, or runs/distill-small)
+  --results DIR    folder for results (docs/results)
+";
+
+/// A method: its name, and its aligner as an experiment has it.
+type Method = (&'static str, &'static str);
+
+/// Methods that learn the same under the same budget.
+struct Part {
+    name: &'static str,
+    /// What it is, on the page.
+    title: &'static str,
+    /// The first is what the others are held against.
+    methods: &'static [Method],
+    vocabulary: &'static str,
+    /// Files of the corpus; none are the teacher's answers.
+    texts: &'static [&'static str],
+    seeds: u64,
+}
+
+/// Papers first: a limit on tokens leaves some of each.
+const TEXTS: &[&str] = &["papers.txt", "documentation.txt"];
+const CE: &str = "{ name = \"ce\" }";
+const ULD: &str = "{ name = \"uld\" }";
+const PUBLISHED: &str = "{ name = \"multilevel-ot\" }";
+const RELEASED: &str = "{ name = \"multilevel-ot\", mode = \"reference-code\" }";
+
+const PARTS: [Part; 4] = [
+    Part {
+        name: "texts",
+        title: "Labelled: papers and documentation",
+        methods: &[
+            ("ce", CE),
+            ("uld", ULD),
+            ("mined", "{ name = \"mined\" }"),
+            ("multilevel-ot", PUBLISHED),
+            ("multilevel-ot, released", RELEASED),
+            ("alm", "{ name = \"alm\" }"),
+            ("gold", "{ name = \"gold\", ce_weight = 1.0 }"),
+            ("dskd", "{ name = \"dskd\" }"),
+            ("x-token", "{ name = \"x-token\" }"),
+        ],
+        vocabulary: "gpt2",
+        texts: TEXTS,
+        seeds: 3,
+    },
+    Part {
+        name: "answers",
+        title: "Unlabelled: the teacher's own answers",
+        methods: &[
+            ("sequences (ce)", CE),
+            ("uld", ULD),
+            ("multilevel-ot", PUBLISHED),
+            ("multilevel-ot, released", RELEASED),
+        ],
+        vocabulary: "gpt2",
+        texts: &[],
+        seeds: 3,
+    },
+    Part {
+        name: "ablation",
+        title: "What MultiLevelOT is made of",
+        methods: &[
+            ("ce", CE),
+            ("uld", ULD),
+            (
+                "rank over all tokens",
+                "{ name = \"multilevel-ot\", k = 49152, beta = 0.0, gamma = 0.0 }",
+            ),
+            (
+                "rank, 50 tokens",
+                "{ name = \"multilevel-ot\", beta = 0.0, gamma = 0.0 }",
+            ),
+            ("with SL", "{ name = \"multilevel-ot\", gamma = 0.0 }"),
+            (
+                "with SD, without SL",
+                "{ name = \"multilevel-ot\", beta = 0.0 }",
+            ),
+            ("all", PUBLISHED),
+        ],
+        vocabulary: "gpt2",
+        texts: TEXTS,
+        seeds: 3,
+    },
+    Part {
+        name: "qwen2.5",
+        title: "A student with Qwen2.5's vocabulary",
+        methods: &[("ce", CE), ("uld", ULD), ("multilevel-ot", PUBLISHED)],
+        vocabulary: "qwen2.5",
+        texts: TEXTS,
+        seeds: 1,
+    },
+];
+
+/// Learning rates that each method of the first part is tried with.
+const RATES: [&str; 3] = ["3e-4", "1e-3", "3e-3"];
+
+/// The student that was taught nothing.
+const UNTAUGHT: &str = "untaught";
+
+struct Options {
+    corpus: Option<PathBuf>,
+    part: Option<String>,
+    tasks: Vec<String>,
+    work: PathBuf,
+    results: Option<PathBuf>,
+    small: bool,
+    gather: bool,
+}
+
+impl Options {
+    fn parse(args: &[String]) -> Result<Self> {
+        let (mut corpus, mut work, mut results, mut part) = (None, None, None, None);
+        let (mut small, mut gather, mut tasks) = (false, false, Vec::new());
+        let mut args = args.iter();
+        while let Some(name) = args.next() {
+            let mut value = || args.next().with_context(|| format!("{name}: no value"));
+            match name.as_str() {
+                "--small" => small = true,
+                "--gather" => gather = true,
+                "--corpus" => corpus = Some(root().join(value()?)),
+                "--part" => part = Some(value()?.clone()),
+                "--tasks" => {
+                    let files = value()?.split(',');
+                    tasks = files
+                        .map(|f| root().join(f).display().to_string())
+                        .collect();
+                }
+                "--work" => work = Some(PathBuf::from(value()?)),
+                "--results" => results = Some(PathBuf::from(value()?)),
+                other => bail!("unknown option `{other}`\n{USAGE}"),
+            }
+        }
+        if let Some(part) = part
+            .as_ref()
+            .filter(|p| PARTS.iter().all(|q| q.name != **p))
+        {
+            bail!(
+                "--part {part}: known are {}",
+                PARTS.map(|p| p.name).join(", ")
+            );
+        }
+        let standard = if small {
+            "runs/distill-small"
+        } else {
+            "runs/distill"
+        };
+        Ok(Self {
+            corpus,
+            part,
+            tasks,
+            work: root().join(work.unwrap_or_else(|| standard.into())),
+            results: match (results, small) {
+                (None, true) => None,
+                (given, _) => Some(root().join(given.unwrap_or_else(|| "docs/results".into()))),
+            },
+            small,
+            gather,
+        })
+    }
+
+    fn methods(&self, part: &Part) -> impl Iterator<Item = Method> + use<> {
+        let (small, all) = (self.small, part.methods);
+        let kept =
+            move |(i, (_, aligner)): &(usize, &Method)| !small || *i == 0 || *aligner == PUBLISHED;
+        all.iter()
+            .enumerate()
+            .filter(kept)
+            .map(|(_, method)| *method)
+    }
+
+    fn rates(&self) -> &'static [&'static str] {
+        if self.small { &RATES[1..2] } else { &RATES }
+    }
+
+    fn seeds(&self, part: &Part) -> u64 {
+        if self.small { 1 } else { part.seeds }
+    }
+
+    fn steps(&self) -> Steps {
+        let of = |pretraining, choosing, reporting| Steps {
+            pretraining,
+            choosing,
+            reporting,
+        };
+        if self.small {
+            of("6", "3", "4")
+        } else {
+            of("360", "40", "100")
+        }
+    }
+}
+
+/// Steps of each kind of run.
+struct Steps {
+    pretraining: &'static str,
+    choosing: &'static str,
+    reporting: &'static str,
+}
+
+/// What all runs have in common.
+struct Comparison<'a> {
+    options: &'a Options,
+    scylla: PathBuf,
+    corpus: &'a Path,
+}
+
+pub(crate) fn compare(args: &[String]) -> Result<()> {
+    let options = Options::parse(args)?;
+    if options.gather {
+        return page::write(&options);
+    }
+    let Some(corpus) = &options.corpus else {
+        bail!("--corpus names no folder\n{USAGE}");
+    };
+    let scylla = scylla()?;
+    run(Command::new(&scylla).args(["assets", "fetch"]))?;
+    let comparison = Comparison {
+        options: &options,
+        scylla,
+        corpus,
+    };
+    for part in &PARTS {
+        if options.part.as_ref().is_none_or(|only| only == part.name) {
+            comparison.run(part)?;
+        }
+    }
+    page::write(&options)
+}
+
+impl Comparison<'_> {
+    fn command(&self, experiment: &str, more: &[(&str, String)]) -> Command {
+        let config = root().join(format!("assets/experiments/distill/{experiment}.toml"));
+        let mut command = Command::new(&self.scylla);
+        command.args(["distill", "--json", "--config"]).arg(config);
+        for (key, value) in more {
+            command.arg("--set").arg(format!("{key}={value}"));
+        }
+        command.stderr(Stdio::inherit());
+        command
+    }
+
+    fn files(&self, names: &[&str]) -> String {
+        let paths = names
+            .iter()
+            .map(|n| self.corpus.join(n).display().to_string());
+        json!(paths.collect::<Vec<_>>()).to_string()
+    }
+
+    /// The student of a vocabulary before it meets a teacher.
+    fn pretrained(&self, vocabulary: &str) -> Result<String> {
+        let small = self.options.small;
+        let place = self.options.work.join(vocabulary);
+        let tokenizer = place.join("vocabulary");
+        if !tokenizer.join("tokenizer.json").exists() {
+            vocabulary::write(vocabulary, &tokenizer)?;
+        }
+        let warmup = if small { "2" } else { "20" };
+        let command = self.command(
+            "pretrain",
+            &[
+                ("student.tokenizer", tokenizer.display().to_string()),
+                (
+                    "data.files",
+                    self.files(&["documentation.txt", "python.txt", "rust.txt"]),
+                ),
+                ("train.steps", self.options.steps().pretraining.into()),
+                ("schedule.warmup", warmup.into()),
+            ],
+        );
+        let dir = place.join("pretrained");
+        learn(command, &dir)?;
+        Ok(dir.join("best").display().to_string())
+    }
+
+    /// What a run of a method is asked for.
+    fn asked(
+        &self,
+        part: &Part,
+        (student, aligner): (&str, &str),
+        rate: &str,
+        (seed, steps): (u64, &str),
+    ) -> Result<Vec<(&'static str, String)>> {
+        let files = match part.texts {
+            [] => json!([grid::answers()?.display().to_string()]).to_string(),
+            texts => self.files(texts),
+        };
+        let warmup = if self.options.small { "1" } else { "5" };
+        Ok(vec![
+            ("student.model", student.to_string()),
+            ("aligner", aligner.to_string()),
+            ("data.files", files),
+            ("optimizer.lr", rate.to_string()),
+            ("run.seed", seed.to_string()),
+            ("train.steps", steps.to_string()),
+            ("schedule.warmup", warmup.to_string()),
+        ])
+    }
+
+    /// The learning rates of aligners, by their names: those of the first part serve all.
+    fn chosen(&self) -> Result<BTreeMap<&'static str, &'static str>> {
+        let part = &PARTS[0];
+        let student = self.pretrained(part.vocabulary)?;
+        let mut chosen = BTreeMap::new();
+        for (name, aligner) in self.options.methods(part) {
+            let mut best: Option<(f64, &str)> = None;
+            for &rate in self.options.rates() {
+                let dir = self
+                    .options
+                    .work
+                    .join(format!("rates/{}/{rate}", folder(name)));
+                let steps = self.options.steps().choosing;
+                let asked = self.asked(part, (&student, aligner), rate, (0, steps))?;
+                let summary = learn(self.command("compare", &asked), &dir)?;
+                let bits = summary["scores"]["bits_per_byte"].as_f64();
+                let bits = bits.context("no bits per byte")?;
+                eprintln!("{name} at {rate}: {bits:.4} bits a byte");
+                if best.is_none_or(|(least, _)| bits < least) {
+                    best = Some((bits, rate));
+                }
+            }
+            chosen.insert(aligner, best.context("no rate was tried")?.1);
+        }
+        Ok(chosen)
+    }
+
+    fn run(&self, part: &Part) -> Result<()> {
+        let chosen = self.chosen()?;
+        let student = self.pretrained(part.vocabulary)?;
+        let steps = self.options.steps().reporting;
+        let place = self.options.work.join(part.name);
+        // Seed by seed, so that what is there when it is broken off is whole.
+        for seed in 0..self.options.seeds(part) {
+            for (name, aligner) in self.options.methods(part) {
+                let dir = place.join(format!("{}-{seed}", folder(name)));
+                // A part of a method has the method's rate.
+                let rate = chosen.get(aligner).or(chosen.get(PUBLISHED));
+                let rate = *rate.context("no rate was chosen")?;
+                let mut asked = self.asked(part, (&student, aligner), rate, (seed, steps))?;
+                let summary = learn(self.command("compare", &asked), &dir)?;
+                asked[0].1 = dir.join("best").display().to_string();
+                self.score(part, &asked, &dir, (name, seed, rate), &summary)?;
+                page::write(self.options)?;
+            }
+        }
+        let asked = self.asked(part, (&student, part.methods[0].1), RATES[1], (0, steps))?;
+        let dir = place.join(UNTAUGHT);
+        self.score(part, &asked, &dir, (UNTAUGHT, 0, "-"), &Value::Null)
+    }
+
+    /// What a student is worth on what was held out, and, where it learned to answer, on tasks.
+    fn score(
+        &self,
+        part: &Part,
+        asked: &[(&str, String)],
+        dir: &Path,
+        method: (&str, u64, &str),
+        summary: &Value,
+    ) -> Result<()> {
+        let mut command = self.command("compare", asked);
+        command.args(["--set", "evaluate.part=test"]);
+        score(command, &dir.join("test.json"), method, summary)?;
+        if part.texts.is_empty() && !self.options.tasks.is_empty() {
+            let mut command = self.command("compare", asked);
+            let files = json!(self.options.tasks).to_string();
+            command.args(["--set", &format!("evaluate.files={files}")]);
+            score(command, &dir.join("tasks.json"), method, summary)?;
+        }
+        Ok(())
+    }
+}
+
+fn folder(name: &str) -> String {
+    let kept = |c: char| if c.is_alphanumeric() { c } else { '-' };
+    name.chars().map(kept).collect()
+}
+
+/// Lets a student learn, or says what came of it before.
+fn learn(mut command: Command, dir: &Path) -> Result<Value> {
+    let summary = dir.join("summary.json");
+    if !same_as_before(&command, &summary, "asked.txt")? {
+        command.arg("--output").arg(dir).arg("--resume");
+        run(command.stdout(Stdio::null()))?;
+    }
+    let text =
+        std::fs::read_to_string(&summary).with_context(|| format!("{}", summary.display()))?;
+    Ok(serde_json::from_str(&text)?)
+}
+
+/// Whether a result is there already; how it was asked for is kept beside it, and must be the same.
+fn same_as_before(command: &Command, result: &Path, kept: &str) -> Result<bool> {
+    let asked = format!("{:?}\n", command.get_args().collect::<Vec<_>>());
+    let path = result.with_file_name(kept);
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir)?;
+    }
+    match std::fs::read_to_string(&path) {
+        Ok(before) if before == asked => Ok(result.exists()),
+        Ok(_) => bail!(
+            "{}: was asked for otherwise; another --work begins anew",
+            path.display()
+        ),
+        Err(_) => {
+            std::fs::write(&path, asked)?;
+            Ok(false)
+        }
+    }
+}
+
+/// What a student is worth, kept at `path`.
+fn score(
+    mut command: Command,
+    path: &Path,
+    (method, seed, rate): (&str, u64, &str),
+    summary: &Value,
+) -> Result<()> {
+    let kept = path.with_extension("asked");
+    let kept = kept.file_name().unwrap_or_default().to_string_lossy();
+    if same_as_before(&command, path, &kept)? {
+        return Ok(());
+    }
+    let out = command.arg("--score").output()?;
+    if !out.status.success() {
+        bail!("scylla distill --score: {}", out.status);
+    }
+    let mut found: Value = serde_json::from_slice(&out.stdout)?;
+    found["method"] = method.into();
+    found["seed"] = seed.into();
+    found["lr"] = rate.into();
+    found["dev"] = summary["scores"].clone();
+    found["tokens"] = summary["tokens"].clone();
+    Ok(std::fs::write(path, found.to_string())?)
+}

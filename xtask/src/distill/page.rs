@@ -1,0 +1,245 @@
+//! The comparison's scores, as a file and a page.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use super::{Options, PARTS, Part, UNTAUGHT};
+use crate::compare::numbers::Interval;
+
+/// Scores of the runs of a part, in the order of its methods.
+fn scores(place: &Path, part: &Part, name: &str) -> Result<Vec<Value>> {
+    let mut all: Vec<Value> = Vec::new();
+    let Ok(entries) = std::fs::read_dir(place.join(part.name)) else {
+        return Ok(all);
+    };
+    for entry in entries {
+        let path = entry?.path().join(name);
+        if path.exists() {
+            let text = std::fs::read_to_string(&path)?;
+            let found = serde_json::from_str(&text);
+            all.push(found.with_context(|| format!("{}", path.display()))?);
+        }
+    }
+    let order = |run: &Value| {
+        let name = run["method"].as_str().unwrap_or_default();
+        let place = part.methods.iter().position(|(n, _)| *n == name);
+        (place.map_or(0, |p| p + 1), run["seed"].as_u64())
+    };
+    all.sort_by_key(order);
+    Ok(all)
+}
+
+/// Writes what is there: all scores, and tables.
+pub(super) fn write(options: &Options) -> Result<()> {
+    let Some(results) = &options.results else {
+        return Ok(());
+    };
+    let mut text = String::from(
+        "# Methods of distillation across tokenizers\n\nWritten by `cargo xtask distill --corpus corpus`; how: [distillation.md](../distillation.md#the-comparison). Held-out answers; \
+         mean over seeds, smallest to largest. Differences are of the same seed and the same answers, their intervals the middle 95 % over resampled documents.\n",
+    );
+    let mut lines = Vec::new();
+    for part in &PARTS {
+        let held_out = scores(&options.work, part, "test.json")?;
+        let tasks = scores(&options.work, part, "tasks.json")?;
+        if held_out.is_empty() {
+            continue;
+        }
+        text += &format!("\n## {}\n\n{}", part.title, table(part, &held_out));
+        if !tasks.is_empty() {
+            text += "\nWhat students say themselves to tasks over texts, which none has learned from:\n\n";
+            text += &of_tasks(part, &tasks);
+        }
+        for (what, runs) in [("held out", held_out), ("tasks", tasks)] {
+            let line =
+                |run: Value| json!({ "part": part.name, "on": what, "run": run }).to_string();
+            lines.extend(runs.into_iter().map(line));
+        }
+    }
+    std::fs::create_dir_all(results)?;
+    let path = results.join("distillation.json");
+    std::fs::write(&path, format!("[\n{}\n]\n", lines.join(",\n")))?;
+    let path = results.join("distillation.md");
+    std::fs::write(&path, text).with_context(|| format!("{}", path.display()))
+}
+
+fn of<'a>(all: &'a [Value], name: &str) -> Vec<&'a Value> {
+    all.iter().filter(|run| run["method"] == name).collect()
+}
+
+fn names(part: &Part) -> impl Iterator<Item = &'static str> + use<> {
+    let methods = part.methods.iter().map(|(name, _)| *name);
+    std::iter::once(UNTAUGHT).chain(methods)
+}
+
+/// A number of several runs: their mean, and the smallest and largest.
+fn range(runs: &[&Value], of: impl Fn(&Value) -> Option<f64>) -> String {
+    let values: Vec<f64> = runs.iter().filter_map(|run| of(run)).collect();
+    let mean = values.iter().sum::<f64>() / values.len() as f64;
+    let (low, high) = values
+        .iter()
+        .fold((f64::MAX, f64::MIN), |(l, h), &v| (l.min(v), h.max(v)));
+    match values.len() {
+        0 => "-".into(),
+        1 => format!("{mean:.4}"),
+        _ => format!("{mean:.4} ({low:.4}-{high:.4})"),
+    }
+}
+
+fn table(part: &Part, all: &[Value]) -> String {
+    let first = part.methods[0].0;
+    let mut text = format!(
+        "| method | learning rate | seeds | bits a byte | difference from `{first}` | next byte as the teacher's |\n|---|---|---|---|---|---|\n"
+    );
+    let plain = of(all, first);
+    for name in names(part) {
+        let runs = of(all, name);
+        let Some(one) = runs.first() else { continue };
+        let difference = match name == first || name == UNTAUGHT {
+            true => "-".into(),
+            false => apart(&runs, &plain, |answer| {
+                (number(answer, "bits"), number(answer, "bytes"))
+            }),
+        };
+        text += &format!(
+            "| {name} | {} | {} | {} | {difference} | {} |\n",
+            one["lr"].as_str().unwrap_or("-"),
+            runs.len(),
+            range(&runs, |run| run["bits_per_byte"].as_f64()),
+            range(&runs, |run| run["next_byte"].as_f64())
+        );
+    }
+    text
+}
+
+/// Scores of what students say, beside the one that was taught nothing.
+fn of_tasks(part: &Part, all: &[Value]) -> String {
+    const SCORES: [(&str, &str); 3] = [
+        ("f1", "F1"),
+        ("rouge_l", "Rouge-L"),
+        ("rouge_lsum", "Rouge-LSum"),
+    ];
+    let mut text = String::from("| method | answers |");
+    for (_, name) in SCORES {
+        text += &format!(" {name} | above `{UNTAUGHT}` |");
+    }
+    text += "\n|---|---|---|---|---|---|---|---|\n";
+    let untaught = of(all, UNTAUGHT);
+    for name in names(part) {
+        let runs = of(all, name);
+        let Some(one) = runs.first() else { continue };
+        text += &format!("| {name} | {} |", one["said"]["count"]);
+        for (key, _) in SCORES {
+            let above = match name == UNTAUGHT {
+                true => "-".into(),
+                false => apart(&runs, &untaught, |answer| match answer["said"].is_null() {
+                    true => (0.0, 0.0),
+                    false => (number(&answer["said"], key), 1.0),
+                }),
+            };
+            text += &format!(
+                " {} | {above} |",
+                range(&runs, |run| run["said"][key].as_f64())
+            );
+        }
+        text.push('\n');
+    }
+    text
+}
+
+fn number(of: &Value, key: &str) -> f64 {
+    of[key].as_f64().unwrap_or(0.0)
+}
+
+/// A sum and what it is divided by, by document.
+type Sums = Vec<(f64, f64)>;
+
+fn sums(run: &Value, of: impl Fn(&Value) -> (f64, f64)) -> Sums {
+    let all = run["answers"].as_array().map_or(&[][..], Vec::as_slice);
+    let mut found: BTreeMap<&str, (f64, f64)> = BTreeMap::new();
+    for answer in all {
+        let name = answer["name"].as_str().unwrap_or_default();
+        let document = name
+            .rsplit_once(", piece")
+            .map_or(name, |(document, _)| document);
+        let (sum, over) = of(answer);
+        let sums = found.entry(document).or_default();
+        sums.0 += sum;
+        sums.1 += over;
+    }
+    found.into_values().collect()
+}
+
+/// Mean difference of a ratio over the seeds that both have (a student that was taught nothing has one for all), with the middle 95 %
+/// over resampled documents.
+fn apart(runs: &[&Value], others: &[&Value], of: impl Fn(&Value) -> (f64, f64)) -> String {
+    let pairs: Vec<(Sums, Sums)> = runs
+        .iter()
+        .filter_map(|run| {
+            let same =
+                |other: &&&Value| other["seed"] == run["seed"] || other["method"] == UNTAUGHT;
+            Some((sums(run, &of), sums(others.iter().find(same)?, &of)))
+        })
+        .collect();
+    let count = pairs.iter().map(|(a, b)| a.len().min(b.len())).min();
+    let Some(count) = count.filter(|&n| n > 0) else {
+        return "-".into();
+    };
+    let over = |chosen: &[usize]| -> f64 {
+        let one = |(a, b): &(Sums, Sums)| {
+            let sum: f64 = chosen.iter().map(|&i| a[i].0 - b[i].0).sum();
+            let over: f64 = chosen.iter().map(|&i| a[i].1).sum();
+            sum / over.max(f64::MIN_POSITIVE)
+        };
+        pairs.iter().map(one).sum::<f64>() / pairs.len() as f64
+    };
+    let found = Interval::bootstrap(count, over);
+    format!(
+        "{:+.4} ({:+.4} to {:+.4})",
+        found.value, found.low, found.high
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(method: &str, seed: u64, bits: f64) -> Value {
+        let answer = |i: usize| {
+            json!({"name": format!("a.txt, document {}, piece {}", i / 2, i % 2), "bits": bits * 100.0, "bytes": 100,
+                   "said": {"count": 1, "f1": bits / 10.0, "rouge_l": 0.1, "rouge_lsum": 0.1}})
+        };
+        json!({"method": method, "seed": seed, "lr": "1e-3", "bits_per_byte": bits, "next_byte": 0.5,
+               "said": {"count": 6, "f1": bits / 10.0, "rouge_l": 0.1, "rouge_lsum": 0.1}, "answers": (0..6).map(answer).collect::<Vec<_>>()})
+    }
+
+    #[test]
+    fn methods_are_held_against_the_first_seed_by_seed() {
+        let part = &PARTS[0];
+        let all = [
+            run(UNTAUGHT, 0, 3.0),
+            run("ce", 0, 2.0),
+            run("ce", 1, 2.2),
+            run("uld", 0, 1.9),
+            run("uld", 1, 2.0),
+        ];
+        let text = table(part, &all);
+        for row in [
+            "| untaught | 1e-3 | 1 | 3.0000 | - | 0.5000 |",
+            "| ce | 1e-3 | 2 | 2.1000 (2.0000-2.2000) | - |",
+            "| uld | 1e-3 | 2 | 1.9500 (1.9000-2.0000) | -0.1500 (-0.1500 to -0.1500) |",
+        ] {
+            assert!(text.contains(row), "{text}");
+        }
+        // Of tasks each stands beside the one student that was taught nothing.
+        let text = of_tasks(part, &all);
+        assert!(
+            text.contains("| uld | 6 | 0.1950 (0.1900-0.2000) | -0.1050 (-0.1050 to -0.1050) |"),
+            "{text}"
+        );
+        assert!(text.contains("| untaught | 6 | 0.3000 | - |"), "{text}");
+    }
+}
