@@ -7,9 +7,7 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, Command, Stdio};
-
+use common::torch::Peer;
 use common::{asked_for, median, seconds};
 use scylla_bench::data::packing::Lines;
 use scylla_bench::train::{Learner, Taught, TrainExperiment, compute, teach};
@@ -17,7 +15,7 @@ use scylla_bench::{Result, Session};
 use scylla_core::kernels::{Operand, ProductForm, keep_freed_memory, multiply_adds};
 use scylla_core::train::graph::PackedRows;
 use scylla_draft::recipe::TrainHost;
-use serde_json::{Value, json};
+use serde_json::json;
 
 const LINES: usize = 4;
 const LENGTH: usize = 512;
@@ -83,52 +81,6 @@ fn work(learner: &Learner, case: &str, vocab: usize, hidden: usize) -> f64 {
     (ROWS * (steps * 3 * (weights + head) + frozen * vocab * hidden)) as f64
 }
 
-/// The peer, and what it answers.
-struct Peer {
-    child: Child,
-    answers: BufReader<std::process::ChildStdout>,
-}
-
-impl Peer {
-    fn start(threads: usize) -> Option<Self> {
-        let python = std::env::var_os("SCYLLA_TORCH")?;
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../peers/pytorch/train.py");
-        let mut child = Command::new(python)
-            .arg(script)
-            .env("OMP_NUM_THREADS", threads.to_string())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("SCYLLA_TORCH starts");
-        let answers = BufReader::new(child.stdout.take().expect("its output"));
-        let mut peer = Self { child, answers };
-        println!("PyTorch {}", peer.line());
-        Some(peer)
-    }
-
-    fn line(&mut self) -> Value {
-        let mut line = String::new();
-        self.answers.read_line(&mut line).expect("an answer");
-        serde_json::from_str(&line).expect("JSON")
-    }
-
-    fn ask(&mut self, case: &str, form: &str, compile: bool) -> Value {
-        let asked = json!({"case": case, "form": form, "compile": compile, "steps": 3});
-        let to = self.child.stdin.as_mut().expect("its input");
-        writeln!(to, "{asked}")
-            .and_then(|()| to.flush())
-            .expect("asked");
-        self.line()
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 fn main() -> Result<()> {
     let rounds: usize = std::env::var("SCYLLA_ROUNDS")
         .ok()
@@ -138,7 +90,7 @@ fn main() -> Result<()> {
     let first = experiment(CASES[0].2);
     let mut session = Session::open(&first.serving(), &mut |_| {})?;
     let threads = session.options.thread_count();
-    let mut peer = Peer::start(threads);
+    let mut peer = Peer::start("train.py", threads);
     let pool = std::sync::Arc::clone(session.target.executor.pool().expect("kernels"));
     println!("{threads} threads, batches of {ROWS} rows; medians of {rounds} rounds of 3 steps");
     for (title, case, of) in CASES {
@@ -202,7 +154,9 @@ fn main() -> Result<()> {
                     {
                         continue;
                     }
-                    let found = peer.ask(case, peer_form, compiled);
+                    let found = peer.ask(&json!({
+                        "case": case, "form": peer_form, "compile": compiled, "steps": 3
+                    }));
                     if others.len() <= i {
                         let name =
                             format!("{peer_form}{}", if compiled { ", compiled" } else { "" });

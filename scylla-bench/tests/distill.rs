@@ -6,6 +6,8 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use candle_core::quantized::GgmlDType;
+use candle_core::quantized::gguf_file::Value as Gguf;
 use common::{CHATML, Place};
 use proptest::prelude::*;
 use scylla_bench::Registry;
@@ -14,7 +16,7 @@ use scylla_bench::distill::{
     CacheSpec, DistillExperiment, Distiller, Outcome, PairSpec, Told, pairs_of,
 };
 use scylla_core::text::Tokenizer;
-use scylla_tests::{byte_level_tokenizer, pair_tokenizer, write_letters};
+use scylla_tests::{Tiny, byte_level_tokenizer, pair_tokenizer, write_gguf_with, write_letters};
 use serde_json::{Value, json};
 
 /// Every aligner, with settings by which a student learns a lot in few steps.
@@ -155,6 +157,54 @@ fn a_student_learns_by_every_aligner_and_serves_as_it_was_scored() {
         said["ids"].as_array().is_some_and(|ids| !ids.is_empty()),
         "{said}"
     );
+}
+
+#[test]
+fn a_gguf_file_learns_and_becomes_a_folder() {
+    let place = place();
+    let file = byte_level_tokenizer(&[]);
+    let mut tokens: Vec<(u64, String)> = file["model"]["vocab"]
+        .as_object()
+        .expect("tokens")
+        .iter()
+        .map(|(token, id)| (id.as_u64().expect("an id"), token.clone()))
+        .collect();
+    tokens.sort_unstable();
+    let list = |of: &dyn Fn(&str) -> Gguf| {
+        Gguf::Array(tokens.iter().map(|(_, token)| of(token)).collect())
+    };
+    let text = |text: &str| Gguf::String(text.into());
+    let tiny = Tiny {
+        vocab: tokens.len(),
+        tied: true,
+        ..Tiny::default()
+    };
+    let path = place.path("student.gguf");
+    write_gguf_with(
+        &tiny,
+        Path::new(&path),
+        GgmlDType::Q8_0,
+        &[
+            ("tokenizer.ggml.model", text("gpt2")),
+            ("tokenizer.ggml.tokens", list(&text)),
+            ("tokenizer.ggml.token_type", list(&|_| Gguf::I32(1))),
+            ("tokenizer.ggml.merges", Gguf::Array(vec![text("a b")])),
+            // A line feed, as the teacher has it.
+            ("tokenizer.ggml.bos_token_id", Gguf::U32(95)),
+        ],
+    );
+    let experiment = experiment(&place, "name = 'multilevel-ot', k = 20", TRAIN);
+    let of = |model: &str| toml_with(&experiment, &format!("student = {{ model = '{model}' }}"));
+    let mut distiller = begin(&place, &of(&path), "gguf", false);
+    let untaught = distiller.evaluate().expect("scores");
+    let taught = run(&mut distiller);
+    assert!(
+        taught.scores.bits_per_byte < untaught.bits_per_byte - 1.0,
+        "{untaught:?}, {taught:?}"
+    );
+    let again = of(&place.path("gguf/best"));
+    let again = begin(&place, &again, "again", false).evaluate();
+    assert_eq!(again.expect("scores"), taught.scores);
 }
 
 /// The same with another student.

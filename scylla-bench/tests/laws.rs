@@ -499,6 +499,45 @@ proptest! {
 }
 
 #[test]
+fn runs_of_a_file_are_held_out_as_those_that_are_marked() {
+    let place = Place::new();
+    let head = "family,layers,tokens,seed,tau";
+    let (mut marked, mut kept, mut held) = (
+        format!("{head},holdout\n"),
+        format!("{head}\n"),
+        format!("{head}\n"),
+    );
+    for point in grid(|t, d| 0.1 * t.ln() + 0.05 * d.ln()) {
+        let line = format!(
+            "scylla,{},{},{},{}",
+            point.layers, point.tokens, point.seed, point.tau
+        );
+        let out = point.tokens > 4e6;
+        marked += &format!("{line},{}\n", u8::from(out));
+        *(if out { &mut held } else { &mut kept }) += &(line + "\n");
+    }
+    for (name, text) in [("marked", marked), ("kept", kept), ("held", held)] {
+        std::fs::write(place.path(&format!("{name}.csv")), text).expect("written");
+    }
+    let of = |more: &[&str]| {
+        let said = place.json(&[&["fit", "--json"], more].concat());
+        assert_eq!(said["score"]["runs"], TRUNKS.len());
+        [&said["fits"], &said["score"]].map(Clone::clone)
+    };
+    assert_eq!(
+        of(&["kept.csv", "--holdout", "held.csv"]),
+        of(&["marked.csv"])
+    );
+    let both = ["fit", "marked.csv", "--holdout", "held.csv"];
+    let out = place.command(&both).output().expect("run");
+    let said = String::from_utf8_lossy(&out.stderr).to_string();
+    assert!(
+        !out.status.success() && said.contains("among those held out"),
+        "{said}"
+    );
+}
+
+#[test]
 fn the_command_line_fits_predicts_and_writes_what_it_printed() {
     let place = Place::new();
     let mut table = "family,layers,tokens,seed,tau,holdout\n".to_string();

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use scylla_core::Error;
-use scylla_core::model::{LoadOptions, ModelFiles, WeightForm, load};
+use scylla_core::model::{LoadOptions, ModelFiles, WeightForm, config_of, load, of_config};
 use scylla_core::plugin::{SlotRows, Step, Want};
 use scylla_core::text::Tokenizer;
 use scylla_tests::{Tiny, backends, deviation, write_gguf, write_hf, write_sentencepiece_gguf};
@@ -447,4 +447,60 @@ fn a_sentencepiece_tokenizer_merges_by_score_and_falls_back_to_bytes() {
     // A text that already begins with BOS gets no second one.
     let ids = tokenizer.encode("<s>the").expect("encodes");
     assert_eq!(ids.iter().filter(|&&id| id == 1).count(), 1);
+}
+
+#[test]
+fn a_shape_is_described_as_a_configuration_says_it() {
+    for family in ["llama", "llama-bias", "mistral", "qwen2", "qwen3"] {
+        for tied in [false, true] {
+            let tiny = Tiny {
+                family,
+                tied,
+                ..Tiny::default()
+            };
+            let dir = tempfile::tempdir().expect("dir");
+            write_hf(&tiny, dir.path(), Dtype::F32, 1);
+            let shape = ModelFiles::open(dir.path()).expect("opens").config;
+            let json = config_of(&shape).expect("described");
+            let (again, notes) = of_config(&json, dir.path()).expect("read");
+            assert_eq!(again, shape, "{json}");
+            assert!(notes.is_empty(), "{notes:?}");
+        }
+    }
+    let dir = tempfile::tempdir().expect("dir");
+    write_hf(&Tiny::default(), dir.path(), Dtype::F32, 1);
+    let mut shape = ModelFiles::open(dir.path()).expect("opens").config;
+    shape.layers[1].window = Some(8);
+    let error = config_of(&shape).expect_err("a window").to_string();
+    assert!(error.contains("a window"), "{error}");
+}
+
+#[test]
+fn a_tokenizer_of_a_gguf_file_is_written_as_a_folder_that_reads_alike() {
+    let dir = tempfile::tempdir().expect("dir");
+    let path = dir.path().join("model.gguf");
+    write_sentencepiece_gguf(&path);
+    let tokenizer = Tokenizer::of_model(&ModelFiles::open(&path).expect("opens"))
+        .expect("reads")
+        .expect("has one");
+    tokenizer.write(dir.path()).expect("written");
+    let again = Tokenizer::from_dir(dir.path()).expect("read");
+    assert_eq!(again.size(), tokenizer.size());
+    for text in [
+        "the cat and",
+        "a\u{1F600}\u{e9}",
+        "in  the\n\nend",
+        "<s>the",
+        "",
+    ] {
+        assert_eq!(
+            again.encode(text).expect("encodes"),
+            tokenizer.encode(text).expect("encodes"),
+            "{text:?}"
+        );
+    }
+    for id in 0..tokenizer.size() as u32 {
+        assert_eq!(again.token_bytes(id), tokenizer.token_bytes(id), "{id}");
+    }
+    assert_eq!(again.eos(), tokenizer.eos());
 }

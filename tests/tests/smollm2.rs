@@ -371,6 +371,41 @@ fn logits_of_a_tree_are_bit_for_bit_those_of_plain_decoding() {
     }
 }
 
+#[test]
+fn its_tokenizer_is_written_as_a_folder_that_reads_alike() {
+    let Some(path) = default_model("a tokenizer is written") else {
+        return;
+    };
+    let dir = tempfile::tempdir().expect("dir");
+    let tokenizer = tokenizer(&path);
+    tokenizer.write(dir.path()).expect("written");
+    let again = Tokenizer::from_dir(dir.path()).expect("read");
+    for text in [
+        "It's 1234 \u{e9}t\u{e9}\n\n  fn main() {}",
+        "<|im_start|>user",
+        "",
+    ] {
+        assert_eq!(
+            again.encode(text).expect("encodes"),
+            tokenizer.encode(text).expect("encodes"),
+            "{text:?}"
+        );
+    }
+    let talk = [Message::user("Who are you?"), Message::assistant("I.")];
+    let said = |of: &Tokenizer| {
+        let template = of.template().expect("a template");
+        template.render(&talk[..1]).expect("rendered")
+    };
+    assert_eq!(said(&again), said(&tokenizer));
+    let generation = std::fs::read_to_string(dir.path().join("generation_config.json"));
+    let generation: serde_json::Value =
+        serde_json::from_str(&generation.expect("ends")).expect("JSON");
+    assert_eq!(
+        generation["eos_token_id"],
+        serde_json::json!(tokenizer.eos())
+    );
+}
+
 /// A small SentencePiece tokenizer.
 fn sentencepiece(dir: &Path) -> Tokenizer {
     let path = dir.join("sentencepiece.gguf");

@@ -1,6 +1,8 @@
 //! What the benchmarks that print medians and limits share.
 #![allow(dead_code)] // each takes its part
 
+pub(crate) mod torch;
+
 use std::hint::black_box;
 use std::time::Instant;
 

@@ -16,6 +16,9 @@ pub(super) struct Fit {
     /// family,layers,tokens,seed,tau and optionally holdout (0 or 1)
     #[arg(required = true)]
     runs: Vec<PathBuf>,
+    /// Runs of the same kinds that are kept from the fits, and predicted by them; may be said several times
+    #[arg(long, value_name = "RUNS")]
+    holdout: Vec<PathBuf>,
     /// A run to predict: family=scylla,layers=4,tokens=8e6; may be said several times
     #[arg(long, value_name = "RUN")]
     predict: Vec<String>,
@@ -93,13 +96,35 @@ pub(super) fn query(text: &str) -> Result<Query> {
 }
 
 impl Fit {
+    /// The runs, and those that are held out.
+    fn points(&self) -> Result<Vec<Point>> {
+        let mut points = read_points(&self.runs)?;
+        for held in read_points(&self.holdout)? {
+            let same = |p: &&Point| {
+                (&p.family, p.layers, p.seed) == (&held.family, held.layers, held.seed)
+                    && p.tokens == held.tokens
+            };
+            if let Some(same) = points.iter().find(same) {
+                return Err(Error::Experiment(format!(
+                    "{} with {} layers, {} tokens and seed {} is among the runs to fit and among those held out",
+                    same.family, same.layers, same.tokens, same.seed
+                )));
+            }
+            points.push(Point {
+                holdout: true,
+                ..held
+            });
+        }
+        Ok(points)
+    }
+
     pub(super) fn run(self) -> Result<()> {
         let queries: Vec<Query> = self
             .predict
             .iter()
             .map(|t| query(t))
             .collect::<Result<_>>()?;
-        let laws = Laws::fit(read_points(&self.runs)?)?;
+        let laws = Laws::fit(self.points()?)?;
         let fits = laws.fits();
         let predictions: Vec<Prediction> = queries
             .iter()

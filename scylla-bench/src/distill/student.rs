@@ -4,12 +4,14 @@ use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
+use scylla_core::assets::{self, OnProgress};
 use scylla_core::files::{self, read_json};
-use scylla_core::model::{ModelConfig, ModelFiles, WeightForm, of_config};
-use scylla_core::text::Tokenizer;
+use scylla_core::model::{ModelConfig, ModelFiles, WeightForm, config_of, of_config};
+use scylla_core::text::{self, Tokenizer};
 use scylla_core::train::graph::{Compute, Parameters, Value};
 use scylla_core::train::{Language, Named};
 use serde_json::{Value as Json, json};
+use tempfile::TempDir;
 
 use super::experiment::StudentSpec;
 use crate::{Error, Result};
@@ -39,37 +41,51 @@ pub struct Student {
     pub from: PathBuf,
     /// Its own weights, where it has some.
     weights: Option<PathBuf>,
+    /// Holds what a GGUF file says, as files of a folder.
+    _unpacked: Option<TempDir>,
 }
 
 impl Student {
-    /// The student of an experiment, without weights yet.
+    /// The student of an experiment, without weights yet. What its name stands for is fetched where it is missing.
     ///
     /// # Errors
     /// If its files cannot be read, or its tokenizer has more tokens than it has rows.
-    pub fn open(spec: &StudentSpec) -> Result<Self> {
-        let (from, config, weights) = match (&spec.model, &spec.tokenizer) {
-            (Some(dir), _) => {
-                let config = read_json(&dir.join("config.json"), "a model configuration")?;
-                let entries = std::fs::read_dir(dir).map_err(Error::io(dir))?;
-                let names = entries.filter_map(|e| Some(e.ok()?.path()));
-                let paths: Vec<PathBuf> = names.collect();
-                let held = |kind: &str| {
-                    paths
-                        .iter()
-                        .find(|p| p.extension().is_some_and(|e| e == kind))
-                };
-                match (held("safetensors"), held("bin").or(held("gguf"))) {
-                    (None, Some(other)) => {
-                        return Err(Error::file(
-                            other,
-                            "a student begins with weights in safetensors; with random ones in a folder without any weights",
-                        ));
-                    }
-                    (found, _) => (dir.clone(), config, found.map(|_| dir.clone())),
+    pub fn open(spec: &StudentSpec, on_progress: OnProgress<'_>) -> Result<Self> {
+        match (&spec.model, &spec.tokenizer) {
+            (Some(model), _) => {
+                let path = assets::resolve(&model.to_string_lossy(), on_progress)?;
+                match path.is_dir() {
+                    true => Self::of_dir(path),
+                    false => Self::of_gguf(path),
                 }
             }
-            (None, Some(dir)) => (dir.clone(), Json::Null, None),
-            (None, None) => return Err(Error::Experiment("[student] names no folder".into())),
+            (None, Some(dir)) => {
+                let tokenizer = Tokenizer::from_dir(dir)?;
+                let config = new_config(spec, &tokenizer);
+                Self::new(tokenizer, config, dir.clone(), None, None)
+            }
+            (None, None) => Err(Error::Experiment("[student] names no folder".into())),
+        }
+    }
+
+    /// A Hugging Face folder; without safetensors in it its weights are random.
+    fn of_dir(dir: PathBuf) -> Result<Self> {
+        let config = read_json(&dir.join("config.json"), "a model configuration")?;
+        let entries = std::fs::read_dir(&dir).map_err(Error::io(&dir))?;
+        let paths: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).collect();
+        let held = |kind: &str| {
+            paths
+                .iter()
+                .find(|p| p.extension().is_some_and(|e| e == kind))
+        };
+        let weights = match (held("safetensors"), held("bin").or(held("gguf"))) {
+            (None, Some(other)) => {
+                return Err(Error::file(
+                    other,
+                    "a student begins with weights in safetensors, or in a GGUF file that student.model names; with random ones in a folder without any weights",
+                ));
+            }
+            (found, _) => found.map(|_| dir.clone()),
         };
         let own = match &weights {
             Some(dir) => Tokenizer::of_model(&ModelFiles::open(dir)?)?,
@@ -77,12 +93,32 @@ impl Student {
         };
         let tokenizer = match own {
             Some(tokenizer) => tokenizer,
-            None => Tokenizer::from_dir(&from)?,
+            None => Tokenizer::from_dir(&dir)?,
         };
-        let config = match config {
-            Json::Null => new_config(spec, &tokenizer),
-            config => config,
-        };
+        Self::new(tokenizer, config, dir, weights, None)
+    }
+
+    /// A GGUF file: its weights widened, its tokenizer and shape as a folder holds them.
+    fn of_gguf(path: PathBuf) -> Result<Self> {
+        let files = ModelFiles::open(&path)?;
+        let tokenizer = Tokenizer::of_model(&files)?;
+        let tokenizer = tokenizer.ok_or_else(|| Error::file(&path, text::no_tokenizer(&files)))?;
+        let unpacked = tempfile::tempdir().map_err(Error::io(&std::env::temp_dir()))?;
+        tokenizer.write(unpacked.path())?;
+        let mut config = config_of(&files.config)
+            .map_err(|e| Error::file(&path, format!("as a student: {e}")))?;
+        ends(&mut config, &tokenizer);
+        let from = unpacked.path().to_path_buf();
+        Self::new(tokenizer, config, from, Some(path), Some(unpacked))
+    }
+
+    fn new(
+        tokenizer: Tokenizer,
+        config: Json,
+        from: PathBuf,
+        weights: Option<PathBuf>,
+        unpacked: Option<TempDir>,
+    ) -> Result<Self> {
         let path = from.join("config.json");
         let (shape, _) = of_config(&config, &path)?;
         shape.check(&path)?;
@@ -93,6 +129,7 @@ impl Student {
             config,
             from,
             weights,
+            _unpacked: unpacked,
         })
     }
 
@@ -189,12 +226,16 @@ fn new_config(spec: &StudentSpec, tokenizer: &Tokenizer) -> Json {
         "tie_word_embeddings": true,
         "torch_dtype": "float32",
     });
-    let ends = tokenizer.eos();
-    if let Some(end) = ends.first() {
+    ends(&mut config, tokenizer);
+    config
+}
+
+/// What a tokenizer begins and ends with.
+fn ends(config: &mut Json, tokenizer: &Tokenizer) {
+    if let Some(end) = tokenizer.eos().first() {
         config["eos_token_id"] = json!(end);
     }
     if let Some(begin) = tokenizer.beginning() {
         config["bos_token_id"] = json!(begin);
     }
-    config
 }

@@ -146,7 +146,7 @@ fn sides(
     on_progress: OnProgress<'_>,
     told: OnTold<'_>,
 ) -> Result<(Student, Teacher, Compute)> {
-    let mut student = Student::open(&experiment.student)?;
+    let mut student = Student::open(&experiment.student, &mut *on_progress)?;
     if !student.is_trained() {
         told(Told::Note("the student begins with random weights".into()));
     }

@@ -21,7 +21,7 @@ pub use config::ModelConfig;
 pub use cpu::{Cpu, CpuStack, LayerWeights};
 pub use device::OnDevice;
 pub use executor::{Executor, Forms, Stack, WeightMatrix};
-pub use family::{Described, Family, Fields, families, of_config, of_draft};
+pub use family::{Described, Family, Fields, config_of, families, of_config, of_draft};
 pub use files::{Gguf, ModelFiles, Raw, Shards, Source, StoredTensor, Value, Weights};
 pub(crate) use files::{gguf_types, shards_of};
 pub use rope::{Rope, RopeScaling};

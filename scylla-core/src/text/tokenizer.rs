@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use serde_json::Value;
+use serde_json::{Value, json};
+use tokenizers::processors::template::TemplateProcessing;
 
 use super::chat::{ChatTemplate, Message};
 use super::templates::Templates;
@@ -192,6 +193,64 @@ impl Tokenizer {
         let added = |add: bool, id: Option<u32>| id.filter(|_| add).into_iter().collect();
         tokenizer.around = [added(add_bos, tokenizer.bos), added(add_eos, id("eos")?)];
         Ok(tokenizer)
+    }
+
+    /// Writes a folder that [`Tokenizer::from_dir`] reads as this tokenizer: `tokenizer.json`, `tokenizer_config.json` with chat templates and
+    /// special tokens, and `generation_config.json` with the ends of an answer. For models whose files hold none of these (GGUF).
+    ///
+    /// # Errors
+    /// If they cannot be written.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        let bad = |e: tokenizers::Error| Error::Invalid(format!("tokenizer: {e}"));
+        let mut inner = self.inner.clone();
+        let names = |ids: &[u32]| -> Vec<(String, u32)> {
+            let name = |&id: &u32| Some((self.token(id)?, id));
+            ids.iter().filter_map(name).collect()
+        };
+        let [before, behind] = [0, 1].map(|i| names(&self.around[i]));
+        if !(before.is_empty() && behind.is_empty()) {
+            let text = |all: &[(String, u32)]| all.iter().map(|(t, _)| t.clone()).collect();
+            let pieces: Vec<String> =
+                [text(&before), vec!["$A".to_string()], text(&behind)].concat();
+            let whole = TemplateProcessing::builder()
+                .try_single(pieces)
+                .map_err(|e| Error::Invalid(format!("tokenizer: {e}")))?
+                .special_tokens([before, behind].concat())
+                .build();
+            let whole = whole.map_err(|e| Error::Invalid(format!("tokenizer: {e}")))?;
+            inner.with_post_processor(Some(whole));
+        }
+        let text = inner.to_string(true).map_err(bad)?;
+        crate::files::write(&dir.join("tokenizer.json"), text.as_bytes())?;
+        let mut config = json!({ "tokenizer_class": "PreTrainedTokenizerFast" });
+        for (key, token) in &self.templates.specials {
+            config[key] = token.as_str().into();
+        }
+        let mut templates: Vec<Value> = Vec::new();
+        for (name, source) in &self.templates.named {
+            templates.push(json!({ "name": name, "template": source }));
+        }
+        match &self.templates.default {
+            Some(source) if templates.is_empty() => {
+                config["chat_template"] = source.as_str().into()
+            }
+            Some(source) => templates.push(json!({ "name": "default", "template": source })),
+            None => {}
+        }
+        if !templates.is_empty() {
+            config["chat_template"] = templates.into();
+        }
+        let write = |name: &str, value: &Value| {
+            crate::files::write(&dir.join(name), format!("{value:#}\n").as_bytes())
+        };
+        write("tokenizer_config.json", &config)?;
+        match self.eos.is_empty() {
+            true => Ok(()),
+            false => write(
+                "generation_config.json",
+                &json!({ "eos_token_id": self.eos }),
+            ),
+        }
     }
 
     fn new(inner: tokenizers::Tokenizer, spelling: Spelling, templates: Templates) -> Result<Self> {

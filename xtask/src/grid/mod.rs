@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::{root, run, scylla};
 
-pub(crate) const USAGE: &str = "usage: cargo xtask grid [--small] [--until TOKENS] [--corpus DIR] [--work DIR] [--results DIR] [--gather | --test SET]
+pub(crate) const USAGE: &str = "usage: cargo xtask grid [--small] [--until TOKENS] [--corpus DIR] [--work DIR] [--results DIR] [--gather | --held-out | --test SET]
 
 Trains the grid of drafts of the default model: Scylla with 1, 2 and 4 layers at eight token budgets from 32,768 to 4,194,304 (factor 2),
 EAGLE-2, HASS and EAGLE-3 at three of them, on the target's own answers (assets/answers). The target's states are computed once and
@@ -26,6 +26,8 @@ after each part, one line a run.
   --work DIR       folder for states and drafts (runs/grid, or runs/grid-small)
   --results DIR    folder for runs.jsonl (docs/results/grid)
   --gather         only gather what is there, and write tables and figures
+  --held-out       train the runs that laws are tested on: 8,388,608 tokens with 1, 2 and 4 layers, and 3 and 6 layers with 1, 2 and 4 million.
+                   They go to held-out.jsonl, which no law is fitted to, with what the laws of runs.jsonl say of them (held-out.md)
   --test SET       only walk every draft that is there along the target's answers to the test part of a prompt set (core, or a file), at
                    temperatures 0 and 1, into test-SET.json and .md: once, at the end, as nothing may be chosen by it
 ";
@@ -109,6 +111,31 @@ const SMALL: [Part; 3] = [
     },
 ];
 
+/// Runs that laws are tested on.
+const HELD_OUT: [Part; 2] = [
+    Part {
+        family: "scylla",
+        layers: &[3, 6],
+        seeds: &[0],
+        budgets: BUDGETS.split_at(5).1,
+    },
+    Part {
+        family: "scylla",
+        layers: &[1, 2, 4],
+        seeds: &[0],
+        budgets: &[1 << 23],
+    },
+];
+
+/// Whether a run is one of them.
+fn is_held_out(run: &Value) -> bool {
+    HELD_OUT.iter().any(|part| {
+        let among = |key: &str, all: &[u64]| run[key].as_u64().is_some_and(|v| all.contains(&v));
+        let layers: Vec<u64> = part.layers.iter().map(|&l| l as u64).collect();
+        run["family"] == part.family && among("layers", &layers) && among("tokens", part.budgets)
+    })
+}
+
 /// What was asked for.
 struct Options {
     small: bool,
@@ -116,13 +143,14 @@ struct Options {
     work: PathBuf,
     results: Option<PathBuf>,
     gather: bool,
+    held_out: bool,
     test: Option<String>,
     corpus: Option<PathBuf>,
 }
 
 impl Options {
     fn parse(args: &[String]) -> Result<Self> {
-        let (mut small, mut gather, mut until) = (false, false, u64::MAX);
+        let (mut small, mut gather, mut held_out, mut until) = (false, false, false, u64::MAX);
         let (mut work, mut results, mut test, mut corpus) = (None, None, None, None);
         let mut args = args.iter();
         while let Some(name) = args.next() {
@@ -130,6 +158,7 @@ impl Options {
             match name.as_str() {
                 "--small" => small = true,
                 "--gather" => gather = true,
+                "--held-out" => held_out = true,
                 "--until" => {
                     let text = value()?;
                     until = text
@@ -142,6 +171,9 @@ impl Options {
                 "--results" => results = Some(PathBuf::from(value()?)),
                 other => bail!("unknown option `{other}`\n{USAGE}"),
             }
+        }
+        if held_out && small {
+            bail!("--held-out trains more tokens than --small has");
         }
         if until < BUDGETS[0] {
             bail!("--until {until}: the smallest budget is {}", BUDGETS[0]);
@@ -162,6 +194,7 @@ impl Options {
                 }
             },
             gather,
+            held_out,
             test,
             corpus,
         })
@@ -179,6 +212,13 @@ pub(crate) fn grid(args: &[String]) -> Result<()> {
         return test(&scylla, &options, set);
     }
     let features = features(&scylla, &options)?;
+    if options.held_out {
+        for part in &HELD_OUT {
+            sweep(&scylla, &options, part, part.budgets, &features)?;
+            gather(&scylla, &options)?;
+        }
+        return Ok(());
+    }
     let parts: &[Part] = if options.small { &SMALL } else { &GRID };
     for until in UNTIL {
         for part in parts {
@@ -449,23 +489,52 @@ fn gather(scylla: &Path, options: &Options) -> Result<()> {
         let rest = ["layers", "seed", "tokens"].map(|key| number(run, key));
         (family, rest)
     });
-    let lines: Vec<String> = all.iter().map(Value::to_string).collect();
+    let (held, all): (Vec<Value>, Vec<Value>) = all.into_iter().partition(is_held_out);
     std::fs::create_dir_all(results)?;
-    let path = results.join("runs.jsonl");
-    std::fs::write(&path, lines.join("\n") + "\n")
-        .with_context(|| format!("{}", path.display()))?;
-    eprintln!("{} runs in {}", all.len(), path.display());
-    match all.is_empty() {
-        true => Ok(()),
-        false => {
-            // Few runs tell no law.
-            let out = Command::new(scylla)
-                .args(["fit", "--json"])
-                .arg(&path)
-                .output()?;
-            let found: Option<Value> = serde_json::from_slice(&out.stdout).ok();
-            let fits = found.and_then(|f| f["fits"].as_array().cloned());
-            page::write(results, &fits.unwrap_or_default())
+    let written = |name: &str, runs: &[Value]| -> Result<PathBuf> {
+        let path = results.join(name);
+        let lines: Vec<String> = runs.iter().map(Value::to_string).collect();
+        std::fs::write(&path, lines.join("\n") + "\n")
+            .with_context(|| format!("{}", path.display()))?;
+        eprintln!("{} runs in {}", runs.len(), path.display());
+        Ok(path)
+    };
+    let path = written("runs.jsonl", &all)?;
+    if all.is_empty() {
+        return Ok(());
+    }
+    let mut fit = Command::new(scylla);
+    fit.args(["fit", "--json"]).arg(&path);
+    if !held.is_empty() {
+        fit.arg("--holdout").arg(written("held-out.jsonl", &held)?);
+    }
+    // Few runs tell no law.
+    let out = fit.output()?;
+    let found: Value = serde_json::from_slice(&out.stdout).unwrap_or_default();
+    if !held.is_empty() {
+        std::fs::write(results.join("held-out.md"), page::held_out(&found)?)?;
+    }
+    let fits = found["fits"].as_array().cloned();
+    page::write(results, &fits.unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_laws_are_tested_on_is_no_part_of_the_grid() {
+        for part in GRID.iter().chain(&SMALL) {
+            for &tokens in part.budgets {
+                for &layers in part.layers {
+                    let run = serde_json::json!({"family": part.family, "layers": layers, "tokens": tokens});
+                    assert!(!is_held_out(&run), "{run}");
+                }
+            }
         }
+        let run = |layers: u64, tokens: u64| serde_json::json!({"family": "scylla", "layers": layers, "tokens": tokens});
+        let held = [(1, 1 << 23), (4, 1 << 23), (3, 1 << 20), (6, 1 << 22)];
+        assert!(held.iter().all(|&(l, t)| is_held_out(&run(l, t))));
+        assert!(!is_held_out(&run(3, 1 << 19)));
     }
 }

@@ -156,6 +156,47 @@ pub(super) fn tested(set: &str, found: &[(&str, &Value)]) -> Result<String> {
     Ok(text)
 }
 
+/// What was said of runs that no law was fitted to, and what they have: `found` is what `scylla fit --json` says.
+pub(super) fn held_out(found: &Value) -> Result<String> {
+    let mut text = String::from(
+        "Runs that no law was fitted to: what those of `runs.jsonl` say of them (90 % band), and what they have (dev prompts, greedy, trees of 20 nodes). Written by `cargo xtask grid --held-out`.\n\n\
+         | run | seed | predicted | band | found | inside |\n|---|---|---|---|---|---|\n",
+    );
+    for one in found["held"].as_array().context("no runs held out")? {
+        let number = |key: &str| one[key].as_f64().with_context(|| format!("no {key}"));
+        let (low, high, tau) = (number("low")?, number("high")?, number("found")?);
+        let inside = if (low..=high).contains(&tau) {
+            "yes"
+        } else {
+            "no"
+        };
+        let _ = writeln!(
+            text,
+            "| {}, D = {}, {:.0} tokens | {} | {:.3} | {low:.3}-{high:.3} | {tau:.3} | {inside} |",
+            one["family"].as_str().unwrap_or("?"),
+            one["layers"],
+            number("tokens")?,
+            one["seed"],
+            number("tau")?
+        );
+    }
+    let score = |key: &str| found["score"][key].as_f64();
+    if let (Some(error), Some(last), Some(mean), Some(inside), Some(width)) = (
+        score("error"),
+        score("last_value"),
+        score("mean"),
+        score("inside"),
+        score("half_width"),
+    ) {
+        let _ = writeln!(
+            text,
+            "\nMean absolute error {error:.3}; of the last value seen {last:.3}, of the mean {mean:.3}. {:.0} % are inside, the bands' half-width is {width:.3}.",
+            inside * 100.0
+        );
+    }
+    Ok(text)
+}
+
 /// Acceptance by depth as it is shown.
 fn rates(alpha: impl Iterator<Item = Option<f64>>) -> String {
     let shown = |a: Option<f64>| a.map_or("-".into(), |a| format!("{a:.2}"));
@@ -351,6 +392,23 @@ mod tests {
             assert!(text.contains(expected), "{text}");
         }
         assert!(tested("core", &[("0", &json!({}))]).is_err());
+    }
+
+    #[test]
+    fn runs_that_were_held_out_are_told_with_their_bands() {
+        let one = |tau: f64, found: f64| json!({"family": "scylla", "layers": 3, "tokens": 4_194_304.0, "seed": 0, "tau": tau, "low": tau - 0.1, "high": tau + 0.1, "found": found});
+        let score = json!({"error": 0.05, "last_value": 0.2, "mean": 0.3, "inside": 0.5, "half_width": 0.1});
+        let text = held_out(&json!({"held": [one(1.8, 1.85), one(1.8, 1.95)], "score": score}));
+        let text = text.expect("a table");
+        for expected in [
+            "| scylla, D = 3, 4194304 tokens | 0 | 1.800 | 1.700-1.900 | 1.850 | yes |",
+            "| 1.950 | no |",
+            "error 0.050; of the last value seen 0.200",
+            "50 % are inside",
+        ] {
+            assert!(text.contains(expected), "{text}");
+        }
+        assert!(held_out(&json!({})).is_err());
     }
 
     #[test]

@@ -240,6 +240,57 @@ pub(super) fn config<'f>(
     Ok(((config, notes), family))
 }
 
+/// A `config.json` that describes a shape, for models whose files hold none (GGUF).
+///
+/// # Errors
+/// If it is one that such a file, read again, would not describe: a rope that is stretched, a window, biases of some products alone.
+pub fn config_of(config: &ModelConfig) -> Result<Value> {
+    let path = Path::new("config.json");
+    let Some(layer) = config.layers.first() else {
+        return Err(Error::Invalid("a model without a layer".into()));
+    };
+    let family = &*config.architecture;
+    let class = match family {
+        "llama" => "LlamaForCausalLM",
+        "mistral" => "MistralForCausalLM",
+        "qwen2" => "Qwen2ForCausalLM",
+        "qwen3" => "Qwen3ForCausalLM",
+        other => other,
+    };
+    // In the fewest digits that give the same f32 again.
+    let eps: f64 = config.norm_eps.to_string().parse().unwrap_or(1e-6);
+    let mut json = serde_json::json!({
+        "architectures": [class],
+        "model_type": family,
+        "vocab_size": config.vocab,
+        "hidden_size": config.hidden,
+        "intermediate_size": layer.ffn,
+        "num_hidden_layers": config.layers.len(),
+        "num_attention_heads": layer.heads,
+        "num_key_value_heads": layer.kv_heads,
+        "head_dim": layer.head_dim,
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": eps,
+        "rope_theta": layer.rope.theta,
+        "hidden_act": "silu",
+        "tie_word_embeddings": config.tied,
+        "torch_dtype": "float32",
+    });
+    if layer.biases.o {
+        json["attention_bias"] = true.into();
+    }
+    if layer.biases.mlp {
+        json["mlp_bias"] = true.into();
+    }
+    match super::of_config(&json, path) {
+        Ok((again, _)) if again == *config => Ok(json),
+        Ok(_) => Err(Error::Unsupported(
+            "its layers have what a config.json written here would not say (a stretched rope, a window, or biases of some products)".into(),
+        )),
+        Err(e) => Err(e),
+    }
+}
+
 /// Refuses keys that are not known and may change the model; returns a word on the others.
 pub(super) fn unread(fields: &Fields<'_>, more: &[&str]) -> Result<Vec<String>> {
     let ignored = |key: &str| known::HF_KEYS.iter().any(|(k, _)| *k == key);

@@ -14,7 +14,7 @@ mod rope;
 
 use std::path::Path;
 
-pub use hf::Fields;
+pub use hf::{Fields, config_of};
 
 use super::config::ModelConfig;
 use super::files::Gguf;
