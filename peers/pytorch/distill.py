@@ -1,9 +1,9 @@
 """One step of distillation across tokenizers in PyTorch, as a user would write it, for `cargo bench --bench distill` to be held against.
 
-Reads JSON lines {"loss": "released" | "published" | "uld", "form": "f32" | "bf16", "compile": bool, "teacher": [tokens, ..], "student": [tokens, ..]}, the
-lengths of the answers of one step on either side, and answers each with {"step": seconds, "loss": seconds of the loss and its gradient alone}. The teacher
-has SmolLM2-135M's shapes, the student those of `assets/experiments/distill/multilevel-ot.toml`; values are random. Answers are padded to the
-longest, as batches are there. Threads: OMP_NUM_THREADS. The losses are written as their formulas stand (arXiv:2412.14528 and its released code,
+Reads JSON lines {"loss": "released" | "published" | "uld", "form": "f32" | "bf16", "compile": bool, "vocab": rows of the student's embedding,
+"teacher": [tokens, ..], "student": [tokens, ..]}, the lengths of the answers of one step on either side, and answers each with {"step": seconds,
+"loss": seconds of the loss and its gradient alone}, of the second of two such steps. The teacher has SmolLM2-135M's shapes, the student those of
+`assets/experiments/distill/multilevel-ot.toml`; values are random. Answers are padded to the longest, as batches are there. Threads: OMP_NUM_THREADS. The losses are written as their formulas stand (arXiv:2412.14528 and its released code,
 arXiv:2402.12030)."""
 
 import json
@@ -15,8 +15,12 @@ from torch import nn
 from torch.nn import functional as F
 
 TEACHER = dict(hidden=576, ffn=1536, heads=9, kept=3, layers=30, vocab=49152)
-STUDENT = dict(hidden=256, ffn=704, heads=4, kept=4, layers=4, vocab=50257)
+STUDENT = dict(hidden=256, ffn=704, heads=4, kept=4, layers=4)
 K = 50
+
+# Lengths differ from step to step. What is compiled too often is an error, and not run as it stands without a word.
+torch._dynamo.config.recompile_limit = 64
+torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
 def rope(x):
@@ -126,22 +130,23 @@ LOSSES = {"released": released, "published": published, "uld": uld}
 
 
 class Job:
-    def __init__(self, loss, form, compiled):
+    def __init__(self, loss, form, compiled, vocab):
         torch.manual_seed(0)
+        self.vocab = vocab
         self.dtype = torch.bfloat16 if form == "bf16" else torch.float32
         self.teacher = Model(**TEACHER).to(self.dtype)
-        self.student = Model(**STUDENT)
+        self.student = Model(vocab=vocab, **STUDENT)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), 1e-4, fused=True)
         self.loss, self.says, self.learns = LOSSES[loss], self.teacher, self.student
         if compiled:
-            self.says, self.learns = torch.compile(self.says), torch.compile(self.learns)
+            self.says, self.learns, self.loss = (torch.compile(f) for f in (self.says, self.learns, self.loss))
 
     def ids(self, lengths, vocab):
         return torch.randint(vocab, (len(lengths), max(lengths)))
 
     def step(self, teacher, student):
         """Seconds of a step, and those of its loss alone."""
-        asked, learned = self.ids(teacher, TEACHER["vocab"]), self.ids(student, STUDENT["vocab"])
+        asked, learned = self.ids(teacher, TEACHER["vocab"]), self.ids(student, self.vocab)
         labels = learned.clone()
         for i, n in enumerate(student):
             labels[i, n:] = -100
@@ -166,18 +171,21 @@ class Job:
 
 
 def main():
-    job, of = None, None
+    jobs = {}
     print(json.dumps({"version": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        key = (asked["loss"], asked["form"], asked["compile"])
+        key = (asked["loss"], asked["form"], asked["compile"], asked["vocab"])
         try:
-            if key != of:
-                job, of = Job(*key), key
-                job.step(asked["teacher"], asked["student"])
-            step, loss = job.step(asked["teacher"], asked["student"])
+            if key not in jobs:
+                # One loss after another.
+                jobs = {k: job for k, job in jobs.items() if k[0] == key[0]}
+                jobs[key] = Job(*key)
+            jobs[key].step(asked["teacher"], asked["student"])
+            step, loss = jobs[key].step(asked["teacher"], asked["student"])
             answer = {"step": step, "loss": loss}
         except Exception as e:  # a form that does not compile here is said, and left out
+            jobs.pop(key, None)
             answer = {"failed": f"{type(e).__name__}: {e}"[:300]}
         print(json.dumps(answer), flush=True)
 

@@ -532,7 +532,7 @@ fn runs_of_a_file_are_held_out_as_those_that_are_marked() {
     let out = place.command(&both).output().expect("run");
     let said = String::from_utf8_lossy(&out.stderr).to_string();
     assert!(
-        !out.status.success() && said.contains("among those held out"),
+        !out.status.success() && said.contains("is there twice"),
         "{said}"
     );
 }

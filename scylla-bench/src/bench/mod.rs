@@ -218,6 +218,7 @@ pub fn run(
     };
     let total = run.repeats * units * decoders.len() + traced.len() * prompts.len();
     let mut finished = 0;
+    let seed = (run.seed % decoders.len().max(1) as u64) as usize;
     // Pages and caches are warmed by short sequences that are not counted.
     let most = batches.iter().copied().max().unwrap_or(1);
     warm_up(session, &mut decoders[0], experiment, &prompts, most)?;
@@ -230,8 +231,8 @@ pub fn run(
         {
             let whole = (done.len(), walls.len());
             for turn in 0..decoders.len() {
-                // Each decoder goes first in turn, so that none is always the one after another's heat.
-                let d = (turn + repeat + g) % decoders.len();
+                // Each decoder goes first in turn, so that none is always the one after another's heat; runs of other seeds go on.
+                let d = (turn + repeat + g + seed) % decoders.len();
                 let told = converse(
                     session,
                     &mut decoders[d],

@@ -99,14 +99,15 @@ impl Fit {
     /// The runs, and those that are held out.
     fn points(&self) -> Result<Vec<Point>> {
         let mut points = read_points(&self.runs)?;
+        let fitted = points.len();
         for held in read_points(&self.holdout)? {
             let same = |p: &&Point| {
                 (&p.family, p.layers, p.seed) == (&held.family, held.layers, held.seed)
                     && p.tokens == held.tokens
             };
-            if let Some(same) = points.iter().find(same) {
+            if let Some(same) = points[..fitted].iter().find(same) {
                 return Err(Error::Experiment(format!(
-                    "{} with {} layers, {} tokens and seed {} is among the runs to fit and among those held out",
+                    "{} with {} layers, {} tokens and seed {} is there twice, in a file of runs to fit and in one behind --holdout",
                     same.family, same.layers, same.tokens, same.seed
                 )));
             }

@@ -40,11 +40,11 @@ pub struct DistillExperiment {
     pub run: RunSpec,
 }
 
-/// The student: a model's folder, or the shape of a new one with random weights.
+/// The student: a model, or the shape of a new one with random weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct StudentSpec {
-    /// A Hugging Face folder. Without safetensors in it the weights are random.
+    /// A Hugging Face folder (without safetensors in it the weights are random), a GGUF file, a hub id or `default`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<PathBuf>,
     /// In its place, the folder of a new student's tokenizer (`tokenizer.json`).
@@ -211,7 +211,7 @@ impl DistillExperiment {
         match (&s.model, &s.tokenizer) {
             (None, None) => {
                 return bad(
-                    "student.model names no folder, nor student.tokenizer that of a new student's tokenizer"
+                    "student.model names no model, nor student.tokenizer the folder of a new student's tokenizer"
                         .into(),
                 );
             }
@@ -227,7 +227,7 @@ impl DistillExperiment {
                         ..StudentSpec::default()
                     }) =>
             {
-                return bad("student.model names a folder, whose shape is its own: no other settings of [student] beside it".into());
+                return bad("student.model names a model, whose shape is its own: no other settings of [student] beside it".into());
             }
             _ => {}
         }

@@ -42,6 +42,15 @@ impl Distiller {
             .collect()
     }
 
+    /// Tokens of each answer of a step, with its prompt: the student's and the teacher's.
+    pub fn lengths(&self, step: u64) -> Vec<[usize; 2]> {
+        let of = |i: usize| {
+            let pair = &self.train.all[i];
+            [pair.student.tokens.len(), pair.teacher.tokens.len()]
+        };
+        self.batch(step).into_iter().map(of).collect()
+    }
+
     /// One step.
     pub(super) fn step(&mut self) -> Result<Step> {
         let begun = Instant::now();

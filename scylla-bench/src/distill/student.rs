@@ -42,7 +42,7 @@ pub struct Student {
     /// Its own weights, where it has some.
     weights: Option<PathBuf>,
     /// Holds what a GGUF file says, as files of a folder.
-    _unpacked: Option<TempDir>,
+    unpacked: Option<TempDir>,
 }
 
 impl Student {
@@ -64,7 +64,7 @@ impl Student {
                 let config = new_config(spec, &tokenizer);
                 Self::new(tokenizer, config, dir.clone(), None, None)
             }
-            (None, None) => Err(Error::Experiment("[student] names no folder".into())),
+            (None, None) => Err(Error::Experiment("[student] names no model".into())),
         }
     }
 
@@ -129,8 +129,16 @@ impl Student {
             config,
             from,
             weights,
-            _unpacked: unpacked,
+            unpacked,
         })
+    }
+
+    /// Where its tokenizer is read from: its weights, where they bring it along.
+    pub(super) fn tokenized(&self) -> &Path {
+        match (&self.unpacked, &self.weights) {
+            (Some(_), Some(file)) => file,
+            _ => &self.from,
+        }
     }
 
     /// Its shape.

@@ -267,7 +267,10 @@ impl Distiller {
         let (name, settings) = experiment.aligner_name()?;
         let aligner = {
             let context = AlignerContext {
-                tokenizers: Some((tokenizer_at(&student.from)?, tokenizer_at(&teacher.path)?)),
+                tokenizers: Some((
+                    tokenizer_at(student.tokenized())?,
+                    tokenizer_at(&teacher.path)?,
+                )),
                 spaces: Some(spaces(&student, &named, &teacher, &tables)?),
             };
             registry.make_aligner(&name, &context, settings)?

@@ -195,8 +195,9 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    /// Writes a folder that [`Tokenizer::from_dir`] reads as this tokenizer: `tokenizer.json`, `tokenizer_config.json` with chat templates and
-    /// special tokens, and `generation_config.json` with the ends of an answer. For models whose files hold none of these (GGUF).
+    /// Writes a folder that [`Tokenizer::from_dir`] reads as this tokenizer, with the one end of an answer that `eos_token` names: `tokenizer.json` and
+    /// `tokenizer_config.json` with chat templates and special tokens. All ends go to `generation_config.json`, where [`Tokenizer::of_model`] finds
+    /// them. For models whose files hold none of these (GGUF).
     ///
     /// # Errors
     /// If they cannot be written.

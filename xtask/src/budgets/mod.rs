@@ -16,10 +16,10 @@ use crate::{root, run, scylla};
 pub(crate) const USAGE: &str = "usage: cargo xtask budgets [--rounds N] [--batch LIST] [--part PART] [--per-task N] [--tokens N] [--work DIR] [--results DIR] [--gather]
 
 Decodes the default model's prompts at each batch size with every budget of a sweep for the shipped drafts, with automatic budgets, plainly,
-and in every third round with a tree of 60 nodes as EAGLE-2 has it; decoders take turns in each round. A plan is made before the first round,
-from costs measured in its time and from what the drafts propose on dev prompts; costs are measured again in each round. Into results: how far
-predictions are off, how far the plan's choice and automatic budgets are from the best cell, as JSON, tables and a figure. Broken off, the same
-command goes on. SCYLLA_SIMD=avx2 makes a processor of another kind.
+and in every third round with a tree of 60 nodes as EAGLE-2 has it; another decoder goes first in each round. A plan is made before the first
+round, from costs measured in its time and from what the drafts propose on dev prompts; costs are measured again in each round. Into results:
+how far predictions are off, how far the plan's choice and each draft's automatic budgets are from the best cell, as JSON, tables and a figure.
+Broken off, the same command goes on, with the same build on the same machine. SCYLLA_SIMD=avx2 makes a processor of another kind.
 
   --rounds N       rounds of the sweep (9)
   --batch LIST     sequences side by side (1,2,4,8,16,32)
@@ -28,7 +28,7 @@ command goes on. SCYLLA_SIMD=avx2 makes a processor of another kind.
   --tokens N       new tokens of a turn at most (48)
   --work DIR       folder of the rounds (runs/budgets)
   --results DIR    folder of the results (docs/results/budgets)
-  --gather         only gather what is there
+  --gather         only gather what is there in the folder, whatever it was asked for
 ";
 
 /// A draft of the sweep: its name and settings.
@@ -63,7 +63,7 @@ const TRACED: [usize; 3] = [16, 4, 3];
 const FIXED: [usize; 3] = [60, 10, 5];
 /// Rounds between those in which it runs, as it takes as long as all others.
 const EVERY: usize = 3;
-/// Samples of each cost that a plan is made from.
+/// Samples of each cost that the plan is made from.
 const SAMPLES: usize = 3;
 /// Committed positions that costs are measured at: about what the prompts and half their answers have.
 const CONTEXT: &str = "192";
@@ -173,12 +173,10 @@ pub(crate) fn budgets(args: &[String]) -> Result<()> {
     for draft in &DRAFTS {
         trace(&scylla, &options, draft)?;
     }
+    before(&scylla, &options)?;
     for round in 1..=options.rounds {
         for draft in &DRAFTS {
-            measure(&scylla, &options, draft, round)?;
-            if round == 1 {
-                plan(&scylla, &options, draft, true)?;
-            }
+            measure(&scylla, &options, draft, SAMPLES + round)?;
         }
         sweep(&scylla, &options, round)?;
         for draft in &DRAFTS {
@@ -204,24 +202,32 @@ fn same_as_before(options: &Options) -> Result<()> {
     }
 }
 
-/// Runs what makes `made`, unless it is there, and keeps beside it how long that took.
-fn timed(made: &Path, command: &mut Command) -> Result<()> {
-    let seconds = made.with_extension("seconds");
-    if made.exists() && seconds.exists() {
+/// Where it is kept how long something took; written last, it says that the thing is whole.
+fn took(made: &Path) -> PathBuf {
+    made.with_extension("seconds")
+}
+
+/// Makes something, unless it is there and whole, and keeps how long that took. What was broken off is made anew.
+fn timed(made: &Path, make: impl FnOnce() -> Result<()>) -> Result<()> {
+    if made.exists() && took(made).exists() {
         return Ok(());
     }
+    if made.is_file() {
+        fs::remove_file(made)?;
+    }
     let begun = Instant::now();
-    run(command)?;
-    Ok(fs::write(
-        seconds,
-        begun.elapsed().as_secs_f64().to_string(),
-    )?)
+    make()?;
+    let seconds = begun.elapsed().as_secs_f64().to_string();
+    Ok(fs::write(took(made), seconds)?)
 }
 
 /// Seconds that something took.
-fn seconds(made: &Path) -> f64 {
-    let text = fs::read_to_string(made.with_extension("seconds")).unwrap_or_default();
-    text.trim().parse().unwrap_or(0.0)
+fn seconds(made: &Path) -> Result<f64> {
+    let path = took(made);
+    let text = fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;
+    text.trim()
+        .parse()
+        .with_context(|| format!("{}", path.display()))
 }
 
 /// What a draft could propose on the dev prompts.
@@ -247,34 +253,51 @@ fn trace(scylla: &Path, options: &Options, draft: &Draft) -> Result<()> {
         command.args(["--set", setting]);
     }
     command.stdout(std::process::Stdio::null());
-    timed(&out.join("summary.json"), &mut command)
+    timed(&out.join("summary.json"), || run(&mut command))
 }
 
-/// One more sample of what steps cost, before the first round those that the plan is made from.
-fn measure(scylla: &Path, options: &Options, draft: &Draft, round: usize) -> Result<()> {
+/// Costs, sample by sample of all drafts, and the plan that is made of them. Their time is kept beside the last draft's plan.
+fn before(scylla: &Path, options: &Options) -> Result<()> {
+    let last = options.plan(&DRAFTS[DRAFTS.len() - 1], true);
+    timed(&last, || {
+        for draft in &DRAFTS {
+            let costs = options.costs(draft);
+            if costs.exists() {
+                fs::remove_file(costs)?;
+            }
+        }
+        for sample in 1..=SAMPLES {
+            for draft in &DRAFTS {
+                measure(scylla, options, draft, sample)?;
+            }
+        }
+        DRAFTS
+            .iter()
+            .try_for_each(|draft| plan(scylla, options, draft, true))
+    })
+}
+
+/// Samples of what steps cost, up to so many.
+fn measure(scylla: &Path, options: &Options, draft: &Draft, samples: usize) -> Result<()> {
     let mut command = Command::new(scylla);
-    let samples = (SAMPLES + round - 1).to_string();
     command
         .args(["plan", "--json", "--measure"])
         .arg(options.costs(draft));
     command.args(["--draft", draft.name, "--context", CONTEXT]);
-    command.args(["--batch", &options.batch_list(), "--rounds", &samples]);
+    command.args(["--batch", &options.batch_list()]);
+    command.args(["--rounds", &samples.to_string()]);
     for (key, value) in draft.settings {
         command.args(["--set", &format!("draft.{key}={value}")]);
     }
-    command.stdout(std::process::Stdio::null());
-    if round > 1 {
-        return run(&mut command);
-    }
-    timed(&options.costs(draft), &mut command)
+    run(command.stdout(std::process::Stdio::null())).with_context(|| {
+        format!(
+            "{}: with another build or machine another --work begins anew",
+            options.work.display()
+        )
+    })
 }
 
 fn plan(scylla: &Path, options: &Options, draft: &Draft, before: bool) -> Result<()> {
-    let path = options.plan(draft, before);
-    if before && path.exists() {
-        return Ok(());
-    }
-    let begun = Instant::now();
     let mut command = Command::new(scylla);
     command
         .args(["plan", "--json", "--costs"])
@@ -287,11 +310,7 @@ fn plan(scylla: &Path, options: &Options, draft: &Draft, before: bool) -> Result
     if !out.status.success() {
         bail!("{command:?}: {}", String::from_utf8_lossy(&out.stderr));
     }
-    fs::write(&path, &out.stdout)?;
-    Ok(fs::write(
-        path.with_extension("seconds"),
-        begun.elapsed().as_secs_f64().to_string(),
-    )?)
+    Ok(fs::write(options.plan(draft, before), &out.stdout)?)
 }
 
 fn budget(of: [usize; 3]) -> String {
@@ -345,7 +364,7 @@ fn sweep(scylla: &Path, options: &Options, round: usize) -> Result<()> {
         command.args(["--batch", &options.batch_list(), "--set"]);
         command.arg(format!("run.output={}", out.display()));
         command.stdout(std::process::Stdio::null());
-        timed(&out.join("summary.json"), &mut command)?;
+        timed(&out.join("summary.json"), || run(&mut command))?;
     }
     Ok(())
 }

@@ -2,12 +2,12 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use super::{BUDGETS, DRAFTS, EVERY, FIXED, Options, seconds, shown};
+use super::{BUDGETS, DRAFTS, FIXED, Options, seconds, shown, took};
 use crate::chart::{Axes, Series, lines};
 use crate::compare::numbers::Sample;
 
@@ -16,8 +16,16 @@ struct Cell {
     /// Draft and budget; `None` is plain decoding.
     of: Option<(&'static str, String)>,
     speed: Sample,
-    tau: f64,
-    predicted: Option<[f64; 2]>,
+    tau: Sample,
+    /// Tokens a second, and over plain decoding, by the costs of before the sweep and by those of all rounds.
+    predicted: Option<[Expected; 2]>,
+}
+
+/// What a plan expects.
+#[derive(Clone, Copy)]
+struct Expected {
+    speed: f64,
+    over_plain: f64,
 }
 
 impl Cell {
@@ -52,7 +60,7 @@ fn predicted(
     plans: &[[Value; 2]],
     of: Option<(usize, [usize; 3])>,
     batch: usize,
-) -> Option<[f64; 2]> {
+) -> Option<[Expected; 2]> {
     let pair = &plans[of.map_or(0, |(draft, _)| draft)];
     let expected = |plan: &Value| {
         let cell = plan["cells"].as_array()?.iter().find(|cell| {
@@ -61,7 +69,12 @@ fn predicted(
                 cell["budget"] == json!({ "total": total, "width": width, "depth": depth })
             })
         })?;
-        cell["tokens_per_s"]["value"].as_f64()
+        // Each draft's costs have a plain decoding of their own minutes.
+        let (speed, plain) = (&cell["tokens_per_s"]["value"], &cell["plain_tokens_per_s"]);
+        Some(Expected {
+            speed: speed.as_f64()?,
+            over_plain: speed.as_f64()? / plain.as_f64()?,
+        })
     };
     Some([expected(&pair[0])?, expected(&pair[1])?])
 }
@@ -72,31 +85,34 @@ struct Rounds {
     seconds: f64,
 }
 
-fn rounds(
-    options: &Options,
-    path: impl Fn(usize) -> std::path::PathBuf,
-    every: usize,
-) -> Result<Rounds> {
+/// Those of a folder, of names that begin so, in order; all of one machine and build.
+fn rounds(work: &Path, kind: &str, like: Option<&Value>) -> Result<Rounds> {
     let (mut summaries, mut all): (Vec<Value>, f64) = (Vec::new(), 0.0);
-    for round in (1..=options.rounds).step_by(every) {
-        let path = path(round).join("summary.json");
+    let mut paths: Vec<PathBuf> = fs::read_dir(work)
+        .with_context(|| format!("{}", work.display()))?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            path.is_dir() && name.starts_with(kind)
+        })
+        .collect();
+    paths.sort();
+    for path in paths {
+        let path = path.join("summary.json");
         // What was broken off holds some decoders' rounds and not others'.
-        if !path.exists() || !path.with_extension("seconds").exists() {
+        if !path.exists() || !took(&path).exists() {
             continue;
         }
         let summary = read(&path)?;
-        if let Some(first) = summaries
-            .first()
-            .filter(|f| f["environment"] != summary["environment"])
-        {
+        let first = like.or(summaries.first().map(|f: &Value| &f["environment"]));
+        if let Some(first) = first.filter(|&f| *f != summary["environment"]) {
             bail!(
-                "{}: of {}, the rounds before it of {}",
+                "{}: of {}, other rounds of {first}",
                 path.display(),
-                summary["environment"],
-                first["environment"]
+                summary["environment"]
             );
         }
-        all += seconds(&path);
+        all += seconds(&path)?;
         summaries.push(summary);
     }
     Ok(Rounds {
@@ -116,7 +132,7 @@ fn cells(
         .map(|of| Cell {
             of: of.clone(),
             speed: Sample::default(),
-            tau: 1.0,
+            tau: Sample::default(),
             predicted: None,
         })
         .collect();
@@ -127,7 +143,7 @@ fn cells(
         }
         for (cell, (speed, tau)) in all.iter_mut().zip(found) {
             cell.speed.push(speed);
-            cell.tau = tau;
+            cell.tau.push(tau);
         }
     }
     Ok(all)
@@ -152,13 +168,16 @@ impl Batch {
         &self.cells[0].speed
     }
 
-    /// The better of the drafts with automatic budgets.
-    fn adapted(&self) -> &Cell {
-        let faster = |a: &&Cell, b: &&Cell| a.speed.median().total_cmp(&b.speed.median());
-        self.automatic
-            .iter()
-            .max_by(faster)
-            .unwrap_or(&self.cells[0])
+    /// A draft's automatic budgets over the best of its own cells, plain decoding among them.
+    fn adapted(&self, draft: usize) -> Sample {
+        let own = 1 + draft * BUDGETS.len()..1 + (draft + 1) * BUDGETS.len();
+        let own = self.cells[..1].iter().chain(&self.cells[own]);
+        let own: Vec<&Cell> = own.collect();
+        let best = largest(
+            own.iter()
+                .map(|cell| cell.speed.over(self.plain()).median()),
+        );
+        self.automatic[draft].speed.over(&own[best].speed)
     }
 }
 
@@ -188,11 +207,14 @@ fn batch(sweep: &Rounds, fixed: &Rounds, plans: &[[Value; 2]], batch: usize) -> 
             Some(both[1].speed.over(&both[0].speed))
         }
     };
-    let expected = |cell: &Cell| cell.predicted.map_or(0.0, |p| p[0]);
+    let expected = |cell: &Cell| cell.predicted.map_or(0.0, |p| p[0].over_plain);
     Ok(Batch {
         batch,
         chosen: largest(all.iter().map(expected)),
-        best: largest(all.iter().map(|cell| cell.speed.median())),
+        best: largest(
+            all.iter()
+                .map(|cell| cell.speed.over(&all[0].speed).median()),
+        ),
         cells: all,
         automatic,
         fixed,
@@ -202,18 +224,21 @@ fn batch(sweep: &Rounds, fixed: &Rounds, plans: &[[Value; 2]], batch: usize) -> 
 /// Shares of cells whose predictions are within 15 % of what was measured.
 fn within(batches: &[Batch], which: usize) -> (usize, usize) {
     let ratios = batches.iter().flat_map(|b| &b.cells);
-    let ratios = ratios.filter_map(|c| Some(c.predicted?[which] / c.speed.median()));
+    let ratios = ratios.filter_map(|c| Some(c.predicted?[which].speed / c.speed.median()));
     ratios.fold((0, 0), |(near, all), ratio| {
         (near + usize::from((ratio - 1.0).abs() <= 0.15), all + 1)
     })
 }
 
 pub(super) fn write(options: &Options) -> Result<()> {
-    let sweep = rounds(options, |r| options.round(r), 1)?;
-    let fixed = rounds(options, |r| options.fixed(r), EVERY)?;
+    let sweep = rounds(&options.work, "round-", None)?;
     let Some(first) = sweep.summaries.first() else {
         bail!("{}: no round", options.work.display());
     };
+    let fixed = rounds(&options.work, "fixed-", Some(&first["environment"]))?;
+    let asked = read(&options.work.join("asked.json"))?;
+    let of = asked["batches"].as_array().map_or(&[][..], Vec::as_slice);
+    let of = of.iter().filter_map(|b| Some(b.as_u64()? as usize));
     let plans: Vec<[Value; 2]> = DRAFTS
         .iter()
         .map(|draft| {
@@ -223,25 +248,19 @@ pub(super) fn write(options: &Options) -> Result<()> {
             ])
         })
         .collect::<Result<_>>()?;
-    let batches: Vec<Batch> = options
-        .batches
-        .iter()
-        .map(|&b| batch(&sweep, &fixed, &plans, b))
+    let batches: Vec<Batch> = of
+        .map(|b| batch(&sweep, &fixed, &plans, b))
         .collect::<Result<_>>()?;
-    let planning: f64 = DRAFTS
-        .iter()
-        .map(|draft| {
-            let trace = options
-                .work
-                .join(format!("trace-{}/summary.json", draft.name));
-            seconds(&trace) + seconds(&options.costs(draft)) + seconds(&options.plan(draft, true))
-        })
-        .sum();
+    let mut planning = seconds(&options.plan(&DRAFTS[DRAFTS.len() - 1], true))?;
+    for draft in &DRAFTS {
+        let trace = format!("trace-{}/summary.json", draft.name);
+        planning += seconds(&options.work.join(trace))?;
+    }
     fs::create_dir_all(&options.results)?;
     let environment = &first["environment"];
     let told = json!({
         "environment": environment,
-        "asked": options.asked(),
+        "asked": asked,
         "rounds": sweep.summaries.len(),
         "seconds": { "plan": planning, "sweep": sweep.seconds },
         "within_15_percent": [within(&batches, 0), within(&batches, 1)],
@@ -255,8 +274,9 @@ pub(super) fn write(options: &Options) -> Result<()> {
 
 fn as_json(of: &Batch) -> Value {
     let cell = |cell: &Cell| {
-        json!({ "decoder": cell.name(), "tau": cell.tau, "tokens_per_s": cell.speed.json(),
-                "over_plain": cell.speed.over(of.plain()).json(), "predicted": cell.predicted })
+        let predicted = cell.predicted.map(|p| p.map(|e| [e.speed, e.over_plain]));
+        json!({ "decoder": cell.name(), "tau": cell.tau.median(), "tokens_per_s": cell.speed.json(),
+                "over_plain": cell.speed.over(of.plain()).json(), "predicted": predicted })
     };
     let over_best = |cell: &Cell| cell.speed.over(&of.cells[of.best].speed).json();
     json!({
@@ -266,7 +286,7 @@ fn as_json(of: &Batch) -> Value {
         "best": of.cells[of.best].name(),
         "planned": of.cells[of.chosen].name(),
         "planned_over_best": over_best(&of.cells[of.chosen]),
-        "automatic_over_best": over_best(of.adapted()),
+        "automatic_over_best": (0..DRAFTS.len()).map(|d| of.adapted(d).json()).collect::<Vec<_>>(),
         "fixed_over_plain": of.fixed.as_ref().map(Sample::json),
     })
 }
@@ -284,24 +304,34 @@ fn page(batches: &[Batch], environment: &Value, sweep: &Rounds, planning: f64) -
         sweep.seconds,
         planning / sweep.seconds
     );
-    text += "| batch | plain, tokens/s | best of the sweep | over plain | the plan's choice | over the best | automatic | over plain | over the best | 60 nodes over plain |\n";
-    text += "|---|---|---|---|---|---|---|---|---|---|\n";
-    for b in batches {
-        let (best, chosen, adapted) = (&b.cells[b.best], &b.cells[b.chosen], b.adapted());
-        let fixed = b.fixed.as_ref().map_or("-".into(), Sample::to_string);
-        let _ = writeln!(
+    text += "| batch | plain, tokens/s | best of the sweep | over plain | the plan's choice | over the best |";
+    for draft in &DRAFTS {
+        let _ = write!(
             text,
-            "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {fixed} |",
+            " {} automatic, over plain | over the best of its own |",
+            draft.name
+        );
+    }
+    text += " 60 nodes over plain |\n|---|---|---|---|---|---|";
+    text += &"---|---|".repeat(DRAFTS.len());
+    text += "---|\n";
+    for b in batches {
+        let (best, chosen) = (&b.cells[b.best], &b.cells[b.chosen]);
+        let _ = write!(
+            text,
+            "| {} | {} | {} | {} | {} | {} |",
             b.batch,
             b.plain(),
             best.name(),
             best.speed.over(b.plain()),
             chosen.name(),
-            chosen.speed.over(&best.speed),
-            adapted.of.as_ref().map_or("-", |(draft, _)| draft),
-            adapted.speed.over(b.plain()),
-            adapted.speed.over(&best.speed),
+            chosen.speed.over(&best.speed)
         );
+        for (i, cell) in b.automatic.iter().enumerate() {
+            let _ = write!(text, " {} | {} |", cell.speed.over(b.plain()), b.adapted(i));
+        }
+        let fixed = b.fixed.as_ref().map_or("-".into(), Sample::to_string);
+        let _ = writeln!(text, " {fixed} |");
     }
     let ([near, all], [near_behind, _]) = (
         <[usize; 2]>::from(within(batches, 0)),
@@ -315,7 +345,7 @@ fn page(batches: &[Batch], environment: &Value, sweep: &Rounds, planning: f64) -
     for b in batches {
         for cell in b.cells.iter().chain(&b.automatic) {
             let ratio = |which: usize| {
-                let of = cell.predicted.map(|p| p[which] / cell.speed.median());
+                let of = cell.predicted.map(|p| p[which].speed / cell.speed.median());
                 of.map_or("-".into(), |r| format!("{r:.2}"))
             };
             let _ = writeln!(
@@ -323,7 +353,7 @@ fn page(batches: &[Batch], environment: &Value, sweep: &Rounds, planning: f64) -
                 "| {} | {} | {:.2} | {} | {} | {} | {} |",
                 b.batch,
                 cell.name(),
-                cell.tau,
+                cell.tau.median(),
                 cell.speed,
                 cell.speed.over(b.plain()),
                 ratio(0),
@@ -342,12 +372,15 @@ fn figure(batches: &[Batch], environment: &Value, path: &Path) -> Result<()> {
             .filter_map(|b| Some((b.batch as f64, of(b)?, 0.0)))
             .collect(),
     };
+    let draft = DRAFTS[0].name;
     let all = [
         series("plain decoding", &|b| Some(b.plain().median())),
-        series("60 nodes at every batch", &|b| {
+        series(&format!("{draft}, 60 nodes at every batch"), &|b| {
             Some(b.fixed.as_ref()?.median() * b.plain().median())
         }),
-        series("automatic budgets", &|b| Some(b.adapted().speed.median())),
+        series(&format!("{draft}, automatic budgets"), &|b| {
+            Some(b.automatic[0].speed.median())
+        }),
         series("best of the sweep", &|b| {
             Some(b.cells[b.best].speed.median())
         }),
@@ -402,9 +435,9 @@ mod tests {
                     95.0
                 };
                 json!({ "batch": 4, "draft": DRAFTS[draft].name, "budget": { "total": total, "width": width, "depth": depth },
-                        "tokens_per_s": { "value": expected } })
+                        "tokens_per_s": { "value": expected }, "plain_tokens_per_s": 90.0 })
             };
-            let plain = json!({ "batch": 4, "draft": null, "budget": { "total": 1, "width": 1, "depth": 0 }, "tokens_per_s": { "value": 90.0 } });
+            let plain = json!({ "batch": 4, "draft": null, "budget": { "total": 1, "width": 1, "depth": 0 }, "tokens_per_s": { "value": 90.0 }, "plain_tokens_per_s": 90.0 });
             let cells: Vec<Value> = std::iter::once(plain)
                 .chain(BUDGETS.iter().enumerate().map(|(i, of)| cell(i, *of)))
                 .collect();
@@ -433,8 +466,14 @@ mod tests {
                 (ratio("planned_over_best") - expected).abs() < 1e-12,
                 "{told}"
             );
+            // The first draft's best is plain decoding, as the best cell is the second's.
+            let automatic = |i: usize| told["automatic_over_best"][i]["median"].as_f64();
             assert!(
-                (ratio("automatic_over_best") - 0.98).abs() < 1e-12,
+                automatic(0).is_some_and(|r| (r - 1.47).abs() < 1e-12),
+                "{told}"
+            );
+            assert!(
+                automatic(1).is_some_and(|r| (r - 80.0 / 150.0).abs() < 1e-12),
                 "{told}"
             );
             // Plain decoding 0.9, the cells expected at 95 and decoding at 90 as well; the two at stake are not.

@@ -123,6 +123,35 @@ const PARTS: [Part; 4] = [
     },
 ];
 
+impl Part {
+    /// The folder of a method's run, below that of the comparison: the same method over the same texts is one run, whatever part names it.
+    fn place(&self, (name, aligner): Method, seed: u64) -> PathBuf {
+        let first = &PARTS[0];
+        let same = first.methods.iter().find(|(_, a)| *a == aligner);
+        let (part, name) = match same {
+            Some((name, _)) if self.data() == first.data() => (first.name, *name),
+            _ => (self.name, name),
+        };
+        Path::new(part).join(format!("{}-{seed}", folder(name)))
+    }
+
+    /// The folder of the student that was taught nothing.
+    fn untaught(&self) -> PathBuf {
+        let first = &PARTS[0];
+        let part = if self.data() == first.data() {
+            first.name
+        } else {
+            self.name
+        };
+        Path::new(part).join(UNTAUGHT)
+    }
+
+    /// What its runs have in common.
+    fn data(&self) -> (&'static str, &'static [&'static str]) {
+        (self.vocabulary, self.texts)
+    }
+}
+
 /// Learning rates that each method of the first part is tried with.
 const RATES: [&str; 3] = ["3e-4", "1e-3", "3e-3"];
 
@@ -359,11 +388,10 @@ impl Comparison<'_> {
         let chosen = self.chosen()?;
         let student = self.pretrained(part.vocabulary)?;
         let steps = self.options.steps().reporting;
-        let place = self.options.work.join(part.name);
         // Seed by seed, so that what is there when it is broken off is whole.
         for seed in 0..self.options.seeds(part) {
             for (name, aligner) in self.options.methods(part) {
-                let dir = place.join(format!("{}-{seed}", folder(name)));
+                let dir = self.options.work.join(part.place((name, aligner), seed));
                 // A part of a method has the method's rate.
                 let rate = chosen.get(aligner).or(chosen.get(PUBLISHED));
                 let rate = *rate.context("no rate was chosen")?;
@@ -374,8 +402,8 @@ impl Comparison<'_> {
                 page::write(self.options)?;
             }
         }
-        let asked = self.asked(part, (&student, part.methods[0].1), RATES[1], (0, steps))?;
-        let dir = place.join(UNTAUGHT);
+        let asked = self.asked(part, (&student, CE), RATES[1], (0, steps))?;
+        let dir = self.options.work.join(part.untaught());
         self.score(part, &asked, &dir, (UNTAUGHT, 0, "-"), &Value::Null)
     }
 

@@ -1,7 +1,7 @@
 //! The comparison's scores, as a file and a page.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
@@ -9,26 +9,27 @@ use serde_json::{Value, json};
 use super::{Options, PARTS, Part, UNTAUGHT};
 use crate::compare::numbers::Interval;
 
-/// Scores of the runs of a part, in the order of its methods.
-fn scores(place: &Path, part: &Part, name: &str) -> Result<Vec<Value>> {
+/// Scores of the runs of a part that are there, in the order of its methods, behind those of the student that was taught nothing.
+fn scores(work: &Path, part: &Part, name: &str) -> Result<Vec<Value>> {
     let mut all: Vec<Value> = Vec::new();
-    let Ok(entries) = std::fs::read_dir(place.join(part.name)) else {
-        return Ok(all);
-    };
-    for entry in entries {
-        let path = entry?.path().join(name);
+    let mut read = |dir: PathBuf, method: &str| -> Result<()> {
+        let path = work.join(dir).join(name);
         if path.exists() {
             let text = std::fs::read_to_string(&path)?;
-            let found = serde_json::from_str(&text);
-            all.push(found.with_context(|| format!("{}", path.display()))?);
+            let found: Result<Value, _> = serde_json::from_str(&text);
+            let mut found = found.with_context(|| format!("{}", path.display()))?;
+            // As this part names it.
+            found["method"] = method.into();
+            all.push(found);
+        }
+        Ok(())
+    };
+    read(part.untaught(), UNTAUGHT)?;
+    for &method in part.methods {
+        for seed in 0..part.seeds {
+            read(part.place(method, seed), method.0)?;
         }
     }
-    let order = |run: &Value| {
-        let name = run["method"].as_str().unwrap_or_default();
-        let place = part.methods.iter().position(|(n, _)| *n == name);
-        (place.map_or(0, |p| p + 1), run["seed"].as_u64())
-    };
-    all.sort_by_key(order);
     Ok(all)
 }
 
@@ -214,6 +215,26 @@ mod tests {
         };
         json!({"method": method, "seed": seed, "lr": "1e-3", "bits_per_byte": bits, "next_byte": 0.5,
                "said": {"count": 6, "f1": bits / 10.0, "rouge_l": 0.1, "rouge_lsum": 0.1}, "answers": (0..6).map(answer).collect::<Vec<_>>()})
+    }
+
+    #[test]
+    fn the_same_method_over_the_same_texts_is_one_run() {
+        let [texts, answers, ablation, qwen] = &PARTS;
+        let of = |part: &Part, i: usize| part.place(part.methods[i], 2);
+        assert_eq!(of(ablation, 6), of(texts, 3));
+        assert_eq!(of(ablation, 0), Path::new("texts/ce-2"));
+        assert_eq!(of(ablation, 3), Path::new("ablation/rank--50-tokens-2"));
+        assert_eq!(of(answers, 0), Path::new("answers/sequences--ce--2"));
+        assert_eq!(of(qwen, 0), Path::new("qwen2.5/ce-2"));
+        assert_eq!(ablation.untaught(), texts.untaught());
+        let mut places: Vec<_> = PARTS
+            .iter()
+            .flat_map(|part| part.methods.iter().map(|m| part.place(*m, 0)))
+            .collect();
+        let all = places.len();
+        places.sort();
+        places.dedup();
+        assert_eq!(all - places.len(), 3);
     }
 
     #[test]

@@ -213,11 +213,13 @@ pub(crate) fn grid(args: &[String]) -> Result<()> {
     }
     let features = features(&scylla, &options)?;
     if options.held_out {
+        let mut gathered = Ok(());
         for part in &HELD_OUT {
             sweep(&scylla, &options, part, part.budgets, &features)?;
-            gather(&scylla, &options)?;
+            // What cannot be told yet does not keep the rest from being trained.
+            gathered = gather(&scylla, &options);
         }
-        return Ok(());
+        return gathered;
     }
     let parts: &[Part] = if options.small { &SMALL } else { &GRID };
     for until in UNTIL {
@@ -511,11 +513,20 @@ fn gather(scylla: &Path, options: &Options) -> Result<()> {
     // Few runs tell no law.
     let out = fit.output()?;
     let found: Value = serde_json::from_slice(&out.stdout).unwrap_or_default();
-    if !held.is_empty() {
-        std::fs::write(results.join("held-out.md"), page::held_out(&found)?)?;
-    }
     let fits = found["fits"].as_array().cloned();
-    page::write(results, &fits.unwrap_or_default())
+    page::write(results, &fits.unwrap_or_default())?;
+    match held.len() {
+        0 => Ok(()),
+        _ if !out.status.success() => bail!(
+            "{}: {}",
+            results.display(),
+            String::from_utf8_lossy(&out.stderr)
+        ),
+        count => {
+            let text = page::held_out(&found, count)?;
+            Ok(std::fs::write(results.join("held-out.md"), text)?)
+        }
+    }
 }
 
 #[cfg(test)]

@@ -156,42 +156,53 @@ pub(super) fn tested(set: &str, found: &[(&str, &Value)]) -> Result<String> {
     Ok(text)
 }
 
-/// What was said of runs that no law was fitted to, and what they have: `found` is what `scylla fit --json` says.
-pub(super) fn held_out(found: &Value) -> Result<String> {
+/// What was said of `runs` runs that no law was fitted to, and what they have: `found` is what `scylla fit --json` says.
+pub(super) fn held_out(found: &Value, runs: usize) -> Result<String> {
     let mut text = String::from(
-        "Runs that no law was fitted to: what those of `runs.jsonl` say of them (90 % band), and what they have (dev prompts, greedy, trees of 20 nodes). Written by `cargo xtask grid --held-out`.\n\n\
+        "Runs that no law was fitted to: what those of `runs.jsonl` say of them (90 % band), and what they have (dev prompts, greedy, trees of 20 nodes). Those of 1, 2 and 4 layers go on from \
+         trunks that fitted runs left, those of 3 and 6 have trunks of their own. Written by `cargo xtask grid --held-out`.\n\n\
          | run | seed | predicted | band | found | inside |\n|---|---|---|---|---|---|\n",
     );
-    for one in found["held"].as_array().context("no runs held out")? {
+    let told = found["held"].as_array().context("no runs held out")?;
+    // Inside, and in all, of those with a trunk that was fitted and of the others.
+    let mut counts = [[0, 0]; 2];
+    for one in told {
         let number = |key: &str| one[key].as_f64().with_context(|| format!("no {key}"));
         let (low, high, tau) = (number("low")?, number("high")?, number("found")?);
-        let inside = if (low..=high).contains(&tau) {
-            "yes"
-        } else {
-            "no"
-        };
+        let inside = (low..=high).contains(&tau);
+        let own = usize::from([3, 6].contains(&one["layers"].as_u64().unwrap_or(0)));
+        counts[own][0] += usize::from(inside);
+        counts[own][1] += 1;
         let _ = writeln!(
             text,
-            "| {}, D = {}, {:.0} tokens | {} | {:.3} | {low:.3}-{high:.3} | {tau:.3} | {inside} |",
+            "| {}, D = {}, {:.0} tokens | {} | {:.3} | {low:.3}-{high:.3} | {tau:.3} | {} |",
             one["family"].as_str().unwrap_or("?"),
             one["layers"],
             number("tokens")?,
             one["seed"],
-            number("tau")?
+            number("tau")?,
+            if inside { "yes" } else { "no" }
         );
     }
     let score = |key: &str| found["score"][key].as_f64();
-    if let (Some(error), Some(last), Some(mean), Some(inside), Some(width)) = (
+    if let (Some(error), Some(last), Some(mean), Some(width)) = (
         score("error"),
         score("last_value"),
         score("mean"),
-        score("inside"),
         score("half_width"),
     ) {
+        let [[of_fitted, fitted], [of_own, own]] = counts;
         let _ = writeln!(
             text,
-            "\nMean absolute error {error:.3}; of the last value seen {last:.3}, of the mean {mean:.3}. {:.0} % are inside, the bands' half-width is {width:.3}.",
-            inside * 100.0
+            "\nMean absolute error {error:.3}; of the last value seen {last:.3}, of the mean {mean:.3}. Inside are {of_fitted} of {fitted} on trunks that were fitted and {of_own} of {own} on their own; \
+             the bands' half-width is {width:.3}."
+        );
+    }
+    if told.len() < runs {
+        let _ = writeln!(
+            text,
+            "\nOf {} runs no law says anything.",
+            runs - told.len()
         );
     }
     Ok(text)
@@ -398,17 +409,19 @@ mod tests {
     fn runs_that_were_held_out_are_told_with_their_bands() {
         let one = |tau: f64, found: f64| json!({"family": "scylla", "layers": 3, "tokens": 4_194_304.0, "seed": 0, "tau": tau, "low": tau - 0.1, "high": tau + 0.1, "found": found});
         let score = json!({"error": 0.05, "last_value": 0.2, "mean": 0.3, "inside": 0.5, "half_width": 0.1});
-        let text = held_out(&json!({"held": [one(1.8, 1.85), one(1.8, 1.95)], "score": score}));
+        let found = json!({"held": [one(1.8, 1.85), one(1.8, 1.95)], "score": score});
+        let text = held_out(&found, 3);
         let text = text.expect("a table");
         for expected in [
             "| scylla, D = 3, 4194304 tokens | 0 | 1.800 | 1.700-1.900 | 1.850 | yes |",
             "| 1.950 | no |",
             "error 0.050; of the last value seen 0.200",
-            "50 % are inside",
+            "0 of 0 on trunks that were fitted and 1 of 2 on their own",
+            "Of 1 runs no law",
         ] {
             assert!(text.contains(expected), "{text}");
         }
-        assert!(held_out(&json!({})).is_err());
+        assert!(held_out(&json!({}), 1).is_err());
     }
 
     #[test]
