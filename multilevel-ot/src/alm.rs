@@ -1,7 +1,8 @@
 use serde::Deserialize;
 
 use crate::answer::{Answer, Pair};
-use crate::chunks::Sequence;
+use crate::bytes::Group;
+use crate::chunks::{Part, Sequence};
 use crate::loss::{Evaluation, Objective, aligner, mean_of_sequences};
 use crate::rows::Rows;
 use crate::{Error, Result, Scalar};
@@ -68,8 +69,7 @@ impl Objective for Alm {
             let groups = s.groups(pair, b)?;
             let ce = s.cross_entropy(weights[0] * share, gradient.as_deref_mut());
             let each = 1.0 / groups.len().max(1) as f64;
-            let mut alm = 0.0;
-            for group in &groups {
+            let of_group = |(): &mut (), group: &Group, part: Option<Part<'_, F>>| {
                 let scaled = |log: f64| log / self.temperature - self.epsilon;
                 let a = scaled(likelihood(
                     &s.teacher,
@@ -79,15 +79,17 @@ impl Objective for Alm {
                 let c = scaled(likelihood(&s.student, &s.answer, group.student.clone()));
                 // 1 - e^x, which cancels where the likelihood is near 1.
                 let (other_a, other_c) = (-a.exp_m1(), -c.exp_m1());
-                alm -= each * (a.exp() * c + other_a * other_c.ln());
                 let slope = other_a * c.exp() / other_c - a.exp();
                 let factor = F::of(weights[1] * share * each * slope / self.temperature);
-                if let Some(gradient) = gradient.as_deref_mut() {
+                if let Some(mut part) = part {
                     for row in group.student.clone() {
-                        s.add_log(gradient, row, 1.0, s.answer.tokens[row], factor);
+                        s.add_log(&mut part, row, 1.0, s.answer.tokens[row], factor);
                     }
                 }
-            }
+                each * (a.exp() * c + other_a * other_c.ln())
+            };
+            let found = s.by_group(&groups, gradient, || (), of_group);
+            let alm = found.into_iter().fold(0.0, |alm, of| alm - of);
             Ok(Evaluation {
                 parts: vec![ce, alm],
                 notes: vec![("groups", groups.len() as f64)],

@@ -5,6 +5,7 @@ use crate::Result;
 use crate::Scalar;
 use crate::answer::{Answer, Pair};
 use crate::bytes::{Group, groups};
+use crate::parallel::{by_row, by_start, threads};
 use crate::rows::Rows;
 
 /// One sequence of both sides.
@@ -14,6 +15,15 @@ pub(crate) struct Sequence<'a, F> {
     pub(crate) answer: Answer,
     pub(crate) teacher_answer: Answer,
     width: usize,
+    /// For what is taken row by row, or group by group.
+    threads: usize,
+}
+
+/// The gradient of some of a sequence's rows, one after another.
+pub(crate) struct Part<'g, F> {
+    values: &'g mut [F],
+    /// The first of them.
+    from: usize,
 }
 
 impl<'a, F: Scalar> Sequence<'a, F> {
@@ -30,6 +40,7 @@ impl<'a, F: Scalar> Sequence<'a, F> {
         Ok(Self {
             student: Rows::read(&pair.student, b, &answer.rows, &own, None)?,
             teacher: Rows::read(&pair.teacher, b, &teacher_answer.rows, &other, None)?,
+            threads: threads(pair.student.batch, answer.rows.len() * pair.student.vocab),
             answer,
             teacher_answer,
             width: pair.student.width,
@@ -50,22 +61,58 @@ impl<'a, F: Scalar> Sequence<'a, F> {
         Ok(found.into_iter().filter(whole).collect())
     }
 
+    /// Gives each group, with the gradient of its rows, to `each`; what it makes of them, in order. A sequence alone has several threads.
+    pub(crate) fn by_group<S, T: Send>(
+        &self,
+        groups: &[Group],
+        gradient: Option<&mut [F]>,
+        scratch: impl Fn() -> S + Sync,
+        each: impl Fn(&mut S, &Group, Option<Part<'_, F>>) -> T + Sync,
+    ) -> Vec<T> {
+        let first = |g: &Group| self.answer.rows[g.student.start];
+        let starts: Vec<usize> = groups.iter().map(first).collect();
+        let of = |scratch: &mut S, i: usize, values: Option<&mut [F]>| {
+            let from = starts[i];
+            each(
+                scratch,
+                &groups[i],
+                values.map(|values| Part { values, from }),
+            )
+        };
+        by_start(&starts, self.width, gradient, self.threads, scratch, of)
+    }
+
+    /// Gives each row, with its gradient, to `each`, in the same way.
+    pub(crate) fn by_row<T: Send>(
+        &self,
+        gradient: Option<&mut [F]>,
+        each: impl Fn(usize, Option<Part<'_, F>>) -> T + Sync,
+    ) -> Vec<T> {
+        let rows = &self.answer.rows;
+        let of = |(): &mut (), row: usize, values: Option<&mut [F]>| {
+            let from = rows[row];
+            each(row, values.map(|values| Part { values, from }))
+        };
+        by_row(rows, self.width, gradient, self.threads, || (), of)
+    }
+
     /// Where a row's gradient stands.
-    pub(crate) fn out<'g>(&self, gradient: &'g mut [F], row: usize) -> &'g mut [F] {
-        &mut gradient[self.answer.rows[row] * self.width..][..self.student.x[row].len()]
+    pub(crate) fn out<'g>(&self, part: &'g mut Part<'_, F>, row: usize) -> &'g mut [F] {
+        let at = (self.answer.rows[row] - part.from) * self.width;
+        &mut part.values[at..][..self.student.x[row].len()]
     }
 
     /// Adds the gradient of `factor log p(token)` of a row.
     pub(crate) fn add_log(
         &self,
-        gradient: &mut [F],
+        part: &mut Part<'_, F>,
         row: usize,
         temperature: f64,
         token: usize,
         factor: F,
     ) {
         let slope = factor / F::of(temperature);
-        let out = self.out(gradient, row);
+        let out = self.out(part, row);
         self.student
             .add_probabilities(row, temperature, -slope, out);
         out[token] = out[token] + slope;
@@ -74,7 +121,7 @@ impl<'a, F: Scalar> Sequence<'a, F> {
     /// Adds the gradient of what has `upstream` with respect to the probabilities `q` of a row, `factor` times.
     pub(crate) fn add_through(
         &self,
-        gradient: &mut [F],
+        part: &mut Part<'_, F>,
         row: usize,
         temperature: f64,
         (q, upstream): (&[F], &[F]),
@@ -82,23 +129,24 @@ impl<'a, F: Scalar> Sequence<'a, F> {
     ) {
         let mean = crate::scalar::dot(q, upstream);
         let slope = factor / F::of(temperature);
-        let out = self.out(gradient, row);
+        let out = self.out(part, row);
         for ((out, &q), &u) in out.iter_mut().zip(q).zip(upstream) {
             *out = *out + slope * q * (u - mean);
         }
     }
 
     /// The mean cross entropy of the answer, and its gradient.
-    pub(crate) fn cross_entropy(&self, weight: f64, mut gradient: Option<&mut [F]>) -> f64 {
+    pub(crate) fn cross_entropy(&self, weight: f64, gradient: Option<&mut [F]>) -> f64 {
         let tokens = &self.answer.tokens;
         let share = 1.0 / tokens.len().max(1) as f64;
-        let mut ce = 0.0;
-        for (row, &token) in tokens.iter().enumerate() {
-            ce -= share * self.student.log_probability(row, 1.0, token).wide();
-            if let Some(gradient) = gradient.as_deref_mut() {
-                self.add_log(gradient, row, 1.0, token, F::of(-weight * share));
+        let of_row = |row: usize, part: Option<Part<'_, F>>| {
+            let token = tokens[row];
+            if let Some(mut part) = part {
+                self.add_log(&mut part, row, 1.0, token, F::of(-weight * share));
             }
-        }
-        ce
+            share * self.student.log_probability(row, 1.0, token).wide()
+        };
+        let logs = self.by_row(gradient, of_row);
+        logs.into_iter().fold(0.0, |ce, log| ce - log)
     }
 }

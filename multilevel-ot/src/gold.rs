@@ -3,7 +3,8 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use crate::answer::{Answer, Pair};
-use crate::chunks::Sequence;
+use crate::bytes::Group;
+use crate::chunks::{Part, Sequence};
 use crate::loss::{Evaluation, Objective, aligner, mean_of_sequences};
 use crate::rows::Rows;
 use crate::sorted::Scratch;
@@ -235,41 +236,51 @@ impl Objective for Gold {
             ];
             parts.resize(weights.len(), 0.0);
             let each = 1.0 / groups.len().max(1) as f64;
-            let mut scratch = Scratch::default();
-            let mut upstream = vec![F::zero(); pair.student.vocab];
-            for group in &groups {
+            let held = || (Scratch::default(), vec![F::zero(); pair.student.vocab]);
+            let factor = |part: usize| F::of(weights[part] * share * each);
+            let of_group = |held: &mut (Scratch<F>, Vec<F>),
+                            group: &Group,
+                            own: Option<Part<'_, F>>| {
+                let (scratch, upstream) = held;
                 let p = Merged::new(&s.teacher, &s.teacher_answer, group.teacher.clone(), cold);
                 let q = Merged::new(&s.student, &s.answer, group.student.clone(), hot);
-                let factor = |part: usize| F::of(weights[part] * share * each);
+                let uld;
+                let mut jsd = 0.0;
                 if settings.hybrid {
                     upstream.fill(F::zero());
                     let (own, others) = (q.of(&self.matched.student), p.of(&self.matched.teacher));
                     let mut of_own = vec![F::zero(); own.len()];
-                    parts[1] += each * F::distance(&others, &own, &mut scratch, &mut of_own).wide();
+                    uld = each * F::distance(&others, &own, scratch, &mut of_own).wide();
                     for (&j, &u) in self.matched.student.iter().zip(&of_own) {
                         upstream[j] = factor(1) * u;
                     }
                     for &(j, i) in &self.matched.pairs {
                         let (value, slope) = divergence(p.at(i), q.at(j), F::of(settings.beta));
-                        parts[2] += each * value.wide();
+                        jsd += each * value.wide();
                         upstream[j] = factor(2) * slope;
                     }
                 } else {
                     let scaled =
                         |m: &Merged<F>| m.last.iter().map(|&x| x * m.before).collect::<Vec<F>>();
-                    parts[1] += each
-                        * F::distance(&scaled(&p), &scaled(&q), &mut scratch, &mut upstream).wide();
+                    uld = each * F::distance(&scaled(&p), &scaled(&q), scratch, upstream).wide();
                     upstream.iter_mut().for_each(|u| *u = *u * factor(1));
                 }
-                let Some(gradient) = gradient.as_deref_mut() else {
-                    continue;
+                let Some(mut own) = own else {
+                    return (uld, jsd);
                 };
                 let last = group.student.end - 1;
-                s.add_through(gradient, last, hot, (&q.last, &upstream), q.before);
+                s.add_through(&mut own, last, hot, (&q.last, upstream), q.before);
                 // The tokens before scale all of it.
-                let of_before = q.before * crate::scalar::dot(&q.last, &upstream);
+                let of_before = q.before * crate::scalar::dot(&q.last, upstream);
                 for row in group.student.start..last {
-                    s.add_log(gradient, row, hot, s.answer.tokens[row], of_before);
+                    s.add_log(&mut own, row, hot, s.answer.tokens[row], of_before);
+                }
+                (uld, jsd)
+            };
+            for (uld, jsd) in s.by_group(&groups, gradient, held, of_group) {
+                parts[1] += uld;
+                if let Some(part) = parts.get_mut(2) {
+                    *part += jsd;
                 }
             }
             Ok(Evaluation {

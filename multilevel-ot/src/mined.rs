@@ -3,7 +3,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use crate::answer::Pair;
-use crate::chunks::Sequence;
+use crate::chunks::{Part, Sequence};
 use crate::loss::{Evaluation, Objective, aligner, mean_of_sequences};
 use crate::top::heaviest;
 use crate::vocabulary::edits;
@@ -144,8 +144,8 @@ impl Objective for MinEd {
             let alike = self.alike(&s.answer.tokens, &s.teacher_answer.tokens);
             let each = 1.0 / s.answer.tokens.len().max(1) as f64;
             let factor = F::of(weights[1] * share * each);
-            let mut kl = 0.0;
-            for (row, (&token, alike)) in s.answer.tokens.iter().zip(&alike).enumerate() {
+            let of_row = |row: usize, part: Option<Part<'_, F>>| {
+                let (token, alike) = (s.answer.tokens[row], alike[row]);
                 let mut target: Vec<(usize, F)> = Vec::new();
                 let row_of_teacher = alike.map(|j| s.teacher.x[j]);
                 for t in row_of_teacher
@@ -166,25 +166,29 @@ impl Objective for MinEd {
                 }
                 let max = target.iter().map(|t| t.1).fold(F::neg_infinity(), F::max);
                 let total = max + target.iter().map(|t| (t.1 - max).exp()).sum::<F>().ln();
+                let mut terms = Vec::with_capacity(target.len());
+                let mut part = part;
                 for &(id, x) in &target {
                     let log = x - total;
                     let expected = log.exp();
                     if expected > F::zero() {
-                        kl += each
-                            * (expected * (log - s.student.log_probability(row, temperature, id)))
-                                .wide();
+                        let below = log - s.student.log_probability(row, temperature, id);
+                        terms.push(each * (expected * below).wide());
                     }
-                    if let Some(gradient) = gradient.as_deref_mut() {
-                        let out = s.out(gradient, row);
+                    if let Some(part) = &mut part {
+                        let out = s.out(part, row);
                         out[id] = out[id] - factor * expected / F::of(temperature);
                     }
                 }
-                if let Some(gradient) = gradient.as_deref_mut() {
-                    let out = s.out(gradient, row);
+                if let Some(part) = &mut part {
+                    let out = s.out(part, row);
                     s.student
                         .add_probabilities(row, temperature, factor / F::of(temperature), out);
                 }
-            }
+                terms
+            };
+            let found = s.by_row(gradient, of_row);
+            let kl = found.into_iter().flatten().fold(0.0, |kl, of| kl + of);
             let mapped = alike.iter().flatten().count();
             Ok(Evaluation {
                 parts: vec![ce, kl],

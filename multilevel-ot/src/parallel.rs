@@ -19,27 +19,44 @@ pub(crate) fn by_row<F: Send, S, T: Send>(
     scratch: impl Fn() -> S + Sync,
     each: impl Fn(&mut S, usize, Option<&mut [F]>) -> T + Sync,
 ) -> Vec<T> {
-    // Rows `first` on, whose gradients begin at row `base`.
+    by_start(rows, width, gradient, threads, scratch, |s, row, own| {
+        each(s, row, own.map(|own| &mut own[..width]))
+    })
+}
+
+/// The same of parts of several rows, that begin at `starts`: each has the values from its start to that of the next.
+pub(crate) fn by_start<F: Send, S, T: Send>(
+    starts: &[usize],
+    width: usize,
+    gradient: Option<&mut [F]>,
+    threads: usize,
+    scratch: impl Fn() -> S + Sync,
+    each: impl Fn(&mut S, usize, Option<&mut [F]>) -> T + Sync,
+) -> Vec<T> {
+    // Parts `first` on, whose gradients begin at row `base`.
     let run = |first: usize, count: usize, base: usize, mut own: Option<&mut [F]>| -> Vec<T> {
         let mut scratch = scratch();
-        let one = |row: usize| {
-            let at = (rows[row] - base) * width;
-            let out = own.as_deref_mut().map(|own| &mut own[at..at + width]);
-            each(&mut scratch, row, out)
+        let one = |part: usize| {
+            let out = own.as_deref_mut().map(|own| {
+                let next = starts.get(part + 1).map(|next| (next - base) * width);
+                let end = next.unwrap_or(own.len()).min(own.len());
+                &mut own[(starts[part] - base) * width..end]
+            });
+            each(&mut scratch, part, out)
         };
         (first..first + count).map(one).collect()
     };
-    let size = rows.len().div_ceil(threads.max(1)).max(1);
-    if size >= rows.len() {
-        return run(0, rows.len(), 0, gradient);
+    let size = starts.len().div_ceil(threads.max(1)).max(1);
+    if size >= starts.len() {
+        return run(0, starts.len(), 0, gradient);
     }
     std::thread::scope(|scope| {
         let (mut rest, mut base) = (gradient, 0);
         let mut running = Vec::new();
-        for first in (0..rows.len()).step_by(size) {
-            let count = size.min(rows.len() - first);
+        for first in (0..starts.len()).step_by(size) {
+            let count = size.min(starts.len() - first);
             let (own, begins) = (rest.take(), base);
-            let own = match (own, rows.get(first + count)) {
+            let own = match (own, starts.get(first + count)) {
                 (Some(all), Some(&next)) => {
                     let (own, behind) = all.split_at_mut((next - base) * width);
                     (rest, base) = (Some(behind), next);
@@ -67,10 +84,20 @@ mod tests {
     use scylla_core::train::{AlignContext, Aligner, AnswerLogits};
 
     use super::*;
-    use crate::{CrossEntropy, MultiLevelOt, Uld};
+    use crate::vocabulary::tests::vocabulary;
+    use crate::{
+        Alm, CrossEntropy, Gold, GoldSettings, MinEd, MinEdSettings, MultiLevelOt, Projection, Uld,
+        XToken, XTokenLoss, XTokenSettings,
+    };
 
-    /// Answers of `rows` tokens over a vocabulary, the same `batch` times.
-    fn answers(batch: usize, rows: usize, vocab: usize, seed: u64) -> (Var, AnswerLogits) {
+    /// Answers of `rows` tokens over a vocabulary, the same `batch` times. Every `apart`th token has the bytes of so many.
+    fn answers(
+        batch: usize,
+        rows: usize,
+        vocab: usize,
+        apart: usize,
+        seed: u64,
+    ) -> (Var, AnswerLogits) {
         let mut state = seed;
         let mut draw = || {
             state = state
@@ -83,12 +110,17 @@ mod tests {
         let logits = Var::from_vec(one.repeat(batch), (batch, rows, vocab), &Device::Cpu);
         let logits = logits.expect("logits");
         let labels = Tensor::from_vec(labels.repeat(batch), (batch, rows), &Device::Cpu);
+        let offsets = |i: usize| {
+            let end = |i: usize| i / apart * apart;
+            (end(i), end(i + 1))
+        };
+        let offsets: Vec<(usize, usize)> = (0..rows - 1).map(offsets).collect();
         let said = AnswerLogits {
             logits: logits.as_tensor().clone(),
             labels: labels.expect("labels"),
             vocab,
             tokens: None,
-            offsets: None,
+            offsets: Some(vec![offsets; batch]),
             hidden: None,
         };
         (logits, said)
@@ -97,15 +129,43 @@ mod tests {
     #[test]
     fn a_sequence_alone_has_all_threads_and_the_same_loss_to_the_bit() {
         let (rows, vocab) = (401, 1500);
-        let aligners: [Box<dyn Aligner>; 3] = [
+        let names: Vec<String> = (0..vocab).map(|i| format!("{i}")).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let (own, other) = (vocabulary(&names), vocabulary(&names[..vocab / 2]));
+        let projection =
+            Projection::new(&own, &other, |bytes| vec![u32::from(bytes[0]) % 10]).expect("fits");
+        let x_token = |loss| {
+            let settings = XTokenSettings {
+                loss,
+                topk: 100,
+                ..XTokenSettings::default()
+            };
+            XToken::new(settings, projection.clone()).expect("settings")
+        };
+        let gold = |hybrid| {
+            let settings = GoldSettings {
+                hybrid,
+                ce_weight: 0.5,
+                ..GoldSettings::default()
+            };
+            Gold::new(settings, Some((&own, &other))).expect("settings")
+        };
+        let mined = MinEd::new(MinEdSettings::default(), own.clone(), other.clone());
+        let aligners: [Box<dyn Aligner>; 9] = [
             Box::new(CrossEntropy::default()),
             Box::new(Uld::default()),
             Box::new(MultiLevelOt::paper()),
+            Box::new(mined.expect("settings")),
+            Box::new(Alm::default()),
+            Box::new(gold(false)),
+            Box::new(gold(true)),
+            Box::new(x_token(XTokenLoss::PKl)),
+            Box::new(x_token(XTokenLoss::HKl)),
         ];
         for aligner in &aligners {
             let of = |batch: usize| {
-                let (_, teacher) = answers(batch, rows, vocab / 2, 5);
-                let (_, student) = answers(batch, rows, vocab, 9);
+                let (_, teacher) = answers(batch, rows, vocab / 2, 2, 5);
+                let (_, student) = answers(batch, rows, vocab, 1, 9);
                 let context = AlignContext::default();
                 let loss = aligner.loss(&teacher, &student, &context).expect("a loss");
                 let gradient = loss.gradient.expect("a gradient").flatten_all();

@@ -4,7 +4,7 @@ use serde::Deserialize;
 
 use crate::answer::Pair;
 use crate::bytes::Group;
-use crate::chunks::Sequence;
+use crate::chunks::{Part, Sequence};
 use crate::loss::{Evaluation, Objective, aligner, mean_of_sequences};
 use crate::sorted::Scratch;
 use crate::top::heaviest;
@@ -229,41 +229,49 @@ impl Objective for XToken {
                         .iter()
                         .enumerate()
                         .for_each(|(at, &t)| place[t] = at as u32);
-                    let (mut q, mut upstream) = (Vec::new(), vec![F::zero(); own]);
-                    for group in &groups {
-                        parts[1] +=
-                            each * self.p_kl(&s, group, &tokens, &place, &mut upstream).wide();
-                        let Some(gradient) = gradient.as_deref_mut() else {
-                            continue;
-                        };
-                        let factor = factor(1) / F::of(group.student.len() as f64);
-                        for row in group.student.clone() {
-                            s.student.probabilities(row, temperature, &mut q);
-                            s.add_through(gradient, row, temperature, (&q, &upstream), factor);
+                    let held = || (Vec::new(), vec![F::zero(); own]);
+                    let of_group = |held: &mut (Vec<F>, Vec<F>),
+                                    group: &Group,
+                                    part: Option<Part<'_, F>>| {
+                        let (q, upstream) = held;
+                        let kl = self.p_kl(&s, group, &tokens, &place, upstream).wide();
+                        if let Some(mut part) = part {
+                            let factor = factor(1) / F::of(group.student.len() as f64);
+                            for row in group.student.clone() {
+                                s.student.probabilities(row, temperature, q);
+                                s.add_through(&mut part, row, temperature, (q, upstream), factor);
+                            }
                         }
+                        kl
+                    };
+                    for kl in s.by_group(&groups, gradient, held, of_group) {
+                        parts[1] += each * kl;
                     }
                 }
                 XTokenLoss::HKl => {
                     let uncommon = Uncommon::new(&self.pairs, own, others);
-                    for group in &groups {
+                    let of_group = |(): &mut (), group: &Group, part: Option<Part<'_, F>>| {
                         let (kl, uld, logs) =
                             self.h_kl(&s, group, &uncommon, factor(1), factor(2), own);
-                        parts[1] += each * kl;
-                        parts[2] += each * uld;
-                        let Some(gradient) = gradient.as_deref_mut() else {
-                            continue;
+                        let Some(mut part) = part else {
+                            return (kl, uld);
                         };
                         // The gradient of sum_j h_j log q_j of each row.
                         let slope = F::one() / F::of(group.student.len() as f64 * temperature);
                         let sum: F = logs.iter().copied().sum();
                         for row in group.student.clone() {
-                            let out = s.out(gradient, row);
+                            let out = s.out(&mut part, row);
                             s.student
                                 .add_probabilities(row, temperature, -slope * sum, out);
                             out.iter_mut()
                                 .zip(&logs)
                                 .for_each(|(o, &h)| *o = *o + slope * h);
                         }
+                        (kl, uld)
+                    };
+                    for (kl, uld) in s.by_group(&groups, gradient, || (), of_group) {
+                        parts[1] += each * kl;
+                        parts[2] += each * uld;
                     }
                 }
             }
