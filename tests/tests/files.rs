@@ -394,17 +394,22 @@ fn shard_names_may_not_leave_the_directory() {
     assert!(refusal(dir.path()).contains("is a path"));
 }
 
+/// A small SentencePiece tokenizer, out of a file in `dir`.
+fn sentencepiece(dir: &Path) -> Tokenizer {
+    let path = dir.join("model.gguf");
+    write_sentencepiece_gguf(&path);
+    let files = ModelFiles::open(&path).expect("opens");
+    let tokenizer = Tokenizer::of_model(&files).expect("reads");
+    tokenizer.expect("has one")
+}
+
 #[test]
 fn a_tokenizer_that_does_not_fit_the_model_is_refused() {
     let dir = tempfile::tempdir().expect("dir");
-    let path = dir.path().join("model.gguf");
-    write_sentencepiece_gguf(&path);
-    let files = ModelFiles::open(&path).expect("opens");
-    let tokenizer = Tokenizer::of_model(&files)
-        .expect("reads")
-        .expect("has one");
+    let path = dir.path();
+    let tokenizer = sentencepiece(path);
     let error = tokenizer
-        .check_fits(100, &path)
+        .check_fits(100, path)
         .expect_err("refused")
         .to_string();
     assert!(
@@ -412,7 +417,7 @@ fn a_tokenizer_that_does_not_fit_the_model_is_refused() {
         "{error}"
     );
     assert!(matches!(
-        tokenizer.check_fits(100, &path),
+        tokenizer.check_fits(100, path),
         Err(Error::File { .. })
     ));
 }
@@ -420,11 +425,7 @@ fn a_tokenizer_that_does_not_fit_the_model_is_refused() {
 #[test]
 fn a_sentencepiece_tokenizer_merges_by_score_and_falls_back_to_bytes() {
     let dir = tempfile::tempdir().expect("dir");
-    let path = dir.path().join("model.gguf");
-    write_sentencepiece_gguf(&path);
-    let tokenizer = Tokenizer::of_model(&ModelFiles::open(&path).expect("opens"))
-        .expect("reads")
-        .expect("has one");
+    let tokenizer = sentencepiece(dir.path());
     let pieces = |text: &str| -> Vec<String> {
         let ids = tokenizer.encode(text).expect("encodes");
         assert_eq!(ids[0], 1, "BOS comes first");
@@ -478,11 +479,7 @@ fn a_shape_is_described_as_a_configuration_says_it() {
 #[test]
 fn a_tokenizer_of_a_gguf_file_is_written_as_a_folder_that_reads_alike() {
     let dir = tempfile::tempdir().expect("dir");
-    let path = dir.path().join("model.gguf");
-    write_sentencepiece_gguf(&path);
-    let tokenizer = Tokenizer::of_model(&ModelFiles::open(&path).expect("opens"))
-        .expect("reads")
-        .expect("has one");
+    let tokenizer = sentencepiece(dir.path());
     tokenizer.write(dir.path()).expect("written");
     let again = Tokenizer::from_dir(dir.path()).expect("read");
     assert_eq!(again.size(), tokenizer.size());

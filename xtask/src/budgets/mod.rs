@@ -234,6 +234,7 @@ fn seconds(made: &Path) -> Result<f64> {
 fn trace(scylla: &Path, options: &Options, draft: &Draft) -> Result<()> {
     let out = options.work.join(format!("trace-{}", draft.name));
     let mut command = Command::new(scylla);
+    command.current_dir(root());
     command.args(["bench", "--trace", "dense", "--json"]);
     let [total, width, depth] = TRACED;
     let mut settings = vec![
@@ -281,6 +282,7 @@ fn before(scylla: &Path, options: &Options) -> Result<()> {
 fn measure(scylla: &Path, options: &Options, draft: &Draft, samples: usize) -> Result<()> {
     let mut command = Command::new(scylla);
     command
+        .current_dir(root())
         .args(["plan", "--json", "--measure"])
         .arg(options.costs(draft));
     command.args(["--draft", draft.name, "--context", CONTEXT]);
@@ -360,6 +362,7 @@ fn sweep(scylla: &Path, options: &Options, round: usize) -> Result<()> {
         let config = out.with_extension("toml");
         fs::write(&config, experiment(options, round, &decoders))?;
         let mut command = Command::new(scylla);
+        command.current_dir(root());
         command.arg("bench").arg(&config).arg("--json");
         command.args(["--batch", &options.batch_list(), "--set"]);
         command.arg(format!("run.output={}", out.display()));
