@@ -214,7 +214,7 @@ impl<W: Element> Product for Rows<'_, W> {
 
     /// With few rows enough sums to hide the latency of the additions, with more as many as the registers hold.
     #[inline(always)]
-    fn wide(rows: usize, limits: Limits) -> usize {
+    fn wide(rows: usize, _: usize, limits: Limits) -> usize {
         (limits.sums / rows).clamp(1, 4)
     }
 

@@ -495,10 +495,12 @@ impl<F: Form> Product for Rows<'_, F> {
     const CHUNK: usize = 256;
     const ALIGN: usize = 1;
 
-    /// With more than two rows an activation is loaded for two tiles, where registers allow.
+    /// A single pass reads weights in one run: two tiles side by side come up to a third slower from memory. Of several
+    /// passes an activation is loaded for two tiles, where registers allow.
     #[inline(always)]
-    fn wide(rows: usize, limits: Limits) -> usize {
+    fn wide(rows: usize, passes: usize, limits: Limits) -> usize {
         match rows {
+            _ if passes == 1 => 1,
             0..=2 => 1,
             9.. if F::OFFSET => 1,
             _ => limits.wide,

@@ -20,8 +20,8 @@ pub(super) trait Product: Sync {
     const CHUNK: usize;
     /// Chunks begin at a multiple of this.
     const ALIGN: usize;
-    /// Tiles that a panel of some rows takes together, where registers hold so much: 1, 2, 3 or 4.
-    fn wide(rows: usize, limits: Limits) -> usize;
+    /// Tiles that a panel of some rows, one of so many passes, takes together, where registers hold so much: 1, 2, 3 or 4.
+    fn wide(rows: usize, passes: usize, limits: Limits) -> usize;
     /// Units that a single pass of some rows asks for ahead.
     fn ahead(rows: usize) -> usize;
     /// Units of a tile.
@@ -149,7 +149,9 @@ pub(super) fn multiply<P: Product>(pool: &Pool, product: &P, tiles: usize, out: 
         static SUMS: RefCell<Vec<[f32; TILE]>> = const { RefCell::new(Vec::new()) };
     }
     let level = InstructionSet::detect();
-    let step = panels::<P>(out.rows).map(|p| P::wide(p.room, level.limits()));
+    let panels = panels::<P>(out.rows);
+    let passes = panels.clone().count();
+    let step = panels.map(|p| P::wide(p.room, passes, level.limits()));
     pool.shares(tiles, step.max().unwrap_or(1), |tiles| {
         SUMS.with_borrow_mut(|sums| {
             dispatch!(products level, some_tiles(product, tiles, sums, out): (product: &P, tiles: Range<usize>, sums: &mut Vec<[f32; TILE]>, out: &SharedOut<'_>) <P: Product>);
@@ -165,11 +167,11 @@ fn some_tiles<S: Simd, P: Product>(
     out: &SharedOut<'_>,
 ) {
     let panels = cut(out.rows, P::ROWS.min(S::ROWS));
-    let (mut wide, mut room, mut passes) = (1, 0, 0);
+    let passes = panels.clone().count();
+    let (mut wide, mut room) = (1, 0);
     for p in panels.clone() {
-        wide = wide.max(P::wide(p.room, Limits::of::<S>()));
+        wide = wide.max(P::wide(p.room, passes, Limits::of::<S>()));
         room += p.room;
-        passes += 1;
     }
     let units = product.units();
     // One pass runs from memory, some units behind what it asks for, until that lies in the next tiles.
@@ -253,7 +255,7 @@ fn of_width<S: Simd, P: Product, const R: usize>(
     part: Part,
     sums: &mut [[f32; TILE]],
 ) -> usize {
-    let wide = P::wide(R, Limits::of::<S>());
+    let wide = P::wide(R, part.passes, Limits::of::<S>());
     match wide {
         4 if left >= 4 => product.panel::<S, R, 4>(part, sums),
         3 if left >= 3 => product.panel::<S, R, 3>(part, sums),
