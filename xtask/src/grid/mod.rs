@@ -28,7 +28,7 @@ after each part, one line a run.
   --gather         only gather what is there, and write tables and figures
   --held-out       train the runs that laws are tested on: 8,388,608 tokens with 1, 2 and 4 layers, and 3 and 6 layers with 1, 2 and 4 million.
                    They go to held-out.jsonl, which no law is fitted to, with what the laws of runs.jsonl say of them (held-out.md)
-  --test SET       only walk every draft that is there along the target's answers to the test part of a prompt set (core, or a file), at
+  --test SET       only walk every draft that is there, and the shipped ones, along the target's answers to the test part of a prompt set (core, or a file), at
                    temperatures 0 and 1, into test-SET.json and .md: once, at the end, as nothing may be chosen by it
 ";
 
@@ -383,7 +383,10 @@ fn drafts_of(said: &[u8], work: &Path) -> Result<Value> {
     let place = format!("{}/", work.display());
     let named = all.into_iter().map(|mut one| {
         let name = one["draft"].as_str().unwrap_or_default();
-        let name = name.replace(&place, "").replace("/best", "");
+        let name = match SHIPPED.contains(&name) {
+            true => format!("{name}, shipped"),
+            false => name.replace(&place, "").replace("/best", ""),
+        };
         one["draft"] = name.into();
         one
     });
@@ -392,6 +395,9 @@ fn drafts_of(said: &[u8], work: &Path) -> Result<Value> {
 
 /// Families, and the folders of their runs.
 const FAMILIES: [&str; 4] = ["eagle2", "eagle3", "hass", "scylla"];
+
+/// Drafts that come with the sources.
+const SHIPPED: [&str; 2] = ["eagle3", "scylla"];
 
 /// Temperatures that drafts are tested at.
 const TEMPERATURES: [&str; 2] = ["0", "1"];
@@ -419,9 +425,26 @@ fn test(scylla: &Path, options: &Options, set: &str) -> Result<()> {
     if drafts.is_empty() {
         bail!("{}: no draft", options.work.display());
     }
-    let mut found = serde_json::Map::new();
+    // The shipped ones beside them.
+    drafts.extend(SHIPPED.map(String::from));
+    let name = Path::new(set)
+        .file_stem()
+        .unwrap_or_default()
+        .to_string_lossy();
+    let path = results.join(format!("test-{name}.json"));
+    std::fs::create_dir_all(results)?;
+    // What was broken off between two temperatures goes on.
+    let mut found: serde_json::Map<String, Value> = match std::fs::read_to_string(&path) {
+        Ok(text) => serde_json::from_str(&text).with_context(|| format!("{}", path.display()))?,
+        Err(_) => serde_json::Map::new(),
+    };
     let set_of = [format!("prompts.set={set}"), "prompts.part=test".into()];
     for temperature in TEMPERATURES {
+        let key = format!("temperature_{temperature}");
+        let there = found.get(&key).and_then(Value::as_array).map(Vec::len);
+        if there == Some(drafts.len()) {
+            continue;
+        }
         let mut command = Command::new(scylla);
         command.args(["inspect", "tau", "--json", "--walked", "--tokens", "4000"]);
         for draft in &drafts {
@@ -437,22 +460,16 @@ fn test(scylla: &Path, options: &Options, set: &str) -> Result<()> {
         if !out.status.success() {
             bail!("inspect tau: {}", out.status);
         }
-        let all = drafts_of(&out.stdout, &options.work)?;
-        found.insert(format!("temperature_{temperature}"), all);
+        found.insert(key, drafts_of(&out.stdout, &options.work)?);
+        let tables: Vec<(&str, &Value)> = TEMPERATURES
+            .iter()
+            .filter_map(|t| Some((*t, found.get(&format!("temperature_{t}"))?)))
+            .collect();
+        std::fs::write(path.with_extension("md"), page::tested(&name, &tables)?)?;
+        let text = serde_json::to_string(&found)?;
+        std::fs::write(&path, text).with_context(|| format!("{}", path.display()))?;
     }
-    let name = Path::new(set)
-        .file_stem()
-        .unwrap_or_default()
-        .to_string_lossy();
-    let path = results.join(format!("test-{name}.json"));
-    std::fs::create_dir_all(results)?;
-    let tables: Vec<(&str, &Value)> = TEMPERATURES
-        .iter()
-        .filter_map(|t| Some((*t, found.get(&format!("temperature_{t}"))?)))
-        .collect();
-    std::fs::write(path.with_extension("md"), page::tested(&name, &tables)?)?;
-    std::fs::write(&path, serde_json::to_string(&Value::Object(found))?)
-        .with_context(|| format!("{}", path.display()))
+    Ok(())
 }
 
 /// Writes the results of all runs that are done, one line each, in the order of family, layers, seed and tokens.
