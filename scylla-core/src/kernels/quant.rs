@@ -499,10 +499,9 @@ impl<F: Form> Product for Rows<'_, F> {
     /// passes an activation is loaded for two tiles, where registers allow.
     #[inline(always)]
     fn wide(rows: usize, passes: usize, limits: Limits) -> usize {
-        match rows {
-            _ if passes == 1 => 1,
-            0..=2 => 1,
-            9.. if F::OFFSET => 1,
+        match passes {
+            1 => 1,
+            _ if F::OFFSET && rows > 8 => 1,
             _ => limits.wide,
         }
     }

@@ -373,6 +373,15 @@ const LIMITS: [&str; 4] = [
     "budget.depth=4",
 ];
 
+/// A draft as results name it: by its folder below `work`, or as one that comes with the sources.
+fn named(draft: &str, work: &Path) -> String {
+    let place = format!("{}/", work.display());
+    match SHIPPED.contains(&draft) {
+        true => format!("{draft}, shipped"),
+        false => draft.replace(&place, "").replace("/best", ""),
+    }
+}
+
 /// What `scylla inspect tau --json` says of several drafts, named by their folders below `work`.
 fn drafts_of(said: &[u8], work: &Path) -> Result<Value> {
     let said: Value = serde_json::from_slice(said)?;
@@ -380,14 +389,8 @@ fn drafts_of(said: &[u8], work: &Path) -> Result<Value> {
         Some(all) => all.clone(),
         None => vec![said],
     };
-    let place = format!("{}/", work.display());
     let named = all.into_iter().map(|mut one| {
-        let name = one["draft"].as_str().unwrap_or_default();
-        let name = match SHIPPED.contains(&name) {
-            true => format!("{name}, shipped"),
-            false => name.replace(&place, "").replace("/best", ""),
-        };
-        one["draft"] = name.into();
+        one["draft"] = named(one["draft"].as_str().unwrap_or_default(), work).into();
         one
     });
     Ok(Value::Array(named.collect()))
@@ -439,10 +442,12 @@ fn test(scylla: &Path, options: &Options, set: &str) -> Result<()> {
         Err(_) => serde_json::Map::new(),
     };
     let set_of = [format!("prompts.set={set}"), "prompts.part=test".into()];
+    let asked: Vec<String> = drafts.iter().map(|d| named(d, &options.work)).collect();
     for temperature in TEMPERATURES {
         let key = format!("temperature_{temperature}");
-        let there = found.get(&key).and_then(Value::as_array).map(Vec::len);
-        if there == Some(drafts.len()) {
+        let there = found.get(&key).and_then(Value::as_array);
+        let there = there.into_iter().flatten().map(|one| one["draft"].as_str());
+        if there.eq(asked.iter().map(|draft| Some(draft.as_str()))) {
             continue;
         }
         let mut command = Command::new(scylla);
