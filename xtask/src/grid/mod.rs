@@ -441,7 +441,12 @@ fn test(scylla: &Path, options: &Options, set: &str) -> Result<()> {
         Ok(text) => serde_json::from_str(&text).with_context(|| format!("{}", path.display()))?,
         Err(_) => serde_json::Map::new(),
     };
-    let set_of = [format!("prompts.set={set}"), "prompts.part=test".into()];
+    // Walking along sampled text takes trees that are not drawn.
+    let set_of = [
+        format!("prompts.set={set}"),
+        "prompts.part=test".into(),
+        "draft.tree=dynamic".into(),
+    ];
     let asked: Vec<String> = drafts.iter().map(|d| named(d, &options.work)).collect();
     for temperature in TEMPERATURES {
         let key = format!("temperature_{temperature}");
