@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use super::{BUDGETS, DRAFTS, FIXED, Options, seconds, shown, took};
+use super::{BUDGETS, DRAFTS, FIXED, Options, is_whole, seconds, shown};
 use crate::chart::{Axes, Series, lines};
 use crate::compare::numbers::Sample;
 
@@ -100,7 +100,7 @@ fn rounds(work: &Path, kind: &str, like: Option<&Value>) -> Result<Rounds> {
     for path in paths {
         let path = path.join("summary.json");
         // What was broken off holds some decoders' rounds and not others'.
-        if !path.exists() || !took(&path).exists() {
+        if !is_whole(&path) {
             continue;
         }
         let summary = read(&path)?;
