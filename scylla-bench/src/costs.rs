@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use scylla_core::assets::{cache_dir, hash_files};
-use scylla_core::engine::{Event, Options};
+use scylla_core::engine::{Event, Options, Request, Step};
 use scylla_core::files::{self, read_text};
 use scylla_core::plugin::{SlotRows, Step as Rows, Want};
 use scylla_core::policy::{AdaptiveBudget, FixedBudget, StepTimes, cut};
@@ -25,7 +25,7 @@ use crate::stats::median;
 use crate::{Error, Result};
 
 /// Version of the files; others are measured again.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 /// Rows of forwards that are measured.
 const ROWS: [usize; 12] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, MOST];
 const MOST: usize = 64;
@@ -36,7 +36,7 @@ const ROUNDS: usize = 50;
 const SECONDS: f64 = 2.0;
 /// What drafting must promise above plain decoding. What was measured once is off by some hundredths later, and with contexts
 /// of other lengths.
-const MARGIN: f64 = 0.06;
+const MARGIN: f64 = 0.03;
 
 /// What forwards of a target cost belongs to: another machine, build or target has other costs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -58,6 +58,8 @@ struct Drafted {
     limits: Budget,
     /// Sampled text may get trees of another kind, and of rows that are distributions.
     greedy: bool,
+    /// Requests side by side that it is measured for as well.
+    side_by_side: usize,
 }
 
 /// A file: what was measured, and what it belongs to.
@@ -91,6 +93,7 @@ pub(crate) fn settle(
         draft_hash: draft_hash(&experiment.draft)?,
         limits,
         greedy: experiment.sampling.is_greedy(),
+        side_by_side,
     };
     let forwards = Forwards {
         version,
@@ -98,12 +101,13 @@ pub(crate) fn settle(
         rows,
     };
     let forward = known(forwards, || measure_forwards(session, rows))?;
-    let (propose, others) = known(drafted, || {
-        measure_steps(registry, session, experiment, limits)
+    let (propose, others, several) = known(drafted, || {
+        measure_steps(registry, session, experiment, limits, side_by_side)
     })?;
     let times = StepTimes {
         forward,
         propose,
+        several,
         others,
     };
     // A context too short to measure in: the limits are the budget.
@@ -119,7 +123,8 @@ pub(crate) fn settle(
     Ok(())
 }
 
-fn draft_hash(draft: &Named) -> Result<String> {
+/// Sha256 of a draft's files; empty without files.
+pub(crate) fn draft_hash(draft: &Named) -> Result<String> {
     let Some(dir) = draft.dir.clone().or_else(|| shipped(&draft.name)) else {
         return Ok(String::new());
     };
@@ -236,13 +241,17 @@ fn measure_forwards(session: &mut Session, most: usize) -> Result<Vec<(usize, f6
     Ok(sizes.into_iter().zip(least).collect())
 }
 
-/// Milliseconds of proposing by levels, and of all but proposing and the forward.
+/// Milliseconds of proposing by levels, of all but proposing and the forward, and how many times one request's proposing that of
+/// several takes.
+type Steps = (Vec<(usize, f64)>, f64, Vec<(usize, f64)>);
+
 fn measure_steps(
     registry: &Registry,
     session: &mut Session,
     experiment: &Experiment,
     limits: Budget,
-) -> Result<(Vec<(usize, f64)>, f64)> {
+    side_by_side: usize,
+) -> Result<Steps> {
     let mut experiment = experiment.clone();
     // The text repeats itself, so that a hybrid would be sure and pass over its network: levels are what the network takes.
     if experiment.draft.name == "hybrid" {
@@ -265,34 +274,30 @@ fn measure_steps(
     // The first round warms up.
     for round in 0..=1 {
         for (&allowed, propose) in levels.iter().zip(&mut propose) {
-            let mut request = session.request(experiment, &composed, prompt.clone(), 0);
-            request.budget = cut(limits, allowed);
-            request.eos.clear();
-            request.stops.clear();
-            request.max_new_tokens = 3 * (allowed + 1);
-            let mut engine = session.engine(&mut composed, Options::default())?;
-            engine.submit(request)?;
-            while !engine.is_idle() {
-                for event in engine.step() {
-                    match event {
-                        Event::Step(step) if round > 0 && step.batch > 0 && step.prompts == 0 => {
-                            let rest = step.ms.propose - step.proposing_ms
-                                + step.ms.accept
-                                + step.ms.commit;
-                            others.push(rest);
-                            if step.levels == allowed {
-                                propose.push(step.proposing_ms);
-                            }
-                        }
-                        Event::Finished { output, .. } => {
-                            if let Some(failed) = output.failed {
-                                return Err(Error::Experiment(failed));
-                            }
-                        }
-                        _ => {}
-                    }
-                }
+            let steps = steps(session, &mut composed, experiment, &prompt, (1, allowed))?;
+            if round > 0 {
+                others.extend(
+                    steps
+                        .iter()
+                        .map(|s| s.ms.propose - s.proposing_ms + s.ms.accept + s.ms.commit),
+                );
+                let own = steps.iter().filter(|s| s.levels == allowed);
+                propose.extend(own.map(|s| s.proposing_ms));
             }
+        }
+    }
+    let mut several = vec![(1, 1.0)];
+    if side_by_side > 1 && most > 0 {
+        let mut proposing = |requests: usize| -> Result<f64> {
+            let of = (requests, most);
+            let steps = steps(session, &mut composed, experiment, &prompt, of)?;
+            let full = steps.iter().filter(|s| s.levels == most);
+            Ok(median(&full.map(|s| s.proposing_ms).collect::<Vec<_>>()))
+        };
+        let (all, one) = (proposing(side_by_side)?, proposing(1)?);
+        // Of a draft that looks things up there is nothing to be measured.
+        if all.is_finite() && one > 0.0 {
+            several.push((side_by_side, (all / one).max(1.0)));
         }
     }
     let propose = levels
@@ -301,5 +306,51 @@ fn measure_steps(
         .filter(|(_, ms)| !ms.is_empty())
         .map(|(levels, ms)| (levels, median(&ms)))
         .collect();
-    Ok((propose, median(&others)))
+    Ok((propose, median(&others), several))
+}
+
+/// Steps of requests side by side that may draft so many levels: those in which all of them decode.
+fn steps(
+    session: &mut Session,
+    composed: &mut Composed,
+    experiment: &Experiment,
+    prompt: &[u32],
+    (requests, levels): (usize, usize),
+) -> Result<Vec<Step>> {
+    let mut request = session.request(experiment, composed, prompt.to_vec(), 0);
+    request.budget = cut(experiment.budget.limits(), levels);
+    request.eos.clear();
+    request.stops.clear();
+    // Many side by side take long.
+    request.max_new_tokens = match requests {
+        1 => 3 * (levels + 1),
+        _ => levels + 2,
+    };
+    let options = Options {
+        batch: requests,
+        prompt_rows: requests * prompt.len(),
+        ..Options::default()
+    };
+    let mut engine = session.engine(composed, options)?;
+    for sequence in 0..requests as u64 {
+        engine.submit(Request {
+            sequence,
+            ..request.clone()
+        })?;
+    }
+    let mut all = Vec::new();
+    while !engine.is_idle() {
+        for event in engine.step() {
+            match event {
+                Event::Step(step) if step.batch == requests && step.prompts == 0 => all.push(step),
+                Event::Finished { output, .. } => {
+                    if let Some(failed) = output.failed {
+                        return Err(Error::Experiment(failed));
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(all)
 }

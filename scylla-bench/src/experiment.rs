@@ -296,6 +296,8 @@ pub struct Run {
     /// Several of them, compared one after the other; empty takes `batch` alone.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub batches: Vec<usize>,
+    /// Conversations for each slot of one of several batches, at least.
+    pub per_slot: usize,
     /// Conversations that begin in a second, at random times; 0: another begins when one ends.
     pub rate: f64,
     /// Rows of prompts that run in one step.
@@ -342,6 +344,7 @@ impl Default for Run {
             max_new_tokens: 128,
             batch: 1,
             batches: Vec::new(),
+            per_slot: 2,
             rate: 0.0,
             prompt_rows: 128,
             cache_mib: 0,

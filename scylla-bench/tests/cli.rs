@@ -386,8 +386,20 @@ fn bench_prints_and_writes_what_scripts_rely_on() {
             }
             let [same, of] = [0, 1].map(|i| row["identical"][i].as_u64().expect("count"));
             assert_eq!(same, of, "greedy output differs from plain decoding");
+            // One sequence decodes in every step that reads no prompt; what three do together is of no one task.
+            let full = &row["full"];
+            match (batch, row["task"] == "all") {
+                ("1", _) | (_, true) => {
+                    assert!(full["steps"].as_u64() > Some(0), "{row}");
+                    assert!(full["nodes"].as_f64() >= full["tau"].as_f64(), "{row}");
+                    assert!(full["context"].as_f64() > Some(1.0), "{row}");
+                    assert!(full["tokens_per_s"]["median"].as_f64() > Some(0.0), "{row}");
+                }
+                _ => assert!(full.is_null(), "{row}"),
+            }
             if row["draft"] == "plain" {
                 assert_eq!(row["tau"], 1.0);
+                assert!(full.is_null() || full["tau"] == 1.0);
                 assert_eq!(row["speedup"]["median"], 1.0);
             }
         }
@@ -399,7 +411,8 @@ fn bench_prints_and_writes_what_scripts_rely_on() {
             assert!((1.0..=9.0).contains(&nodes), "{nodes}");
         }
         let costs = std::fs::read_dir(place.path("cache/costs")).expect("kept");
-        assert_eq!(costs.count(), if batch == "1" { 3 } else { 4 });
+        // Of three side by side all of them anew.
+        assert_eq!(costs.count(), if batch == "1" { 3 } else { 6 });
         let dir = place.dir.path().join(format!("out{batch}"));
         let summary: Value =
             serde_json::from_slice(&std::fs::read(dir.join("summary.json")).expect("summary"))

@@ -189,6 +189,27 @@ fn held_out_runs_are_kept_from_the_fit_and_scored() {
     assert_eq!(score.inside, 0.0);
 }
 
+#[test]
+fn the_last_value_seen_is_one_of_no_more_tokens_than_are_asked_for() {
+    let law = |t: f64, _: f64| 0.1 * t.ln();
+    let mut points = grid(law);
+    let deepest = points.iter().map(|p| p.layers).max().expect("runs");
+    let mut few: Vec<f64> = points.iter().map(|p| p.tokens).collect();
+    few.sort_by(f64::total_cmp);
+    few.dedup();
+    let tokens = few[few.len() / 2];
+    points.push(Point {
+        layers: deepest + 1,
+        tokens,
+        tau: law(tokens, 0.0),
+        holdout: true,
+        ..points[0].clone()
+    });
+    let laws = Laws::fit(points).expect("laws");
+    let score = laws.score(&laws.held()).expect("a score");
+    assert!(score.last_value < 1e-9, "{score:?}");
+}
+
 fn normal(rng: &mut impl Rng) -> f64 {
     StandardNormal.sample(rng)
 }

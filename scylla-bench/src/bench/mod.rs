@@ -122,6 +122,8 @@ pub struct Row {
     /// Tokens of all sequences in a second of the whole run, prompts included, over repeats; only where a run was of this
     /// task alone.
     pub throughput: Option<Spread>,
+    /// Steps in which as many sequences decode as the batch has, and no prompt is read.
+    pub full: Option<FullSteps>,
     /// Milliseconds from its arrival, or where none is set from when a slot was free, to a request's first token.
     pub first_token_ms: Option<Quantiles>,
     /// Milliseconds a token after the first, as a request sees it.
@@ -132,6 +134,21 @@ pub struct Row {
     pub time_share: TimeShare,
     /// At temperature 0: sequences of the first repeat whose ids are those of plain decoding, of how many.
     pub identical: Option<(usize, usize)>,
+}
+
+/// Steps in which as many sequences decode as a batch has, and no prompt is read: decoding side by side, and nothing else.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct FullSteps {
+    /// Their number, in all repeats.
+    pub steps: usize,
+    /// Mean tokens of a sequence, bonus included; those beyond a sequence's end are counted too.
+    pub tau: f64,
+    /// Mean nodes of a sequence, root included.
+    pub nodes: f64,
+    /// Committed positions that a node sees on average, but for its tree.
+    pub context: f64,
+    /// Tokens of all sequences in a second of theirs, over repeats.
+    pub tokens_per_s: Spread,
 }
 
 /// Share of decoding time by phase.
@@ -369,7 +386,7 @@ fn groups(prompts: &[Prompt], batch: usize, run: &experiment::Run) -> Vec<Vec<Ta
     }
     let copies = match run.batches.is_empty() {
         true => 1,
-        false => (2 * batch).div_ceil(prompts.len().max(1)).max(1),
+        false => (run.per_slot * batch).div_ceil(prompts.len().max(1)).max(1),
     };
     let copy = |copy| (0..prompts.len()).map(move |prompt| Talk { prompt, copy });
     vec![(0..copies).flat_map(copy).collect()]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use scylla_core::engine::Output;
 
-use super::{Done, Row, TimeShare, Wall};
+use super::{Done, FullSteps, Row, TimeShare, Wall};
 use crate::experiment::Experiment;
 use crate::prompts::Prompt;
 use crate::session::Composed;
@@ -115,6 +115,7 @@ fn row(
         speedup: spread(&ratios),
         speedup_interval: speedup(here, index),
         throughput: spread(&throughput(task, index, &own, walls)),
+        full: full(task, batch, index, walls),
         first_token_ms: quantiles(
             &outputs()
                 .filter_map(|o| first_token(o, spec.run.rate))
@@ -175,6 +176,40 @@ fn throughput(
         (ms > 0.0).then(|| totals.tokens as f64 / ms * 1e3)
     };
     own.iter().filter_map(rate).collect()
+}
+
+/// Steps in which all of a batch decodes, of runs of this task alone.
+fn full(task: &str, batch: usize, index: usize, walls: &[&Wall]) -> Option<FullSteps> {
+    let of_task = |w: &&&Wall| task == "all" || w.task.as_deref() == Some(task);
+    let mine = walls.iter().filter(|w| w.decoder == index).filter(of_task);
+    // Tokens and milliseconds by repeat.
+    let mut repeats: BTreeMap<usize, (usize, f64)> = BTreeMap::new();
+    let (mut steps, mut rows, mut positions, mut tokens) = (0, 0, 0, 0);
+    for wall in mine {
+        let all = wall.steps.iter();
+        for step in all.filter(|s| s.batch == batch && s.prompts == 0) {
+            let committed: usize = step.requests.iter().map(|r| r.accepted + 1).sum();
+            steps += 1;
+            rows += step.rows;
+            positions += step.positions;
+            tokens += committed;
+            let repeat = repeats.entry(wall.repeat).or_default();
+            repeat.0 += committed;
+            repeat.1 += step.ms.decode();
+        }
+    }
+    let speeds = repeats.values().filter(|(_, ms)| *ms > 0.0);
+    let speeds: Vec<f64> = speeds
+        .map(|&(tokens, ms)| tokens as f64 / ms * 1e3)
+        .collect();
+    let sequences = (steps * batch) as f64;
+    Some(FullSteps {
+        steps,
+        tau: tokens as f64 / sequences,
+        nodes: rows as f64 / sequences,
+        context: positions as f64 / rows as f64,
+        tokens_per_s: spread(&speeds)?,
+    })
 }
 
 /// Speed over plain decoding's, of all repeats together, with its uncertainty over prompts.

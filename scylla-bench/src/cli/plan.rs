@@ -15,7 +15,7 @@ use crate::experiment::{Experiment, Override};
 use crate::laws::{Band, Laws, Point};
 use crate::plan::{
     self, BreakEven, Choice, CostTable, Drafted, Measured, More, Peaks, Planned, Prospects, Shape,
-    break_even, choose, every, export, fit_roofline, from_rates, from_trace, measure,
+    break_even, choose, context_of, every, export, fit_roofline, from_rates, from_trace, measure,
 };
 use crate::{Error, Registry, Result};
 
@@ -65,7 +65,7 @@ pub(super) struct Plan {
     /// Batch sizes
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     batch: Vec<usize>,
-    /// Committed positions of each sequence; with --measure several
+    /// Committed positions of each sequence, 128 unless traces say how many their answers have; with --measure several
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     context: Vec<usize>,
     /// Seconds that training took: says after how many generated tokens it has paid
@@ -277,7 +277,10 @@ impl Plan {
             return Err(bad("--costs is needed".into()));
         };
         let table = CostTable::read(path)?;
-        let context = self.context.first().copied().unwrap_or(CONTEXT);
+        let context = match self.context.first() {
+            Some(&asked) => asked,
+            None => context_of(&self.trace)?.unwrap_or(CONTEXT),
+        };
         let mut batches = match &self.batch[..] {
             [] => table.batches(),
             some => some.to_vec(),

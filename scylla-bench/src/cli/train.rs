@@ -93,14 +93,17 @@ impl Lines {
             .map(|s| format!("{:.2}", s.accuracy))
             .collect();
         line += &format!(
-            "{} {}/{total}  loss {:.4}  accuracy {}  {:.0} tokens/s  {} left",
+            "{} {}/{total}  loss {:.4}  accuracy {}",
             m.stage,
             m.step,
             m.loss,
             accuracy.join(" "),
-            m.times.map_or(0.0, |t| t.tokens_per_s),
-            duration(left)
         );
+        // Metrics without times (`run.times`) have no speed.
+        if let Some(times) = m.times {
+            line += &format!("  {:.0} tokens/s", times.tokens_per_s);
+        }
+        line += &format!("  {} left", duration(left));
         if let Some(tau) = m.tau {
             line += &format!("  tau {:.3} simulated, {:.3} real", tau.simulated, tau.real);
         }

@@ -311,7 +311,12 @@ impl Laws {
             let far = |p: &&&Point| p.layers.abs_diff(query.layers);
             let near = own.iter().map(|p| far(&p)).min()?;
             let near: Vec<&&Point> = own.iter().filter(|p| far(p) == near).collect();
-            let most = near.iter().map(|p| p.tokens).fold(0.0, f64::max);
+            // As many tokens as are asked for, or the most below that; where all runs have more, the fewest.
+            let below = near.iter().map(|p| p.tokens).filter(|&t| t <= query.tokens);
+            let fewest = near.iter().map(|p| p.tokens).fold(f64::INFINITY, f64::min);
+            let most = below.fold(0.0, f64::max);
+            let most = if most > 0.0 { most } else { fewest };
+            let near: Vec<&&Point> = near.into_iter().filter(|p| p.tokens <= most).collect();
             let last = near.iter().filter(|p| p.tokens >= most).map(|p| p.tau);
             let all: Vec<f64> = own.iter().map(|p| p.tau).collect();
             Some((mean(&last.collect::<Vec<f64>>())?, mean(&all)?))

@@ -14,7 +14,7 @@ use scylla_core::tree::Budget;
 
 use super::roofline::Shapes;
 use super::table::{Cost, HEADER, SHAPES, What, costs};
-use crate::costs::tokens;
+use crate::costs::{draft_hash, tokens};
 use crate::drafts::{config_of, shipped};
 use crate::experiment::{BudgetSpec, Experiment, Named};
 use crate::stats::median;
@@ -154,7 +154,13 @@ pub fn measure(
             same[0]
         )));
     }
-    let about = serde_json::json!({ "environment": environment, "drafts": drafts }).to_string();
+    let hashes: Vec<String> = drafts
+        .iter()
+        .map(|d| draft_hash(d))
+        .collect::<Result<_>>()?;
+    let about =
+        serde_json::json!({ "environment": environment, "drafts": drafts, "hashes": hashes })
+            .to_string();
     let shapes = serde_json::to_string(&Shapes::of(session))
         .map_err(|e| Error::Experiment(e.to_string()))?;
     let mut file = File::open(path, &about, &shapes)?;
@@ -236,7 +242,9 @@ fn forwards(
                 model.commit(slot, &(0..piece.len()).collect::<Vec<_>>())?;
             }
         }
-        for &rows in &sizes {
+        // Behind prompts as behind others: each size comes first in turn, and behind its like, as decoding has it.
+        for i in 0..sizes.len() {
+            let rows = sizes[(i + round) % sizes.len()];
             let step = Step {
                 slots: (0..batch)
                     .map(|slot| SlotRows {
@@ -248,16 +256,20 @@ fn forwards(
                     .collect(),
                 taps: &[],
             };
-            let begun = Instant::now();
-            let done = model.forward(&step)?;
-            if let Some(logits) = done.logits.first() {
-                // On a device this waits until it is done.
-                std::hint::black_box(logits.row(0)?);
-            }
-            found.push((rows, begun.elapsed().as_secs_f64()));
-            model.recycle(done);
-            for slot in 0..batch {
-                model.commit(slot, &[])?;
+            for counts in [false, true] {
+                let begun = Instant::now();
+                let done = model.forward(&step)?;
+                if let Some(logits) = done.logits.first() {
+                    // On a device this waits until it is done.
+                    std::hint::black_box(logits.row(0)?);
+                }
+                if counts {
+                    found.push((rows, begun.elapsed().as_secs_f64()));
+                }
+                model.recycle(done);
+                for slot in 0..batch {
+                    model.commit(slot, &[])?;
+                }
             }
         }
         Ok(())

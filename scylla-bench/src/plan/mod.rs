@@ -21,4 +21,4 @@ pub use prospects::{More, Prospects};
 pub use roofline::{Peaks, Shapes, fit as fit_roofline};
 pub use table::{Cost, CostTable, What};
 pub use training::{BreakEven, break_even, experiment};
-pub use trees::{Drafted, Rates, Shape, from_rates, from_trace};
+pub use trees::{Drafted, Rates, Shape, context_of, from_rates, from_trace};

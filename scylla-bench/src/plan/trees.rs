@@ -1,6 +1,6 @@
 //! Trees that a draft may be given, and what each brings.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use scylla_core::tree::Budget;
 
@@ -119,6 +119,23 @@ pub fn from_trace(
         true => Err(Error::file(trace, "a trace without a text or a tree")),
         false => Ok((name, all)),
     }
+}
+
+/// Committed positions that the tokens of traces' answers see on average; `None` without an answer.
+///
+/// # Errors
+/// If a trace is not sound.
+pub fn context_of(traces: &[PathBuf]) -> Result<Option<usize>> {
+    let (mut positions, mut tokens) = (0.0, 0.0);
+    for trace in traces {
+        let mut reader = Reader::open(&find(trace)?)?;
+        while let Some(text) = reader.text()? {
+            let answer = text.answer.len() as f64;
+            positions += answer * (text.prompt_tokens as f64 + answer / 2.0);
+            tokens += answer;
+        }
+    }
+    Ok((tokens > 0.0).then(|| (positions / tokens).round() as usize))
 }
 
 /// Trees to choose from that are within `most`.

@@ -143,7 +143,7 @@ impl AdaptiveBudget {
             let rows = (1..nodes).map(|n| fastest * (forward(n) - forward(0)) / each);
             Price {
                 rows: rows.collect(),
-                level: fastest * times.level(),
+                level: fastest * times.level(requests.len()),
             }
         });
         (best.1, price)
@@ -242,6 +242,7 @@ mod tests {
         let times = StepTimes {
             forward: vec![(1, 2.0), (2, 2.2), (5, 3.1)],
             propose: vec![(0, 0.0), (1, 0.4), (3, 0.8)],
+            several: Vec::new(),
             others: 0.0,
         };
         let mut policy = AdaptiveBudget {

@@ -7,9 +7,12 @@ use serde::{Deserialize, Serialize};
 pub struct StepTimes {
     /// Of the target's forward, by rows, ascending.
     pub forward: Vec<(usize, f64)>,
-    /// Of proposing for one request, by the levels that are allowed, ascending. For several it takes about as long: drafts
-    /// run a level of all of them at once.
+    /// Of proposing for one request, by the levels that are allowed, ascending.
     pub propose: Vec<(usize, f64)>,
+    /// How many times as long it takes for so many requests, whose levels drafts run side by side, ascending; as long where nothing
+    /// is said.
+    #[serde(default)]
+    pub several: Vec<(usize, f64)>,
     /// Of all else, of each request: the rule, keeping rows and text, and what the draft learns.
     pub others: f64,
 }
@@ -23,6 +26,11 @@ impl StepTimes {
         !forward.is_empty()
             && rises(forward)
             && rises(&self.propose)
+            && rises(&self.several)
+            && self
+                .several
+                .iter()
+                .all(|&(_, times)| time(times) && times >= 1.0)
             && forward.iter().all(|&(_, ms)| time(ms) && ms > 0.0)
             && self.propose.iter().all(|&(_, ms)| time(ms))
             && time(self.others)
@@ -31,14 +39,23 @@ impl StepTimes {
     /// Of a step of so many requests and rows, the deepest budget of which has so many levels.
     pub fn of(&self, requests: usize, rows: f64, levels: usize) -> f64 {
         let others = self.others * requests as f64;
-        along(&self.forward, rows) + along(&self.propose, levels as f64) + others
+        let propose = along(&self.propose, levels as f64) * self.times(requests);
+        along(&self.forward, rows) + propose + others
     }
 
-    /// What a level of drafting takes behind the first, on average over those that were measured.
-    pub fn level(&self) -> f64 {
+    /// How many times as long as for one request it takes to propose for so many.
+    fn times(&self, requests: usize) -> f64 {
+        along(&self.several, requests as f64).max(1.0)
+    }
+
+    /// What a level of drafting behind the first takes of each of so many requests, on average over those that were measured.
+    pub fn level(&self, requests: usize) -> f64 {
+        let share = self.times(requests) / requests.max(1) as f64;
         let mut levels = self.propose.iter().filter(|(levels, _)| *levels > 0);
         match (levels.next(), levels.next_back()) {
-            (Some(first), Some(last)) => (last.1 - first.1).max(0.0) / (last.0 - first.0) as f64,
+            (Some(first), Some(last)) => {
+                share * (last.1 - first.1).max(0.0) / (last.0 - first.0) as f64
+            }
             _ => 0.0,
         }
     }
@@ -80,6 +97,7 @@ mod tests {
         let times = StepTimes {
             forward: vec![(1, 2.0), (3, 4.0), (5, 3.0), (9, 8.0)],
             propose: vec![(0, 0.0), (2, 1.0)],
+            several: Vec::new(),
             others: 0.5,
         };
         assert!(times.is_sound());
@@ -100,12 +118,21 @@ mod tests {
         }
         assert_eq!(times.of(3, 3.0, 0), 5.5);
         assert_eq!(times.ratio(9), 4.0);
-        assert_eq!(times.level(), 0.0, "one level was measured");
+        assert_eq!(times.level(1), 0.0, "one level was measured");
         let levels = StepTimes {
             propose: vec![(0, 0.0), (1, 1.0), (2, 1.5), (5, 3.0)],
             ..times.clone()
         };
-        assert_eq!(levels.level(), 0.5);
+        assert_eq!(levels.level(1), 0.5);
+        let several = StepTimes {
+            several: vec![(1, 1.0), (5, 2.0)],
+            ..levels.clone()
+        };
+        assert!(several.is_sound());
+        // Three take 1.5 times as long as one to propose two levels, 1.5 ms: half a level each.
+        assert_eq!(several.of(3, 3.0, 2), 4.0 + 2.25 + 1.5);
+        assert_eq!((several.level(1), several.level(3)), (0.5, 0.25));
+        assert_eq!(levels.level(3), 0.5 / 3.0);
         assert!(!StepTimes::default().is_sound());
         let broken = StepTimes {
             forward: vec![(1, f64::NAN)],

@@ -15,7 +15,7 @@ use crate::{root, run, scylla};
 
 pub(crate) const USAGE: &str = "usage: cargo xtask budgets [--rounds N] [--batch LIST] [--part PART] [--per-task N] [--tokens N] [--work DIR] [--results DIR] [--gather]
 
-Decodes the default model's prompts at each batch size with every budget of a sweep for the shipped drafts, with automatic budgets, plainly,
+Decodes the default model's prompts at each batch size, full from the first step on, with every budget of a sweep for the shipped drafts, with automatic budgets, plainly,
 and in every third round with a tree of 60 nodes as EAGLE-2 has it; another decoder goes first in each round. A plan is made before the first
 round, from costs measured in its time and from what the drafts propose on dev prompts; costs are measured again in each round. Into results:
 how far predictions are off, how far the plan's choice and each draft's automatic budgets are from the best cell, as JSON, tables and a figure.
@@ -25,7 +25,7 @@ Broken off, the same command goes on, with the same build on the same machine. S
   --batch LIST     sequences side by side (1,2,4,8,16,32)
   --part PART      prompts of the sweep: test, or dev
   --per-task N     of each task (2)
-  --tokens N       new tokens of a turn at most (48)
+  --tokens N       new tokens of a turn (64)
   --work DIR       folder of the rounds (runs/budgets)
   --results DIR    folder of the results (docs/results/budgets)
   --gather         only gather what is there in the folder, whatever it was asked for
@@ -63,10 +63,14 @@ const TRACED: [usize; 3] = [16, 4, 3];
 const FIXED: [usize; 3] = [60, 10, 5];
 /// Rounds between those in which it runs: with so many nodes a batch of 32 takes a multiple of what other budgets take.
 const EVERY: usize = 3;
+/// Rows of prompts in a step: all of a batch's, so that its sequences begin side by side.
+const PROMPT_ROWS: usize = 32_768;
 /// Samples of each cost that the plan is made from.
 const SAMPLES: usize = 3;
-/// Committed positions that costs are measured at: about what the prompts and half their answers have.
-const CONTEXT: &str = "192";
+/// Committed positions that costs are measured at: those of the prompts and half their answers lie between.
+const CONTEXTS: &str = "128,512";
+/// What automatic budgets may draft at most: about what the sweep's largest cell has.
+const AUTOMATIC: [usize; 3] = [8, 4, 2];
 
 struct Options {
     rounds: usize,
@@ -86,7 +90,7 @@ impl Options {
             batches: vec![1, 2, 4, 8, 16, 32],
             part: "test".into(),
             per_task: 2,
-            tokens: 48,
+            tokens: 64,
             work: root().join("runs/budgets"),
             results: root().join("docs/results/budgets"),
             gather: false,
@@ -259,6 +263,7 @@ fn trace(scylla: &Path, options: &Options, draft: &Draft) -> Result<()> {
         format!("prompts.per_task={}", options.per_task),
         "run.repeats=1".into(),
         format!("run.max_new_tokens={}", options.tokens),
+        "run.ignore_eos=true".into(),
         format!("budget.total={total}"),
         format!("budget.width={width}"),
         format!("budget.depth={depth}"),
@@ -299,7 +304,7 @@ fn measure(scylla: &Path, options: &Options, draft: &Draft, samples: usize) -> R
     command
         .args(["plan", "--json", "--measure"])
         .arg(options.costs(draft));
-    command.args(["--draft", draft.name, "--context", CONTEXT]);
+    command.args(["--draft", draft.name, "--context", CONTEXTS]);
     command.args(["--batch", &options.batch_list()]);
     command.args(["--rounds", &samples.to_string()]);
     for (key, value) in draft.settings {
@@ -320,7 +325,7 @@ fn plan(scylla: &Path, options: &Options, draft: &Draft, before: bool) -> Result
         .arg(options.costs(draft))
         .arg("--trace")
         .arg(options.work.join(format!("trace-{}", draft.name)))
-        .args(["--context", CONTEXT, "--batch", &options.batch_list()])
+        .args(["--batch", &options.batch_list()])
         .args(["--budgets", &BUDGETS.map(shown).join(",")]);
     let out = command.output()?;
     if !out.status.success() {
@@ -338,7 +343,7 @@ fn budget(of: [usize; 3]) -> String {
 fn experiment(options: &Options, round: usize, decoders: &[(&Draft, String)]) -> String {
     let mut text = format!(
         "[target]\nmodel = \"default\"\n\n[sampling]\ntemperature = 0.0\n\n[prompts]\nset = \"core\"\npart = \"{}\"\nper_task = {}\n\n\
-         [run]\nrepeats = 1\nseed = {round}\nmax_new_tokens = {}\n",
+         [run]\nrepeats = 1\nseed = {round}\nmax_new_tokens = {}\nignore_eos = true\nper_slot = 1\nprompt_rows = {PROMPT_ROWS}\n",
         options.part, options.per_task, options.tokens
     );
     for (draft, budget) in decoders {
@@ -360,9 +365,12 @@ fn decoders() -> Vec<(&'static Draft, String)> {
     let cells = DRAFTS
         .iter()
         .flat_map(|draft| BUDGETS.map(|of| (draft, budget(of))));
-    let automatic = DRAFTS
-        .iter()
-        .map(|draft| (draft, "{ policy = \"auto\" }".to_string()));
+    let automatic = DRAFTS.iter().map(|draft| {
+        (
+            draft,
+            budget(AUTOMATIC).replace("{ ", "{ policy = \"auto\", "),
+        )
+    });
     cells.chain(automatic).collect()
 }
 

@@ -42,15 +42,17 @@ fn read(path: &Path) -> Result<Value> {
     serde_json::from_str(&text).with_context(|| format!("{}", path.display()))
 }
 
-/// Speeds and taus of all decoders at a batch, in their order, over all tasks.
+/// Speeds and taus of all decoders at a batch, in their order, over all tasks: of steps in which the whole batch decodes, as plans
+/// have them.
 fn rows(summary: &Value, batch: usize) -> Result<Vec<(f64, f64)>> {
     let rows = summary["rows"].as_array().context("no rows")?;
     rows.iter()
         .filter(|row| row["batch"] == batch && row["task"] == "all")
         .map(|row| {
-            let speed = row["tokens_per_s"]["median"].as_f64();
-            let tau = row["tau"].as_f64().unwrap_or(1.0);
-            Ok((speed.context("a row without a speed")?, tau))
+            let full = &row["full"];
+            let speed = full["tokens_per_s"]["median"].as_f64();
+            let speed = speed.context("a row without a step in which its whole batch decodes")?;
+            Ok((speed, full["tau"].as_f64().unwrap_or(1.0)))
         })
         .collect()
 }
@@ -410,11 +412,10 @@ mod tests {
         speeds.extend((1..=cells).map(|i| if i == best { 150.0 } else { 90.0 }));
         speeds.extend([147.0, 80.0]);
         let rows = |scale: f64| {
-            let row = |speed: &f64| json!({ "batch": 4, "task": "all", "tau": 1.5, "tokens_per_s": { "median": speed * scale } });
-            let others =
-                json!({ "batch": 2, "task": "all", "tau": 1.5, "tokens_per_s": { "median": 1.0 } });
+            let row = |batch: usize, speed: f64| json!({ "batch": batch, "task": "all", "full": { "tau": 1.5, "tokens_per_s": { "median": speed } } });
+            let others = row(2, 1.0);
             let rows: Vec<Value> = std::iter::once(others)
-                .chain(speeds.iter().map(row))
+                .chain(speeds.iter().map(|speed| row(4, speed * scale)))
                 .collect();
             json!({ "rows": rows })
         };
