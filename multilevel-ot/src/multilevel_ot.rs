@@ -123,7 +123,8 @@ impl MultiLevelOt {
     /// SD of the student's rows against the teacher's `[T, k]`.
     fn transport<F: Scalar>(&self, terms: &mut Terms<'_, F>, t: &[F], weight: f64) -> Result<f64> {
         let (k, n, m) = (self.k, t.len() / self.k, terms.distilled);
-        if n == 0 || m == 0 {
+        // What has no weight is not computed: over all tokens it would take longer than all else.
+        if n == 0 || m == 0 || weight == 0.0 {
             return Ok(0.0);
         }
         let s = terms.columns(self.sd_temperature);

@@ -9,6 +9,7 @@ use scylla_core::kernels::softmax::{accumulate, distances, distances_gradient, s
 use crate::answer::{Pair, Side};
 use crate::cross_entropy::mean_cross_entropy;
 use crate::loss::Evaluation;
+use crate::parallel::{by_row, by_start, threads};
 use crate::scalar::dot;
 use crate::settings::MultiLevelOt;
 use crate::top::heaviest;
@@ -54,18 +55,19 @@ impl<'a, F: Scalar> Row<'a, F> {
         }
     }
 
-    fn probability(&self, j: usize) -> F {
-        ((self.z[j] - self.reference) / self.heat).exp() / self.total
-    }
-
-    fn add_probabilities(&self, factor: F, out: &mut [F]) {
+    /// Adds the probabilities of the tokens from `first` on, as many as `out` has.
+    fn add_probabilities_from(&self, first: usize, out: &mut [F]) {
         accumulate(
-            self.z,
+            &self.z[first..first + out.len()],
             self.reference,
             F::one() / self.heat,
-            factor / self.total,
+            F::one() / self.total,
             out,
         );
+    }
+
+    fn probability(&self, j: usize) -> F {
+        ((self.z[j] - self.reference) / self.heat).exp() / self.total
     }
 
     /// Adds the gradient of what has `upstream` with respect to the probabilities of `tokens`. `scratch` is `[V]`.
@@ -78,7 +80,7 @@ impl<'a, F: Scalar> Row<'a, F> {
         out: &mut [F],
     ) {
         scratch.fill(F::zero());
-        self.add_probabilities(F::one(), scratch);
+        self.add_probabilities_from(0, scratch);
         let expected = dot(scratch, self.z);
         let weighted = |j: usize, g: F| g * scratch[j];
         let pairs = || tokens.iter().zip(upstream);
@@ -115,17 +117,39 @@ impl<'a, F: Scalar> Answers<'a, F> {
     fn new(side: &Side<'a, F>, skip_last: bool, temperature: f64, k: usize) -> Result<Self> {
         let spans: Result<Vec<_>> = (0..side.batch).map(|b| side.span(b, skip_last)).collect();
         let spans = spans?;
+        let places = spans.iter().enumerate();
+        let places: Vec<(usize, usize)> = places
+            .flat_map(|(b, span)| span.clone().map(move |s| (b, s)))
+            .collect();
+        let cores = threads(1, places.len() * side.vocab);
+        let all: Vec<usize> = (0..places.len()).collect();
+        let read = |(): &mut (), i: usize, _: Option<&mut [F]>| {
+            let (b, s) = places[i];
+            Row::new(side, b, s, temperature)
+        };
+        let read: Result<Vec<Row<'_, F>>> = by_row(&all, 1, None::<&mut [F]>, cores, || (), read)
+            .into_iter()
+            .collect();
+        let mut read = read?;
+        // Each thread has tokens of its own, and takes the rows in their order.
         let mut mass = vec![F::zero(); side.vocab];
-        let mut rows = Vec::new();
-        for (b, span) in spans.iter().enumerate() {
-            let read = |s| Row::new(side, b, s, temperature);
-            let of_answer: Result<Vec<_>> = span.clone().map(read).collect();
-            let of_answer = of_answer?;
-            for row in &of_answer {
-                row.add_probabilities(F::one(), &mut mass);
+        let starts: Vec<usize> = (0..side.vocab)
+            .step_by(side.vocab.div_ceil(cores).max(1))
+            .collect();
+        let add = |(): &mut (), part: usize, out: Option<&mut [F]>| {
+            if let Some(out) = out {
+                let first = starts[part];
+                read.iter()
+                    .for_each(|row| row.add_probabilities_from(first, out));
             }
-            rows.push(of_answer);
-        }
+        };
+        by_start(&starts, 1, Some(&mut mass), cores, || (), add);
+        let mut rest = read.drain(..);
+        let rows: Vec<Vec<Row<'a, F>>> = spans
+            .iter()
+            .map(|span| rest.by_ref().take(span.len()).collect())
+            .collect();
+        drop(rest);
         Ok(Self {
             tokens: heaviest(&mass, k.min(side.vocab)),
             spans,
@@ -184,6 +208,7 @@ pub(crate) fn evaluate<F: Scalar>(
     weights: &[f64],
     mut gradient: Option<&mut [F]>,
 ) -> Result<Evaluation> {
+    let wanted = gradient.is_some();
     let (student, teacher) = (&pair.student, &pair.teacher);
     let (heat, batch) = (settings.student_temperature, student.batch);
     let s = Answers::new(student, settings.skip_student_eos, heat, settings.k)?;
@@ -197,9 +222,8 @@ pub(crate) fn evaluate<F: Scalar>(
     let lengths = s.rows.iter().chain(&t.rows).map(Vec::len);
     let longest = lengths.max().unwrap_or(0);
     let ce = mean_cross_entropy(student, weights[0], gradient.as_deref_mut())?;
-    let (mut had, mut sl, mut sd) = (0.0, 0.0, 0.0);
-    let mut scratch = vec![F::zero(); student.vocab];
-    for b in 0..batch {
+    let one = |b: usize| -> Result<([f64; 3], Vec<F>)> {
+        let (mut had, mut sl) = (0.0, 0.0);
         let (p, q) = (t.padded(b, longest, k), s.padded(b, longest, k));
         let mut upstream = vec![F::zero(); longest * k];
 
@@ -236,37 +260,56 @@ pub(crate) fn evaluate<F: Scalar>(
             b: &ones,
         };
         let (value, of_cost) = value_and_gradient(&problem, settings.epsilon, settings.iterations)?;
-        sd += value.wide();
-        let mut of_columns = vec![F::zero(); columns.len()];
-        distances_gradient(&other, &columns, k, &of_cost, &mut of_columns);
-        let weight = F::of(weights[3]);
-        let of_flat: Vec<F> = transposed(&of_columns, longest)
-            .iter()
-            .map(|&g| g * weight)
-            .collect();
-        through_softmax(&flat, &of_flat, k, settings.sd_temperature, &mut upstream);
-
-        let Some(gradient) = gradient.as_deref_mut() else {
-            continue;
-        };
-        for ((row, at), upstream) in s.rows[b]
-            .iter()
-            .zip(s.spans[b].clone())
-            .zip(upstream.chunks_exact(k))
-        {
-            let first = (b * student.seq + at) * student.width;
-            let out = &mut gradient[first..][..student.vocab];
-            row.through(
-                &s.tokens,
-                &upstream[..s.tokens.len()],
-                heat,
-                &mut scratch,
-                out,
-            );
+        if wanted {
+            let mut of_columns = vec![F::zero(); columns.len()];
+            distances_gradient(&other, &columns, k, &of_cost, &mut of_columns);
+            let weight = F::of(weights[3]);
+            let of_flat: Vec<F> = transposed(&of_columns, longest)
+                .iter()
+                .map(|&g| g * weight)
+                .collect();
+            through_softmax(&flat, &of_flat, k, settings.sd_temperature, &mut upstream);
         }
+        Ok(([had, sl, value.wide()], upstream))
+    };
+    let answers: Vec<usize> = (0..batch).collect();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let of_answer = |(): &mut (), b: usize, _: Option<&mut [F]>| one(b);
+    let found = by_row(&answers, 1, None::<&mut [F]>, cores, || (), of_answer);
+    let found: Vec<([f64; 3], Vec<F>)> = found.into_iter().collect::<Result<_>>()?;
+    let part = |i: usize| found.iter().map(|(parts, _)| parts[i]).sum::<f64>();
+    let parts = vec![ce, part(0), part(1), part(2)];
+    if let Some(gradient) = gradient {
+        // Rows of all answers, and where each stands among them.
+        let spans = s.spans.iter().enumerate();
+        let places: Vec<(usize, usize)> = spans
+            .flat_map(|(b, span)| (0..span.len()).map(move |i| (b, i)))
+            .collect();
+        let rows: Vec<usize> = places
+            .iter()
+            .map(|&(b, i)| b * student.seq + s.spans[b].start + i)
+            .collect();
+        let cores = threads(1, rows.len() * student.vocab);
+        let scratch = || vec![F::zero(); student.vocab];
+        let through = |scratch: &mut Vec<F>, at: usize, out: Option<&mut [F]>| {
+            let (b, i) = places[at];
+            if let Some(out) = out {
+                let upstream = &found[b].1[i * k..][..s.tokens.len()];
+                let out = &mut out[..student.vocab];
+                s.rows[b][i].through(&s.tokens, upstream, heat, scratch, out);
+            }
+        };
+        by_start(
+            &rows,
+            student.width,
+            Some(gradient),
+            cores,
+            scratch,
+            through,
+        );
     }
     Ok(Evaluation {
-        parts: vec![ce, had, sl, sd],
+        parts,
         notes: Vec::new(),
     })
 }

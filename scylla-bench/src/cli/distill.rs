@@ -9,7 +9,7 @@ use super::train::{Lines, duration};
 use super::{ModelOptions, print_json, print_text, with_download};
 use crate::distill::{AnswerScore, DistillExperiment, Distiller, Outcome, Scores, Step, Told};
 use crate::experiment::Override;
-use crate::{Registry, Result};
+use crate::{Environment, Registry, Result};
 
 #[derive(Args)]
 pub(super) struct Distill {
@@ -88,18 +88,24 @@ impl Distill {
             with_download(|p| Distiller::new(registry, &experiment, output, p, &mut told))?;
         if self.score {
             let (scores, answers) = distiller.evaluate_each()?;
-            return self.print_scores(&scores, &answers);
+            return self.print_scores(&scores, &answers, &distiller.environment());
         }
         told(Told::Note(format!("products in {}", distiller.products())));
         let outcome = distiller.run(stop, &mut told)?;
         self.print(&outcome)
     }
 
-    fn print_scores(&self, scores: &Scores, answers: &[AnswerScore]) -> Result<()> {
+    fn print_scores(
+        &self,
+        scores: &Scores,
+        answers: &[AnswerScore],
+        environment: &Environment,
+    ) -> Result<()> {
         if self.json {
             let mut all = serde_json::to_value(scores)
                 .map_err(|e| crate::Error::Experiment(e.to_string()))?;
             all["answers"] = serde_json::json!(answers);
+            all["environment"] = serde_json::json!(environment);
             return print_json(&all);
         }
         print_text(&format!(

@@ -508,7 +508,13 @@ fn text(answer: &Answer) -> String {
         );
     }
     if let Some(r) = &answer.roofline {
-        let widths = r.widths.iter().map(|(b, k)| format!("{k:.1} at {b}"));
+        let verified = |batch: usize| {
+            let choice = answer.planned.choices.iter().find(|c| c.batch == batch);
+            choice.map_or("-".into(), |c| c.budget.total.to_string())
+        };
+        let widths = r.widths.iter();
+        let widths =
+            widths.map(|&(b, k)| format!("{k:.1} at {b} (the plan verifies {})", verified(b)));
         let widths: Vec<String> = widths.collect();
         text += &format!(
             "roofline: {:.1} GB/s, {:.0} billion operations/s, off by {:.0} % on average; arithmetic and memory take as long at {} nodes by batch\n",

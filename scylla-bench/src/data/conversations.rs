@@ -35,6 +35,9 @@ pub struct Conversation {
     pub messages: Vec<Message>,
     /// Of a task over a text: other answers that count as right beside the assistant's.
     pub others: Vec<String>,
+    /// Whether the last answer was broken off by a limit, and not ended by who said it, as this project's answers say
+    /// (`finishes`).
+    pub cut: bool,
 }
 
 /// Reads a file of conversations.
@@ -164,6 +167,7 @@ fn conversation(row: &Value, number: usize) -> Result<Conversation, String> {
             task: Some(task.name.into()),
             messages: [user(task.asked)].into_iter().chain(said).collect(),
             others: answers.collect(),
+            cut: false,
         });
     }
     let given = |row: &Row, key: &str| row.get(key).is_some_and(|v| !v.is_null());
@@ -244,7 +248,15 @@ fn conversation(row: &Value, number: usize) -> Result<Conversation, String> {
         },
         messages,
         others: Vec::new(),
+        cut: cut(row),
     })
+}
+
+/// Whether the last answer of a row was broken off.
+fn cut(row: &Row) -> bool {
+    let finishes = row.get("finishes").and_then(Value::as_array);
+    let last = finishes.and_then(|all| all.last()?.as_str());
+    last.is_some_and(|last| ["length", "context", "interrupted"].contains(&last))
 }
 
 fn user(content: String) -> Message {

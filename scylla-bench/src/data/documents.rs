@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 use super::conversations::{self, Conversation};
 use super::parquet;
 use crate::prompts;
+use crate::tasks;
 use crate::{Error, Result};
 
 /// Where data comes from.
@@ -295,9 +296,10 @@ pub fn contents(path: &Path, separator: &str) -> Result<Vec<(String, Content)>> 
     Ok(found)
 }
 
-/// Whether a row is a text.
+/// Whether a row is a text, and not one with its summary.
 fn is_text(row: &serde_json::Value) -> bool {
-    row.get("text").is_some_and(serde_json::Value::is_string)
+    let task = row.as_object().and_then(tasks::of_row);
+    row.get("text").is_some_and(serde_json::Value::is_string) && task.is_none()
 }
 
 /// The documents of rows, each with its place.

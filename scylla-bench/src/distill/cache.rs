@@ -1,5 +1,5 @@
 //! What the teacher says, kept: the most probable tokens of each row, that of the answer, and the mass of all others, so that runs over the same answers
-//! need its pass once.
+//! need its pass once. Or its final states alone, from which its head says each row whole, as without a cache.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -51,7 +51,8 @@ impl Index {
 
     /// Bytes of so many rows.
     fn bytes(&self, rows: usize) -> u64 {
-        (rows * (self.top_k * 8 + 4 + self.hidden * 4)) as u64
+        let tail = if self.top_k > 0 { 4 } else { 0 };
+        (rows * (self.top_k * 8 + tail + self.hidden * 4)) as u64
     }
 }
 
@@ -96,7 +97,7 @@ impl Cache {
             form: format!("{}, {}", teacher.loaded().forms.join("+"), on.name()),
             answers: answers.into(),
             top_k: spec.top_k.min(teacher.known()),
-            hidden: if hidden {
+            hidden: if hidden || spec.top_k == 0 {
                 teacher.loaded().config.hidden
             } else {
                 0
@@ -184,13 +185,25 @@ impl Cache {
         }
         let states = match hidden {
             0 => None,
-            width => {
-                let bits = self.stored(&format!("{answer}.hidden"), &[rows, width])?;
-                let values = bits.into_iter().map(f32::from_bits).collect();
-                Some(Matrix::host(values, width))
-            }
+            _ => Some(self.states(answer)?),
         };
         Ok((Matrix::host(logits, columns), states))
+    }
+
+    /// Whether states alone are kept, and no row's words.
+    pub(super) fn is_states(&self) -> bool {
+        self.index.top_k == 0
+    }
+
+    /// Hidden states of an answer's rows `[tokens + 1, H]`, where they are kept.
+    ///
+    /// # Errors
+    /// If a shard cannot be read any more.
+    pub(super) fn states(&self, answer: usize) -> Result<Matrix> {
+        let (rows, width) = (self.index.rows[answer], self.index.hidden);
+        let bits = self.stored(&format!("{answer}.hidden"), &[rows, width])?;
+        let values = bits.into_iter().map(f32::from_bits).collect();
+        Ok(Matrix::host(values, width))
     }
 
     /// Words of four bytes, as they are stored.
@@ -257,6 +270,16 @@ fn write_shard(
         let read = teacher.read(&some)?;
         for (j, (pair, &begin)) in some.iter().zip(&read.begins).enumerate() {
             let rows = rows_of(pair, begin);
+            let answer = first + i * TOGETHER + j;
+            if index.hidden > 0 {
+                let states = chosen(&read.states, &rows)?;
+                let bytes = states.all()?.iter().flat_map(|v| v.to_le_bytes()).collect();
+                let shape = vec![rows.len(), index.hidden];
+                held.push((format!("{answer}.hidden"), Dtype::F32, shape, bytes));
+            }
+            if k == 0 {
+                continue;
+            }
             let logits = teacher.logits(on, &read.states, &rows)?;
             let (values, n) = (logits.all()?, rows.len());
             let (mut ids, mut logs, mut tails) = (Vec::new(), Vec::new(), Vec::new());
@@ -284,16 +307,9 @@ fn write_shard(
                     logs.extend((log as f32).to_le_bytes());
                 }
             }
-            let answer = first + i * TOGETHER + j;
             held.push((format!("{answer}.ids"), Dtype::U32, vec![n, k], ids));
             held.push((format!("{answer}.logs"), Dtype::F32, vec![n, k], logs));
             held.push((format!("{answer}.tail"), Dtype::F32, vec![n], tails));
-            if index.hidden > 0 {
-                let states = chosen(&read.states, &rows)?;
-                let bytes = states.all()?.iter().flat_map(|v| v.to_le_bytes()).collect();
-                let shape = vec![n, index.hidden];
-                held.push((format!("{answer}.hidden"), Dtype::F32, shape, bytes));
-            }
         }
     }
     let bad = |e: safetensors::SafeTensorError| Error::file(path, e.to_string());

@@ -88,6 +88,8 @@ impl Default for StudentSpec {
 pub struct PairSpec {
     /// Bytes of the pieces that texts are cut into.
     pub bytes: usize,
+    /// Pieces of a text at most, the first; 0: all.
+    pub pieces: usize,
     /// Tokens of prompt and answer at most, on either side; what is longer is left out.
     pub longest: usize,
     /// Other conversations, with their answers, that stand before the teacher's question; the student's has none.
@@ -100,6 +102,7 @@ impl Default for PairSpec {
     fn default() -> Self {
         Self {
             bytes: 1024,
+            pieces: 0,
             longest: 1024,
             shots: 0,
             date: "2026-01-01".into(),
@@ -113,7 +116,8 @@ impl Default for PairSpec {
 pub struct CacheSpec {
     /// Where.
     pub dir: PathBuf,
-    /// Most probable tokens that are kept of each row; all others share the mass that is left.
+    /// Most probable tokens that are kept of each row; all others share the mass that is left. 0: the teacher's final states are
+    /// kept in their place, from which its head says each row whole, for any loss.
     #[serde(default = "usual_top_k")]
     pub top_k: usize,
 }
@@ -160,6 +164,8 @@ pub struct Watch {
     pub part: String,
     /// Answers at most.
     pub count: usize,
+    /// Of them, pieces of a text, so that there are some of many texts; 0: as many as are learned from.
+    pub pieces: usize,
     /// New tokens of the student's own answers at most, where right ones are known; 0: it is not asked for any.
     pub max_new_tokens: usize,
     /// Files to check on, in place of the dev part; what was learned from is left out.
@@ -173,6 +179,7 @@ impl Default for Watch {
             every: 100,
             part: "dev".into(),
             count: 64,
+            pieces: 0,
             max_new_tokens: 64,
             files: Vec::new(),
         }
@@ -271,12 +278,6 @@ impl DistillExperiment {
             return bad(format!(
                 "train.batch {}, train.together {} and train.steps {} must each be at least 1",
                 t.batch, t.together, t.steps
-            ));
-        }
-        if let Some(cache) = self.cache.as_ref().filter(|cache| cache.top_k == 0) {
-            return bad(format!(
-                "cache.top_k 0 in {}: expected at least 1",
-                cache.dir.display()
             ));
         }
         self.form()?;

@@ -137,7 +137,16 @@ impl Distiller {
                 }
                 (None, Some(cache)) => {
                     let own = Rows::of(some.iter().map(|p| &p.teacher), &vec![0; some.len()]);
-                    let (logits, hidden) = own.kept(cache, &batch[at.clone()])?;
+                    let answers = &batch[at.clone()];
+                    let (logits, hidden) = match cache.is_states() {
+                        true => {
+                            let states = own.kept_states(cache, answers)?;
+                            let rows: Vec<usize> = (0..states.rows()).collect();
+                            let logits = self.teacher.logits(&self.on, &states, &rows)?;
+                            (logits, self.needs.hidden.then_some(states))
+                        }
+                        false => own.kept(cache, answers)?,
+                    };
                     Some((own, logits, hidden))
                 }
                 (None, None) => None,

@@ -217,8 +217,13 @@ impl Maker<'_> {
     fn pairs(&self, name: &str, content: &Content, number: usize) -> Vec<Result<Pair>> {
         match content {
             Content::Text(text) => {
+                let most = match self.how.pieces {
+                    0 => usize::MAX,
+                    some => some,
+                };
                 let all = pieces(text, self.how.bytes).into_iter().enumerate();
-                all.map(|(i, piece)| self.text(format!("{name}, piece {}", i + 1), piece))
+                all.take(most)
+                    .map(|(i, piece)| self.text(format!("{name}, piece {}", i + 1), piece))
                     .collect()
             }
             Content::Talk(talk) => vec![self.answer(name, talk, number)],
@@ -239,20 +244,23 @@ impl Maker<'_> {
         self.pair(name, side(self.student)?, side(self.teacher)?)
     }
 
-    /// The last answer of a conversation, each side behind its own prompt, and with the token by which it ends.
+    /// The last answer of a conversation, each side behind its own prompt, and with the token by which it ends, unless it was
+    /// broken off.
     fn answer(&self, name: &str, talk: &Conversation, number: usize) -> Result<Pair> {
         let none = || Error::Experiment("the assistant says nothing in it".into());
         let (before, answer) = answered(&talk.messages).ok_or_else(none)?;
         let side = |tokenizer: &Tokenizer, before: &[Message]| -> Result<(Vec<u32>, Vec<u32>)> {
             let (prompt, end) = prompt(tokenizer, before, answer)?;
             let mut said = tokenizer.encode_bare(answer)?;
-            said.extend(end);
+            // What was broken off does not end there.
+            said.extend(end.filter(|_| !talk.cut));
             Ok((prompt, said))
         };
         // What the system says comes first.
         let system = before.iter().take_while(|m| m.role == "system").count();
         let (system, asked) = before.split_at(system);
-        let shown = [system, &self.shots(number, asked)[..], asked].concat();
+        let shots = self.shots(number, asked)?;
+        let shown = [system, &shots[..], asked].concat();
         let (own, other) = (side(self.student, before)?, side(self.teacher, &shown)?);
         let mut pair = self.pair(name.to_string(), own, other)?;
         pair.right = [answer.to_string()]
@@ -263,9 +271,9 @@ impl Maker<'_> {
     }
 
     /// Questions and answers of other conversations, none of which asks the same.
-    fn shots(&self, number: usize, asked: &[Message]) -> Vec<Message> {
+    fn shots(&self, number: usize, asked: &[Message]) -> Result<Vec<Message>> {
         if self.how.shots == 0 {
-            return Vec::new();
+            return Ok(Vec::new());
         }
         let mut random = StdRng::seed_from_u64(number as u64);
         let order = rand::seq::index::sample(&mut random, self.talks.len(), self.talks.len());
@@ -279,7 +287,15 @@ impl Maker<'_> {
             let (before, answer) = answered(&talk).filter(|(b, _)| at != number && *b != asked)?;
             Some([before, &[Message::assistant(answer)]].concat())
         });
-        others.take(self.how.shots).flatten().collect()
+        let shots: Vec<Vec<Message>> = others.take(self.how.shots).collect();
+        match shots.len() == self.how.shots {
+            true => Ok(shots.concat()),
+            false => Err(Error::Experiment(format!(
+                "pairs.shots {}: {} other conversations have an answer and ask something else",
+                self.how.shots,
+                shots.len()
+            ))),
+        }
     }
 
     fn pair(

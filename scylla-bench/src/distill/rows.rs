@@ -49,8 +49,7 @@ impl<'a> Rows<'a> {
         let (mut logits, mut states) = (Vec::new(), Vec::new());
         for &answer in answers {
             let (said, hidden) = cache.said(answer)?;
-            let last = said.rows() - 1;
-            let rows: Vec<usize> = (0..self.length).map(|i| i.min(last)).collect();
+            let rows = self.within(&said);
             logits.push(chosen(&said, &rows)?);
             if let Some(hidden) = hidden {
                 states.push(chosen(&hidden, &rows)?);
@@ -61,6 +60,22 @@ impl<'a> Rows<'a> {
             false => Some(Matrix::joined(states)?),
         };
         Ok((Matrix::joined(logits)?, states))
+    }
+
+    /// Hidden states of the same rows out of a cache.
+    pub(super) fn kept_states(&self, cache: &Cache, answers: &[usize]) -> Result<Matrix> {
+        let of = |&answer: &usize| {
+            let states = cache.states(answer)?;
+            chosen(&states, &self.within(&states))
+        };
+        let states: Vec<Matrix> = answers.iter().map(of).collect::<Result<_>>()?;
+        Ok(Matrix::joined(states)?)
+    }
+
+    /// Rows of one answer, as many as all have.
+    fn within(&self, of: &Matrix) -> Vec<usize> {
+        let last = of.rows() - 1;
+        (0..self.length).map(|i| i.min(last)).collect()
     }
 
     /// Logits `[B, S, W]` of these rows with their labels and tokens.

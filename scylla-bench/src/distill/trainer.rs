@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use scylla_core::assets::OnProgress;
 use scylla_core::files;
+use scylla_core::kernels::InstructionSet;
 use scylla_core::model::{LoadOptions, parse_device};
 use scylla_core::plugin::Matrix;
 use scylla_core::text::Tokenizer;
@@ -15,7 +16,7 @@ use scylla_core::train::{AdamW, AlignNeeds, Aligner, Named, checkpoint, norm};
 use serde::{Deserialize, Serialize};
 
 use super::cache::Cache;
-use super::experiment::DistillExperiment;
+use super::experiment::{DistillExperiment, PairSpec};
 use super::pairs::{Pairs, pairs_of};
 use super::score::{FirstBytes, Scores};
 use super::student::Student;
@@ -23,6 +24,7 @@ use super::tables::{Tables, spaces};
 use super::teacher::Teacher;
 use crate::context::{AlignerContext, tokenizer_at};
 use crate::data::documents::DataSpec;
+use crate::environment::{Environment, commit, cpu};
 use crate::registry::Registry;
 use crate::train::{BEST, CHECKPOINT, METRICS, append, compute_beside, cut_to, first_difference};
 use crate::{Error, Result};
@@ -210,7 +212,14 @@ fn answers(
         },
     };
     let count = experiment.evaluate.count;
-    let watched = pairs_of(&dev, how, count, &train.documents, both, on_read);
+    let how = PairSpec {
+        pieces: match experiment.evaluate.pieces {
+            0 => how.pieces,
+            some => some,
+        },
+        ..how.clone()
+    };
+    let watched = pairs_of(&dev, &how, count, &train.documents, both, on_read);
     let watched = watched.map_err(|e| {
         Error::Experiment(format!(
             "nothing to check on: {e} (evaluate.files names files of their own)"
@@ -326,6 +335,23 @@ impl Distiller {
         self.on.name()
     }
 
+    /// Where it runs; of the forms of weights that of the products.
+    pub fn environment(&self) -> Environment {
+        let options = LoadOptions {
+            threads: self.experiment.run.threads,
+            ..LoadOptions::default()
+        };
+        Environment {
+            commit: commit(),
+            cpu: cpu(),
+            simd: format!("{:?}", InstructionSet::detect()).to_lowercase(),
+            threads: options.thread_count(),
+            device: self.experiment.run.device.clone(),
+            dtypes: vec![self.products()],
+            target_hash: self.teacher.hash.clone(),
+        }
+    }
+
     fn resume(&mut self) -> Result<()> {
         let path = self.dir.join(CHECKPOINT);
         let (named, optimizer, state): (_, _, State) = checkpoint::load(&path, &self.on)?;
@@ -385,9 +411,9 @@ impl Distiller {
         let text = self.experiment.to_toml()?;
         files::write(&self.dir.join("experiment.toml"), text.as_bytes())?;
         if let Some(spec) = self.experiment.cache.clone().filter(|_| !self.needs.alone) {
-            if self.needs.whole_rows && spec.top_k < self.teacher.known() {
+            if self.needs.whole_rows && (1..self.teacher.known()).contains(&spec.top_k) {
                 return Err(Error::Experiment(format!(
-                    "this aligner reads the teacher's rows whole, of which cache.top_k keeps {} of {} tokens; without [cache] the teacher says all",
+                    "this aligner reads the teacher's rows whole, of which cache.top_k keeps {} of {} tokens; with 0, or without [cache], the teacher says all",
                     spec.top_k,
                     self.teacher.known()
                 )));

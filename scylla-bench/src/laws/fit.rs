@@ -134,6 +134,10 @@ pub struct Held {
     pub seed: u64,
     /// What it has.
     pub found: f64,
+    /// The value of as many tokens, or the most below them, that was seen of the family at the depth nearest to the one asked for.
+    pub last_value: f64,
+    /// The mean of the family's runs.
+    pub mean: f64,
 }
 
 /// How predictions of held-out runs fare, beside two that need no law.
@@ -143,7 +147,7 @@ pub struct Score {
     pub runs: usize,
     /// Mean absolute error of the predictions.
     pub error: f64,
-    /// Of the value with most tokens that was seen of the family, at the depth nearest to the one asked for.
+    /// Of the last value seen.
     pub last_value: f64,
     /// Of the mean of the family's runs.
     pub mean: f64,
@@ -304,36 +308,18 @@ impl Laws {
 
     /// How the predictions of held-out runs fare; `None` without one.
     pub fn score(&self, held: &[Held]) -> Option<Score> {
-        let naive = |one: &Held| -> Option<(f64, f64)> {
-            let query = &one.said;
-            let kept = self.points.iter().filter(|p| !p.holdout);
-            let own: Vec<&Point> = kept.filter(|p| p.family == query.family).collect();
-            let far = |p: &&&Point| p.layers.abs_diff(query.layers);
-            let near = own.iter().map(|p| far(&p)).min()?;
-            let near: Vec<&&Point> = own.iter().filter(|p| far(p) == near).collect();
-            // As many tokens as are asked for, or the most below that; where all runs have more, the fewest.
-            let below = near.iter().map(|p| p.tokens).filter(|&t| t <= query.tokens);
-            let fewest = near.iter().map(|p| p.tokens).fold(f64::INFINITY, f64::min);
-            let most = below.fold(0.0, f64::max);
-            let most = if most > 0.0 { most } else { fewest };
-            let near: Vec<&&Point> = near.into_iter().filter(|p| p.tokens <= most).collect();
-            let last = near.iter().filter(|p| p.tokens >= most).map(|p| p.tau);
-            let all: Vec<f64> = own.iter().map(|p| p.tau).collect();
-            Some((mean(&last.collect::<Vec<f64>>())?, mean(&all)?))
-        };
         let scored = |one: &Held| {
-            let (last, all) = naive(one)?;
             let off = |value: f64| (value - one.found).abs();
             let inside = (one.said.low..=one.said.high).contains(&one.found);
-            Some([
+            [
                 off(one.said.tau),
-                off(last),
-                off(all),
+                off(one.last_value),
+                off(one.mean),
                 f64::from(u8::from(inside)),
                 (one.said.high - one.said.low) / 2.0,
-            ])
+            ]
         };
-        let rows: Vec<[f64; 5]> = held.iter().filter_map(scored).collect();
+        let rows: Vec<[f64; 5]> = held.iter().map(scored).collect();
         let column = |i: usize| mean(&rows.iter().map(|row| row[i]).collect::<Vec<f64>>());
         Some(Score {
             runs: rows.len(),
@@ -345,6 +331,22 @@ impl Laws {
         })
     }
 
+    /// What may be said of a run without a law: the last value seen, and the mean; `None` without a run of its family.
+    fn naive(&self, query: &Query) -> Option<(f64, f64)> {
+        let kept = self.points.iter().filter(|p| !p.holdout);
+        let own: Vec<&Point> = kept.filter(|p| p.family == query.family).collect();
+        let far = |p: &&&Point| p.layers.abs_diff(query.layers);
+        let near = own.iter().map(|p| far(&p)).min()?;
+        let near: Vec<&&Point> = own.iter().filter(|p| far(p) == near).collect();
+        // As many tokens as are asked for, or the most below that; where all runs have more, the fewest.
+        let below = near.iter().map(|p| p.tokens).filter(|&t| t <= query.tokens);
+        let fewest = near.iter().map(|p| p.tokens).fold(f64::INFINITY, f64::min);
+        let most = below.fold(0.0, f64::max).max(fewest);
+        let last = near.iter().filter(|p| p.tokens == most).map(|p| p.tau);
+        let all: Vec<f64> = own.iter().map(|p| p.tau).collect();
+        Some((mean(&last.collect::<Vec<f64>>())?, mean(&all)?))
+    }
+
     /// What is said of the runs that were held out; those that no law tells are left out.
     pub fn held(&self) -> Vec<Held> {
         let held = self.points.iter().filter(|p| p.holdout);
@@ -354,10 +356,13 @@ impl Laws {
                 layers: p.layers,
                 tokens: p.tokens,
             };
+            let (last_value, mean) = self.naive(&query)?;
             Some(Held {
                 said: self.predict(&query).ok()?,
                 seed: p.seed,
                 found: p.tau,
+                last_value,
+                mean,
             })
         })
         .collect()

@@ -28,6 +28,9 @@ const WIDTHS: [usize; 3] = [1, 2, 4];
 const LEVELS: [usize; 2] = [1, 3];
 /// Rows that all between is noted under: it hardly depends on them.
 const BETWEEN: usize = 4;
+/// Positions of each sequence while cycles are timed, at most: what all but the target's forward takes hardly depends on them, and
+/// reading prompts takes most of the time here.
+const POSITIONS: usize = 64;
 /// Cycles of an engine's run; the first warms up.
 const CYCLES: usize = 5;
 
@@ -384,7 +387,7 @@ impl Measuring<'_, '_> {
         experiment.budget = BudgetSpec::from(budget);
         let session = &mut *self.session;
         let mut composed = session.compose(self.registry, &experiment)?;
-        let prompt = tokens(session, self.context);
+        let prompt = tokens(session, self.context.min(POSITIONS));
         let requests: Vec<_> = (0..self.batch as u64)
             .map(|sequence| {
                 let mut one = session.request(&experiment, &composed, prompt.clone(), sequence);
@@ -397,7 +400,7 @@ impl Measuring<'_, '_> {
         // All prompts in one forward, so that all sequences decode side by side from the first cycle on.
         let options = Options {
             batch: self.batch,
-            prompt_rows: self.batch * self.context,
+            prompt_rows: self.batch * prompt.len(),
             ..Options::default()
         };
         let mut engine = session.engine(&mut composed, options)?;
@@ -422,7 +425,8 @@ impl Measuring<'_, '_> {
         match steps.is_empty() {
             true => Err(Error::Experiment(format!(
                 "{} sequences with {} positions each do not decode side by side here",
-                self.batch, self.context
+                self.batch,
+                prompt.len()
             ))),
             false => Ok(steps),
         }

@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 
 use super::roofline::Shapes;
 use crate::rows::{at_line, rows};
-use crate::stats::median;
 use crate::{Error, Result};
 
 /// A part of a step.
@@ -49,7 +48,7 @@ pub(super) const SHAPES: &str = "target: ";
 /// Sizes: context, batch, rows.
 pub(super) type Sizes = [f64; 3];
 
-/// What parts cost by their sizes: the median where one was measured several times.
+/// What parts cost by their sizes: the least where one was measured several times, which is what a quiet machine takes.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct CostTable {
     parts: BTreeMap<(What, usize), Vec<(Sizes, f64)>>,
@@ -96,12 +95,13 @@ impl CostTable {
             let of = all.entry((cost.what, cost.layers)).or_default();
             of.entry(sizes).or_default().push(cost.seconds);
         }
-        let middle = |(sizes, seconds): ([usize; 3], Vec<f64>)| {
-            (sizes.map(|size| size as f64), median(&seconds))
+        let least = |(sizes, seconds): ([usize; 3], Vec<f64>)| {
+            let seconds = seconds.into_iter().fold(f64::INFINITY, f64::min);
+            (sizes.map(|size| size as f64), seconds)
         };
         let parts = all
             .into_iter()
-            .map(|(part, of)| (part, of.into_iter().map(middle).collect()));
+            .map(|(part, of)| (part, of.into_iter().map(least).collect()));
         Self {
             parts: parts.collect(),
             about,
@@ -142,7 +142,7 @@ impl CostTable {
         all
     }
 
-    /// Forwards that were measured: context, batch and rows, and their median seconds.
+    /// Forwards that were measured: context, batch and rows, and their least seconds.
     pub(super) fn forwards(&self) -> impl Iterator<Item = (Sizes, f64)> + '_ {
         self.parts
             .get(&(What::Forward, 0))
@@ -195,8 +195,12 @@ impl CostTable {
 /// Measurements, and comment lines.
 pub(super) fn costs(path: &Path, text: &str) -> Result<(Vec<Cost>, Vec<String>)> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    // Lines that were measured here all end: a last one that does not was cut off, be its number readable or not.
-    let text = match text.starts_with('#') {
+    // Lines that `measure` wrote all end: a last one that does not was cut off, be its number readable or not.
+    let written = |line: &str| {
+        line.strip_prefix("# ")
+            .is_some_and(|l| l.starts_with(SHAPES))
+    };
+    let text = match text.lines().any(written) {
         true => &text[..text.rfind('\n').map_or(0, |end| end + 1)],
         false => text,
     };
@@ -249,9 +253,9 @@ mod tests {
     #[test]
     fn between_measured_sizes_a_cost_is_in_proportion() {
         let costs = [
-            cost(What::Forward, 1, 1, 0, 2.0),
+            cost(What::Forward, 1, 1, 0, 3.0),
             cost(What::Forward, 1, 1, 0, 9.0),
-            cost(What::Forward, 1, 1, 0, 1.0),
+            cost(What::Forward, 1, 1, 0, 2.0),
             cost(What::Forward, 1, 5, 0, 4.0),
             cost(What::Forward, 4, 1, 0, 5.0),
             cost(What::Forward, 4, 5, 0, 15.0),
@@ -277,22 +281,26 @@ mod tests {
     #[test]
     fn a_line_that_is_none_is_told_and_a_last_one_that_was_cut_off_is_left() {
         let path = Path::new("costs.csv");
-        let read = |lines: &str| costs(path, &format!("# here\n{HEADER}\n{lines}"));
+        let read = |lines: &str| costs(path, &format!("# here\n# {SHAPES}{{}}\n{HEADER}\n{lines}"));
         let whole = read("forward,1,1,64,0,0.002\n").expect("read");
-        assert_eq!((whole.0.len(), &*whole.1), (1, &["here".to_string()][..]));
+        let about = ["here".to_string(), format!("{SHAPES}{{}}")];
+        assert_eq!((whole.0.len(), &*whole.1), (1, &about[..]));
+        // Somebody else's need not end.
+        let other = format!("# here\n{HEADER}\nforward,1,1,64,0,0.002\nforward,1,2,64,0,0.003");
+        assert_eq!(costs(path, &other).expect("read").0.len(), 2);
         for cut in ["forward,1,2", "forward,1,2,64,0,0.00"] {
             let lines = format!("forward,1,1,64,0,0.002\n{cut}");
             assert_eq!(read(&lines).expect("read").0.len(), 1);
         }
         for (lines, expected) in [
-            ("forward,1,2\nforward,1,1,64,0,0.002\n", "line 3"),
-            ("forward,0,1,64,0,0.002\n", "line 3: batch is 0"),
-            ("forward,1,1,64,2,0.002\n", "line 3: layers is 2"),
-            ("draft,1,1,64,0,0.002\n", "line 3: layers is 0"),
-            ("forward,1,1,64,0,-1\n", "line 3: seconds is -1"),
+            ("forward,1,2\nforward,1,1,64,0,0.002\n", "line 4"),
+            ("forward,0,1,64,0,0.002\n", "line 4: batch is 0"),
+            ("forward,1,1,64,2,0.002\n", "line 4: layers is 2"),
+            ("draft,1,1,64,0,0.002\n", "line 4: layers is 0"),
+            ("forward,1,1,64,0,-1\n", "line 4: seconds is -1"),
             (
                 "backward,1,1,64,0,1\n",
-                "line 3: unknown variant `backward`",
+                "line 4: unknown variant `backward`",
             ),
         ] {
             let error = read(lines).expect_err("no table").to_string();

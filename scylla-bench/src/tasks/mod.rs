@@ -7,7 +7,7 @@
 //! | FairytaleQA | `question`, `story_section`, `answer1` and `answer2` |
 //! | DIALOGSum | `dialogue`, `summary`, or `summary1` to `summary3` |
 //! | any other | `question`, `context` (or `passage`, `paragraph`), `answer` or `answers`, as a text, texts, or SQuAD's `text` |
-//! | | `summary` (or `highlights`) of a `document` or `article` |
+//! | | `summary` (or `highlights`) of a `document`, `article` or `text` |
 //!
 //! A row that holds more than that of what is asked (choices, images, messages, a system's) is none.
 
@@ -62,10 +62,17 @@ pub fn of_row(row: &Row) -> Option<Result<Task, String>> {
         Some(_) => true,
     };
     let holds = |key: &&&str| has(key) && row[**key].as_array().is_none_or(|all| !all.is_empty());
-    if MORE.iter().any(|key| holds(&key)) {
+    let first = |keys: &[&'static str]| keys.iter().copied().find(|key| has(key));
+    let summary = first(&["summary", "summary1", "highlights"]);
+    // A text with its summary; beside anything else a text is more than is asked.
+    let others = ["dialogue", "document", "article", "question"];
+    let of_text = has("text") && summary.is_some() && first(&others).is_none();
+    if MORE
+        .iter()
+        .any(|key| holds(&key) && !(of_text && *key == "text"))
+    {
         return None;
     }
-    let first = |keys: &[&'static str]| keys.iter().copied().find(|key| has(key));
     let context = first(&[
         "paragraph_text",
         "story_section",
@@ -77,9 +84,8 @@ pub fn of_row(row: &Row) -> Option<Result<Task, String>> {
     if let (true, Some(context), Some(answered)) = (has("question"), context, answered) {
         return Some(question(row, context, answered));
     }
-    let text = first(&["dialogue", "document", "article"])?;
-    let summary = first(&["summary", "summary1", "highlights"])?;
-    Some(summarised(row, text, summary))
+    let text = first(&["dialogue", "document", "article", "text"])?;
+    Some(summarised(row, text, summary?))
 }
 
 fn text<'a>(row: &'a Row, key: &str) -> Result<&'a str, String> {
@@ -223,6 +229,12 @@ mod tests {
                 "the text",
                 &["short"],
             ),
+            (
+                json!({"text": "long", "summary": "short"}),
+                "summary",
+                "long",
+                &["short"],
+            ),
         ] {
             let found = task(row);
             assert_eq!(
@@ -254,7 +266,9 @@ mod tests {
             json!({"context": "c", "question": "q", "answers": null}),
             json!({"context": "c", "question": "q", "answer": "B", "choices": ["x", "y"]}),
             json!({"context": "c", "question": "q", "answer": "b", "image": "i.png"}),
-            json!({"text": "t", "summary": "s"}),
+            json!({"text": "t", "summary": " "}),
+            json!({"text": "t", "document": "d", "summary": "s"}),
+            json!({"text": "t", "summary": "s", "choices": ["a"]}),
             json!({"document": "d", "summary": " "}),
         ] {
             assert!(of(row.clone()).is_none(), "{row}");

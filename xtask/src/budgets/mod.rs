@@ -17,7 +17,7 @@ pub(crate) const USAGE: &str = "usage: cargo xtask budgets [--rounds N] [--batch
 
 Decodes the default model's prompts at each batch size, full from the first step on, with every budget of a sweep for the shipped drafts, with automatic budgets, plainly,
 and in every third round with a tree of 60 nodes as EAGLE-2 has it; another decoder goes first in each round. A plan is made before the first
-round, from costs measured in its time and from what the drafts propose on dev prompts; costs are measured again in each round. Into results:
+round, from costs measured in its time and from what the drafts propose on dev prompts; costs are measured again in every third round. Into results:
 how far predictions are off, how far the plan's choice and each draft's automatic budgets are from the best cell, as JSON, tables and a figure.
 Broken off, the same command goes on, with the same build on the same machine. SCYLLA_SIMD=avx2 makes a processor of another kind.
 
@@ -49,14 +49,7 @@ const DRAFTS: [Draft; 2] = [
 ];
 
 /// Budgets of the sweep: nodes with the root, width, and expansion steps after level 0.
-const BUDGETS: [[usize; 3]; 6] = [
-    [2, 1, 0],
-    [3, 1, 1],
-    [4, 1, 2],
-    [3, 2, 0],
-    [5, 2, 1],
-    [8, 4, 2],
-];
+const BUDGETS: [[usize; 3]; 4] = [[2, 1, 0], [3, 1, 1], [5, 2, 1], [8, 4, 2]];
 /// What a trace must hold for them.
 const TRACED: [usize; 3] = [16, 4, 3];
 /// EAGLE-2's tree as published, which is the same at every batch.
@@ -66,7 +59,7 @@ const EVERY: usize = 3;
 /// Rows of prompts in a step: all of a batch's, so that its sequences begin side by side.
 const PROMPT_ROWS: usize = 32_768;
 /// Samples of each cost that the plan is made from.
-const SAMPLES: usize = 3;
+const SAMPLES: usize = 2;
 /// Committed positions that costs are measured at: those of the prompts and half their answers lie between.
 const CONTEXTS: &str = "128,512";
 /// What automatic budgets may draft at most: about what the sweep's largest cell has.
@@ -184,8 +177,9 @@ pub(crate) fn budgets(args: &[String]) -> Result<()> {
         if round < options.rounds && is_whole(&decoded) {
             continue;
         }
+        // One sample more in every third round.
         for draft in &DRAFTS {
-            measure(&scylla, &options, draft, SAMPLES + round)?;
+            measure(&scylla, &options, draft, SAMPLES + round.div_ceil(EVERY))?;
         }
         sweep(&scylla, &options, round)?;
         for draft in &DRAFTS {
@@ -277,6 +271,30 @@ fn trace(scylla: &Path, options: &Options, draft: &Draft) -> Result<()> {
     timed(&out.join("summary.json"), || run(&mut command))
 }
 
+/// Batch at which the sweep's contexts are looked up: plain decoding of its prompts, which says nothing of drafts.
+const LOOKED_UP: usize = 8;
+
+/// Committed positions that the sweep's tokens see on average.
+fn context(scylla: &Path, options: &Options) -> Result<String> {
+    let out = options.work.join("context");
+    let config = options.work.join("context.toml");
+    fs::write(&config, experiment(options, 0, &[]))?;
+    let mut bench = command(scylla);
+    bench.arg("bench").arg(&config).arg("--json");
+    bench.args(["--batch", &LOOKED_UP.to_string(), "--set", "compare=[]"]);
+    bench.args(["--set", &format!("run.output={}", out.display())]);
+    bench.stdout(std::process::Stdio::null());
+    let summary = out.join("summary.json");
+    timed(&summary, || run(&mut bench))?;
+    let found = report::read(&summary)?;
+    let context = found["rows"]
+        .as_array()
+        .and_then(|rows| rows.iter().find(|row| row["task"] == "all"))
+        .and_then(|row| row["full"]["context"].as_f64())
+        .with_context(|| format!("{}: no step of a whole batch", summary.display()))?;
+    Ok(format!("{context:.0}"))
+}
+
 /// Costs, sample by sample of all drafts, and the plan that is made of them. Their time is kept beside the last draft's plan.
 fn before(scylla: &Path, options: &Options) -> Result<()> {
     let last = options.plan(&DRAFTS[DRAFTS.len() - 1], true);
@@ -325,6 +343,7 @@ fn plan(scylla: &Path, options: &Options, draft: &Draft, before: bool) -> Result
         .arg(options.costs(draft))
         .arg("--trace")
         .arg(options.work.join(format!("trace-{}", draft.name)))
+        .args(["--context", &context(scylla, options)?])
         .args(["--batch", &options.batch_list()])
         .args(["--budgets", &BUDGETS.map(shown).join(",")]);
     let out = command.output()?;

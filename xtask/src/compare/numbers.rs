@@ -34,6 +34,11 @@ impl Sample {
         }
     }
 
+    /// NaN of none.
+    pub(crate) fn largest(&self) -> f64 {
+        self.sorted().last().copied().unwrap_or(f64::NAN)
+    }
+
     pub(crate) fn json(&self) -> Value {
         let sorted = self.sorted();
         json!({ "median": self.median(), "min": sorted.first(), "max": sorted.last(), "rounds": self.0 })
@@ -182,7 +187,8 @@ mod tests {
         assert_eq!(a.over(&b).median(), 2.0);
         assert_eq!(a.over(&b).to_string(), "2.00 (1.00-3.00)");
         assert_eq!(Sample(vec![1.0, 4.0]).median(), 2.5);
-        assert!(Sample::default().median().is_nan());
+        assert!(Sample::default().median().is_nan() && Sample::default().largest().is_nan());
+        assert_eq!(a.largest(), 9.0);
     }
 
     #[test]

@@ -23,7 +23,7 @@ learns in the same number of steps by each method. Parts, one after another:
   qwen2.5    a student with Qwen2.5's vocabulary
 
 Three seeds (of the last, one) are reported on what was held out, answer by answer (docs/results/distillation.json, with a page beside it). Broken
-off, the same command goes on.
+off, the same command goes on; an experiment file that changed meanwhile is refused.
 
   --part NAME      only this part (it may need the rates of `texts`)
   --tasks FILES    also what students of `answers` say to these, separated by commas: questions and summaries over texts, read for evaluation only
@@ -54,7 +54,15 @@ const TEXTS: &[&str] = &["papers.txt", "documentation.txt"];
 const CE: &str = "{ name = \"ce\" }";
 const ULD: &str = "{ name = \"uld\" }";
 const PUBLISHED: &str = "{ name = \"multilevel-ot\" }";
-const RELEASED: &str = "{ name = \"multilevel-ot\", mode = \"reference-code\" }";
+/// The released code leaves a student's last label out.
+const RELEASED: &str =
+    "{ name = \"multilevel-ot\", mode = \"reference-code\", skip_student_eos = true }";
+/// Log likelihoods are divided by 100, and their slope with them: with a weight of as much it stands beside cross entropy.
+const ALM: &str = "{ name = \"alm\", alm_weight = 100.0 }";
+const GOLD: &str = "{ name = \"gold\", ce_weight = 1.0 }";
+const MINED: &str = "{ name = \"mined\" }";
+const DSKD: &str = "{ name = \"dskd\" }";
+const X_TOKEN: &str = "{ name = \"x-token\" }";
 
 const PARTS: [Part; 4] = [
     Part {
@@ -63,13 +71,13 @@ const PARTS: [Part; 4] = [
         methods: &[
             ("ce", CE),
             ("uld", ULD),
-            ("mined", "{ name = \"mined\" }"),
+            ("mined", MINED),
             ("multilevel-ot", PUBLISHED),
             ("multilevel-ot, released", RELEASED),
-            ("alm", "{ name = \"alm\" }"),
-            ("gold", "{ name = \"gold\", ce_weight = 1.0 }"),
-            ("dskd", "{ name = \"dskd\" }"),
-            ("x-token", "{ name = \"x-token\" }"),
+            ("alm", ALM),
+            ("gold", GOLD),
+            ("dskd", DSKD),
+            ("x-token", X_TOKEN),
         ],
         vocabulary: "gpt2",
         texts: TEXTS,
@@ -81,8 +89,13 @@ const PARTS: [Part; 4] = [
         methods: &[
             ("sequences (ce)", CE),
             ("uld", ULD),
+            ("mined", MINED),
             ("multilevel-ot", PUBLISHED),
             ("multilevel-ot, released", RELEASED),
+            ("alm", ALM),
+            ("gold", GOLD),
+            ("dskd", DSKD),
+            ("x-token", X_TOKEN),
         ],
         vocabulary: "gpt2",
         texts: &[],
@@ -152,8 +165,11 @@ impl Part {
     }
 }
 
-/// Learning rates that each method of the first part is tried with.
-const RATES: [&str; 3] = ["3e-4", "1e-3", "3e-3"];
+/// Learning rates that methods of the first part are tried with: from the second to the fourth, and on as long as the last one
+/// tried is the best.
+const RATES: [&str; 5] = ["1e-4", "3e-4", "1e-3", "3e-3", "1e-2"];
+/// The rate of what is not tried with several.
+const USUAL: usize = 2;
 
 /// The student that was taught nothing.
 const UNTAUGHT: &str = "untaught";
@@ -227,10 +243,6 @@ impl Options {
             .enumerate()
             .filter(kept)
             .map(|(_, method)| *method)
-    }
-
-    fn rates(&self) -> &'static [&'static str] {
-        if self.small { &RATES[1..2] } else { &RATES }
     }
 
     fn seeds(&self, part: &Part) -> u64 {
@@ -346,7 +358,20 @@ impl Comparison<'_> {
             texts => self.files(texts),
         };
         let warmup = if self.options.small { "1" } else { "5" };
+        // The teacher reads the answers once for all methods, and says its rows whole.
+        let learned = if part.texts.is_empty() {
+            "answers"
+        } else {
+            "texts"
+        };
+        let said = self
+            .options
+            .work
+            .join(part.vocabulary)
+            .join(format!("said-{learned}"));
+        let said = json!(said.display().to_string());
         Ok(vec![
+            ("cache", format!("{{ dir = {said}, top_k = 0 }}")),
             ("student.model", student.to_string()),
             ("aligner", aligner.to_string()),
             ("data.files", files),
@@ -363,23 +388,25 @@ impl Comparison<'_> {
         let student = self.pretrained(part.vocabulary)?;
         let mut chosen = BTreeMap::new();
         for (name, aligner) in self.options.methods(part) {
-            let mut best: Option<(f64, &str)> = None;
-            for &rate in self.options.rates() {
+            let steps = self.options.steps().choosing;
+            let tried = |rate: usize| -> Result<f64> {
+                let rate = RATES[rate];
                 let dir = self
                     .options
                     .work
                     .join(format!("rates/{}/{rate}", folder(name)));
-                let steps = self.options.steps().choosing;
                 let asked = self.asked(part, (&student, aligner), rate, (0, steps))?;
                 let summary = learn(self.command("compare", &asked), &dir)?;
                 let bits = summary["scores"]["bits_per_byte"].as_f64();
                 let bits = bits.context("no bits per byte")?;
                 eprintln!("{name} at {rate}: {bits:.4} bits a byte");
-                if best.is_none_or(|(least, _)| bits < least) {
-                    best = Some((bits, rate));
-                }
-            }
-            chosen.insert(aligner, best.context("no rate was tried")?.1);
+                Ok(bits)
+            };
+            let best = match self.options.small {
+                true => USUAL,
+                false => best_rate(tried)?,
+            };
+            chosen.insert(aligner, RATES[best]);
         }
         Ok(chosen)
     }
@@ -397,12 +424,16 @@ impl Comparison<'_> {
                 let rate = *rate.context("no rate was chosen")?;
                 let mut asked = self.asked(part, (&student, aligner), rate, (seed, steps))?;
                 let summary = learn(self.command("compare", &asked), &dir)?;
-                asked[0].1 = dir.join("best").display().to_string();
+                for (key, value) in &mut asked {
+                    if *key == "student.model" {
+                        *value = dir.join("best").display().to_string();
+                    }
+                }
                 self.score(part, &asked, &dir, (name, seed, rate), &summary)?;
                 page::write(self.options)?;
             }
         }
-        let asked = self.asked(part, (&student, CE), RATES[1], (0, steps))?;
+        let asked = self.asked(part, (&student, CE), RATES[USUAL], (0, steps))?;
         let dir = self.options.work.join(part.untaught());
         self.score(part, &asked, &dir, (UNTAUGHT, 0, "-"), &Value::Null)
     }
@@ -419,13 +450,45 @@ impl Comparison<'_> {
         let mut command = self.command("compare", asked);
         command.args(["--set", "evaluate.part=test"]);
         score(command, &dir.join("test.json"), method, summary)?;
-        if part.texts.is_empty() && !self.options.tasks.is_empty() {
+        let answers = part.texts.is_empty();
+        for file in self.options.tasks.iter().filter(|_| answers) {
             let mut command = self.command("compare", asked);
-            let files = json!(self.options.tasks).to_string();
+            let files = json!([file]).to_string();
             command.args(["--set", &format!("evaluate.files={files}")]);
-            score(command, &dir.join("tasks.json"), method, summary)?;
+            // All of them, and room for several sentences.
+            command.args(["--set", "evaluate.count=1000000"]);
+            command.args(["--set", "evaluate.max_new_tokens=96"]);
+            score(command, &dir.join(scored(file)), method, summary)?;
         }
         Ok(())
+    }
+}
+
+/// The scores of a file of tasks.
+fn scored(file: &str) -> String {
+    let name = Path::new(file).file_stem().unwrap_or_default();
+    format!("{TASKS}{}.json", name.to_string_lossy())
+}
+
+/// What such scores' names begin with.
+const TASKS: &str = "tasks-";
+
+/// Which of the rates has the least of what is told of it: of the three in the middle, and of those beyond as long as the outermost is
+/// the best.
+fn best_rate(tried: impl Fn(usize) -> Result<f64>) -> Result<usize> {
+    let of = |rate: usize| Ok((rate, tried(rate)?));
+    let mut all: Vec<(usize, f64)> = (1..RATES.len() - 1).map(of).collect::<Result<_>>()?;
+    loop {
+        let rates = || all.iter().map(|(rate, _)| *rate);
+        let (low, high) = (rates().min(), rates().max());
+        let best = all.iter().min_by(|a, b| a.1.total_cmp(&b.1));
+        let &(best, _) = best.context("no rate was tried")?;
+        let next = match best {
+            _ if Some(best) == low && best > 0 => best - 1,
+            _ if Some(best) == high && best + 1 < RATES.len() => best + 1,
+            _ => return Ok(best),
+        };
+        all.push(of(next)?);
     }
 }
 
@@ -446,9 +509,18 @@ fn learn(mut command: Command, dir: &Path) -> Result<Value> {
     Ok(serde_json::from_str(&text)?)
 }
 
-/// Whether a result is there already; how it was asked for is kept beside it, and must be the same.
+/// Whether a result is there already; how it was asked for, the experiment file included, is kept beside it, and must be the same.
 fn same_as_before(command: &Command, result: &Path, kept: &str) -> Result<bool> {
-    let asked = format!("{:?}\n", command.get_args().collect::<Vec<_>>());
+    let args: Vec<_> = command.get_args().collect();
+    let config = args.windows(2).find(|pair| pair[0] == "--config");
+    let config = config.map(|pair| Path::new(pair[1]));
+    let said = match config {
+        Some(path) => {
+            std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?
+        }
+        None => String::new(),
+    };
+    let asked = format!("{args:?}\n{said}");
     let path = result.with_file_name(kept);
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir)?;
@@ -488,5 +560,27 @@ fn score(
     found["lr"] = rate.into();
     found["dev"] = summary["scores"].clone();
     found["tokens"] = summary["tokens"].clone();
-    Ok(std::fs::write(path, found.to_string())?)
+    // What is there is whole.
+    let partial = path.with_extension("partial");
+    std::fs::write(&partial, found.to_string())?;
+    Ok(std::fs::rename(&partial, path)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_tried_outwards_as_long_as_the_outermost_is_the_best() {
+        for (least, all) in [(2, 3), (3, 4), (4, 4), (1, 4), (0, 4)] {
+            let count = std::cell::Cell::new(0);
+            let tried = |rate: usize| {
+                count.set(count.get() + 1);
+                Ok(rate.abs_diff(least) as f64)
+            };
+            assert_eq!(best_rate(tried).expect("rates"), least);
+            assert_eq!(count.get(), all, "{least}");
+        }
+        assert!(best_rate(|_| bail!("no")).is_err());
+    }
 }

@@ -27,7 +27,7 @@ after each part, one line a run.
   --results DIR    folder for runs.jsonl (docs/results/grid)
   --gather         only gather what is there, and write tables and figures
   --held-out       train the runs that laws are tested on: 8,388,608 tokens with 1, 2 and 4 layers, and 3 and 6 layers with 1, 2 and 4 million.
-                   They go to held-out.jsonl, which no law is fitted to, with what the laws of runs.jsonl say of them (held-out.md)
+                   They go to held-out.jsonl, which no law is fitted to, with what predictions.json had said of them (held-out.md)
   --test SET       only walk every draft that is there, and the shipped ones, along the target's answers to the test part of a prompt set (core, or a file), at
                    temperatures 0 and 1, into test-SET.json and .md: once, at the end, as nothing may be chosen by it
 ";
@@ -555,7 +555,10 @@ fn gather(scylla: &Path, options: &Options) -> Result<()> {
             String::from_utf8_lossy(&out.stderr)
         ),
         count => {
-            let text = page::held_out(&found, count)?;
+            let said = results.join("predictions.json");
+            let text =
+                std::fs::read_to_string(&said).with_context(|| format!("{}", said.display()))?;
+            let text = page::held_out(&found, &serde_json::from_str(&text)?, count)?;
             Ok(std::fs::write(results.join("held-out.md"), text)?)
         }
     }

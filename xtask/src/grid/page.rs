@@ -156,52 +156,92 @@ pub(super) fn tested(set: &str, found: &[(&str, &Value)]) -> Result<String> {
     Ok(text)
 }
 
-/// What was said of `runs` runs that no law was fitted to, and what they have: `found` is what `scylla fit --json` says.
-pub(super) fn held_out(found: &Value, runs: usize) -> Result<String> {
+/// What was said of `runs` runs that no law was fitted to, and what they have: `found` is what `scylla fit --json` says of them now,
+/// `predictions` what it had said before they were made, which counts.
+pub(super) fn held_out(found: &Value, predictions: &Value, runs: usize) -> Result<String> {
     let mut text = String::from(
-        "Runs that no law was fitted to: what those of `runs.jsonl` say of them (90 % band), and what they have (dev prompts, greedy, trees of 20 nodes). Those of 1, 2 and 4 layers go on from \
-         trunks that fitted runs left, those of 3 and 6 have trunks of their own. Written by `cargo xtask grid --held-out`.\n\n\
-         | run | seed | predicted | band | found | inside |\n|---|---|---|---|---|---|\n",
+        "Runs that no law was fitted to: what `predictions.json` had said of them before they were made (90 % band), and what they have (dev prompts, greedy, trees of 20 nodes). Those of 1, 2 and 4 layers \
+         go on from trunks that fitted runs left, those of 3 and 6 have trunks of their own. The last value seen is that of as many tokens, or the most below them, at the nearest depth. Written by `cargo xtask grid --held-out`.\n\n\
+         | run | seed | predicted | band | found | inside | last value seen | mean of all |\n|---|---|---|---|---|---|---|---|\n",
     );
     let told = found["held"].as_array().context("no runs held out")?;
-    // Inside, and in all, of those with a trunk that was fitted and of the others.
-    let mut counts = [[0, 0]; 2];
+    let before = predictions.as_array().map_or(&[][..], Vec::as_slice);
+    // Of those with a trunk that was fitted, of the others, and of all.
+    let mut sums = [[0.0; 5]; 3];
+    let mut counts = [0; 3];
     for one in told {
-        let number = |key: &str| one[key].as_f64().with_context(|| format!("no {key}"));
-        let (low, high, tau) = (number("low")?, number("high")?, number("found")?);
+        let same = |said: &&Value| {
+            let key = |key: &str| said[key] == one[key];
+            key("family") && key("layers") && said["tokens"].as_f64() == one["tokens"].as_f64()
+        };
+        let said = before
+            .iter()
+            .find(same)
+            .with_context(|| format!("predictions.json says nothing of {one}"))?;
+        let number = |of: &Value, key: &str| of[key].as_f64().with_context(|| format!("no {key}"));
+        let (low, high, expected) = (
+            number(said, "low")?,
+            number(said, "high")?,
+            number(said, "tau")?,
+        );
+        let (tau, last, mean) = (
+            number(one, "found")?,
+            number(one, "last_value")?,
+            number(one, "mean")?,
+        );
         let inside = (low..=high).contains(&tau);
+        let off = |value: f64| (value - tau).abs();
+        let row = [
+            off(expected),
+            off(last),
+            off(mean),
+            f64::from(u8::from(inside)),
+            (high - low) / 2.0,
+        ];
         let own = usize::from([3, 6].contains(&one["layers"].as_u64().unwrap_or(0)));
-        counts[own][0] += usize::from(inside);
-        counts[own][1] += 1;
+        for group in [own, 2] {
+            counts[group] += 1;
+            for (sum, value) in sums[group].iter_mut().zip(row) {
+                *sum += value;
+            }
+        }
         let _ = writeln!(
             text,
-            "| {}, D = {}, {:.0} tokens | {} | {:.3} | {low:.3}-{high:.3} | {tau:.3} | {} |",
+            "| {}, D = {}, {:.0} tokens | {} | {expected:.3} | {low:.3}-{high:.3} | {tau:.3} | {} | {last:.3} | {mean:.3} |",
             one["family"].as_str().unwrap_or("?"),
             one["layers"],
-            number("tokens")?,
+            number(one, "tokens")?,
             one["seed"],
-            number("tau")?,
             if inside { "yes" } else { "no" }
         );
     }
-    let score = |key: &str| found["score"][key].as_f64();
-    if let (Some(error), Some(last), Some(mean), Some(width)) = (
-        score("error"),
-        score("last_value"),
-        score("mean"),
-        score("half_width"),
-    ) {
-        let [[of_fitted, fitted], [of_own, own]] = counts;
+    text += "\n| runs | | mean absolute error | of the last value seen | of the mean | inside | half-width of the band |\n|---|---|---|---|---|---|---|\n";
+    let names = [
+        "on trunks that were fitted",
+        "on trunks of their own",
+        "all",
+    ];
+    for ((name, &count), sums) in names
+        .iter()
+        .zip(&counts)
+        .zip(&sums)
+        .filter(|((_, n), _)| **n > 0)
+    {
+        let of = |i: usize| sums[i] / f64::from(count);
         let _ = writeln!(
             text,
-            "\nMean absolute error {error:.3}; of the last value seen {last:.3}, of the mean {mean:.3}. Inside are {of_fitted} of {fitted} on trunks that were fitted and {of_own} of {own} on their own; \
-             the bands' half-width is {width:.3}."
+            "| {name} | {count} | {:.3} | {:.3} | {:.3} | {} | {:.3} |",
+            of(0),
+            of(1),
+            of(2),
+            sums[3],
+            of(4)
         );
     }
     if told.len() < runs {
         let _ = writeln!(
             text,
-            "\nOf {} runs no law says anything.",
+            "\nOf {} runs no law tells anything.",
             runs - told.len()
         );
     }
@@ -406,22 +446,25 @@ mod tests {
     }
 
     #[test]
-    fn runs_that_were_held_out_are_told_with_their_bands() {
-        let one = |tau: f64, found: f64| json!({"family": "scylla", "layers": 3, "tokens": 4_194_304.0, "seed": 0, "tau": tau, "low": tau - 0.1, "high": tau + 0.1, "found": found});
-        let score = json!({"error": 0.05, "last_value": 0.2, "mean": 0.3, "inside": 0.5, "half_width": 0.1});
-        let found = json!({"held": [one(1.8, 1.85), one(1.8, 1.95)], "score": score});
-        let text = held_out(&found, 3);
+    fn runs_that_were_held_out_are_told_with_the_bands_that_were_said_before() {
+        let one = |layers: usize, found: f64| json!({"family": "scylla", "layers": layers, "tokens": 4_194_304.0, "seed": 0, "tau": 9.0, "low": 9.0, "high": 9.0, "found": found, "last_value": 1.7, "mean": 1.5});
+        let said = |layers: usize| json!({"family": "scylla", "layers": layers, "tokens": 4_194_304u64, "tau": 1.8, "low": 1.7, "high": 1.9});
+        let found = json!({"held": [one(3, 1.85), one(3, 1.95), one(2, 1.8)]});
+        let text = held_out(&found, &json!([said(3), said(2)]), 4);
         let text = text.expect("a table");
         for expected in [
-            "| scylla, D = 3, 4194304 tokens | 0 | 1.800 | 1.700-1.900 | 1.850 | yes |",
+            "| scylla, D = 3, 4194304 tokens | 0 | 1.800 | 1.700-1.900 | 1.850 | yes | 1.700 | 1.500 |",
             "| 1.950 | no |",
-            "error 0.050; of the last value seen 0.200",
-            "0 of 0 on trunks that were fitted and 1 of 2 on their own",
+            "| on trunks of their own | 2 | 0.100 | 0.200 | 0.400 | 1 | 0.100 |",
+            "| on trunks that were fitted | 1 | 0.000 | 0.100 | 0.300 | 1 | 0.100 |",
+            "| all | 3 | 0.067 | 0.167 | 0.367 | 2 | 0.100 |",
             "Of 1 runs no law",
         ] {
             assert!(text.contains(expected), "{text}");
         }
-        assert!(held_out(&json!({}), 1).is_err());
+        assert!(held_out(&json!({}), &json!([]), 1).is_err());
+        let unsaid = held_out(&found, &json!([said(3)]), 3).expect_err("not said");
+        assert!(unsaid.to_string().contains("says nothing"), "{unsaid}");
     }
 
     #[test]
