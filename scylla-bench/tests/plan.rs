@@ -121,6 +121,62 @@ fn a_measurement_that_was_cut_off_goes_on_and_that_of_another_machine_is_refused
     );
 }
 
+#[test]
+fn a_machine_that_is_not_at_hand_is_planned_for_by_its_peaks() {
+    let place = Place::new();
+    let with = |sheet: &'static str| {
+        [
+            "plan",
+            "--measure",
+            "sheet.csv",
+            "--datasheet",
+            sheet,
+            "--target",
+            "model",
+            "--batch",
+            "1,4",
+            "--context",
+            "8",
+            "--json",
+        ]
+    };
+    json(&place, &with("1e15,1e9"));
+    let text = std::fs::read_to_string(place.path("sheet.csv")).expect("a table");
+    let shapes = text
+        .lines()
+        .find_map(|line| line.strip_prefix("# target: "));
+    let shapes: Value = serde_json::from_str(shapes.expect("shapes")).expect("JSON");
+    let of = |key: &str| shapes[key].as_f64().expect("a number");
+    // Reading is all: a second for a billion bytes, the same for every row.
+    for (batch, rows) in [(1, 1), (4, 8)] {
+        let line = format!("forward,{batch},{rows},8,0,");
+        let seconds = text.lines().find_map(|l| l.strip_prefix(&line));
+        let seconds: f64 = seconds.expect("a forward").parse().expect("a number");
+        let bytes = of("weight_bytes") + f64::from(batch) * 8.0 * of("position_bytes");
+        assert!((seconds - bytes / 1e9).abs() < 1e-12, "{seconds}");
+    }
+    json(&place, &with("1e15,1e9"));
+    let again = std::fs::read_to_string(place.path("sheet.csv")).expect("a table");
+    assert_eq!(again, text, "it was whole");
+    let args = [
+        "plan",
+        "--costs",
+        "sheet.csv",
+        "--alpha",
+        "0.7",
+        "--layers",
+        "0",
+        "--json",
+    ];
+    let said = json(&place, &args);
+    // Where rows are free drafting pays at every batch.
+    assert!(said["off_from_batch"].is_null(), "{said}");
+    let said = failed(&place, &with("2e15,1e9"));
+    assert!(said.contains("measured elsewhere"), "{said}");
+    let said = failed(&place, &with("1e15"));
+    assert!(said.contains("bytes a second"), "{said}");
+}
+
 /// A machine on which a row more costs a tenth of a forward, and a level of D layers a tenth and D fiftieths.
 fn machine() -> String {
     let mut text = "what,batch,rows,context,layers,seconds\n".to_string();

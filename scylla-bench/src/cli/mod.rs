@@ -63,7 +63,7 @@ enum Command {
     /// Fit laws of tau over tokens and layers to runs, and predict runs that were not made.
     Fit(fit::Fit),
     /// Plan draft, tree and budget for each batch size from what steps cost and how much is accepted.
-    Plan(plan::Plan),
+    Plan(Box<plan::Plan>),
     /// Why a draft accepts so little: its files against its target, and tau with each usual mistake undone.
     Doctor(doctor::Doctor),
     /// Look at what drafts are trained on.

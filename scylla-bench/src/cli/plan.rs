@@ -25,6 +25,10 @@ pub(super) struct Plan {
     /// Measure what steps cost on this machine into a CSV file; where it is begun it goes on
     #[arg(long, value_name = "COSTS.csv")]
     measure: Option<PathBuf>,
+    /// Of a machine that is not at hand its datasheet's peaks, operations and bytes a second, as 989e12,3.35e12: with --measure the
+    /// least that they allow is written in place of what is measured
+    #[arg(long, value_name = "OPERATIONS,BYTES", requires = "measure")]
+    datasheet: Option<plan::Datasheet>,
     /// The target whose forwards are measured
     #[arg(long, default_value = "default")]
     target: String,
@@ -239,11 +243,20 @@ impl Plan {
             contexts: or(&self.context, &[CONTEXT, 4 * CONTEXT]),
             rounds: self.rounds,
         };
+        if let Some(sheet) = self.datasheet {
+            plan::from_datasheet(&session, &drafts, sheet, &sizes, path)?;
+            return self.told(path, &sizes);
+        }
         let mut progress = Progress::new("measuring", false);
         let mut told = |done: usize, all: usize| progress.set(done as u64, all as u64);
         let all = [std::slice::from_ref(&plain), &drafts].concat();
         measure(registry, &mut session, &all, &sizes, path, stop, &mut told)?;
         progress.finish();
+        self.told(path, &sizes)
+    }
+
+    /// Says what a file of costs holds.
+    fn told(&self, path: &Path, sizes: &Measured) -> Result<()> {
         let table = CostTable::read(path)?;
         let context = sizes.contexts[0];
         let mut text = String::new();

@@ -51,7 +51,7 @@ pub struct Step {
     pub tokens: u64,
     /// The loss, over the answers of the step.
     pub loss: f64,
-    /// Its parts, without their weights.
+    /// Its parts, without their weights; 0 of what has none and is not computed.
     pub parts: BTreeMap<String, f64>,
     /// Norm of the gradients before clipping.
     pub grad_norm: f64,

@@ -21,10 +21,10 @@ use crate::stats::median;
 use crate::{Error, Registry, Result, Session};
 
 /// Rows of each sequence in forwards, and rows of all sequences at most.
-const ROWS: [usize; 11] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48];
-const MOST_ROWS: usize = 256;
+pub(super) const ROWS: [usize; 11] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48];
+pub(super) const MOST_ROWS: usize = 256;
 /// Widths and levels that drafting is timed with.
-const WIDTHS: [usize; 3] = [1, 2, 4];
+pub(super) const WIDTHS: [usize; 3] = [1, 2, 4];
 const LEVELS: [usize; 2] = [1, 3];
 /// Rows that all between is noted under: it hardly depends on them.
 const BETWEEN: usize = 4;
@@ -48,7 +48,8 @@ pub struct Measured {
 /// Where a sample belongs.
 type Place = (What, usize, usize, usize, usize);
 
-struct File<'a> {
+/// A file of costs that grows.
+pub(super) struct File<'a> {
     path: &'a Path,
     out: std::fs::File,
     samples: BTreeMap<Place, usize>,
@@ -56,7 +57,7 @@ struct File<'a> {
 
 impl<'a> File<'a> {
     /// Opens what was measured before, of the same machine and models, or begins.
-    fn open(path: &'a Path, about: &str, shapes: &str) -> Result<Self> {
+    pub(super) fn open(path: &'a Path, about: &str, shapes: &str) -> Result<Self> {
         let mut samples: BTreeMap<Place, usize> = BTreeMap::new();
         let known = path.exists().then(|| read_text(path)).transpose()?;
         let mut kept = format!("# {about}\n# {SHAPES}{shapes}\n{HEADER}\n");
@@ -89,6 +90,15 @@ impl<'a> File<'a> {
 
     fn count(&self, place: Place) -> usize {
         self.samples.get(&place).copied().unwrap_or(0)
+    }
+
+    /// Adds what it does not hold yet.
+    pub(super) fn add_new(&mut self, cost: &Cost) -> Result<()> {
+        let place = (cost.what, cost.batch, cost.rows, cost.context, cost.layers);
+        match self.count(place) {
+            0 => self.add(cost),
+            _ => Ok(()),
+        }
     }
 
     fn add(&mut self, cost: &Cost) -> Result<()> {
@@ -148,15 +158,9 @@ pub fn measure(
     told: &mut dyn FnMut(usize, usize),
 ) -> Result<()> {
     let environment = session.environment()?;
-    let drafts: Vec<&Named> = decoders.iter().skip(1).map(|d| &d.draft).collect();
-    let mut depths: Vec<usize> = decoders.iter().skip(1).map(layers).collect();
-    depths.sort_unstable();
-    if let Some(same) = depths.windows(2).find(|pair| pair[0] == pair[1]) {
-        return Err(Error::Experiment(format!(
-            "two drafts of {} layers: a table tells drafts apart by their layers, so measure each into a file of its own",
-            same[0]
-        )));
-    }
+    let drafted = decoders.get(1..).unwrap_or_default();
+    told_apart(drafted)?;
+    let drafts: Vec<&Named> = drafted.iter().map(|d| &d.draft).collect();
     let hashes: Vec<String> = drafts
         .iter()
         .map(|d| draft_hash(d))
@@ -195,6 +199,19 @@ pub fn measure(
         told(round + 1, plan.rounds);
     }
     Ok(())
+}
+
+/// Refuses drafts that a table cannot tell apart.
+pub(super) fn told_apart(drafts: &[Experiment]) -> Result<()> {
+    let mut depths: Vec<usize> = drafts.iter().map(layers).collect();
+    depths.sort_unstable();
+    match depths.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(same) => Err(Error::Experiment(format!(
+            "two drafts of {} layers: a table tells drafts apart by their layers, so measure each into a file of its own",
+            same[0]
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// Forwards of all numbers of rows at a batch and context.
@@ -434,7 +451,7 @@ impl Measuring<'_, '_> {
 }
 
 /// Layers of a draft's network, as its files say; 0 without files.
-fn layers(draft: &Experiment) -> usize {
+pub(super) fn layers(draft: &Experiment) -> usize {
     let dir = draft
         .draft
         .dir

@@ -6,6 +6,7 @@
 //! ```
 
 mod choose;
+mod datasheet;
 mod export;
 mod measure;
 mod prospects;
@@ -15,6 +16,7 @@ mod training;
 mod trees;
 
 pub use choose::{Choice, Planned, Speed, choose, every};
+pub use datasheet::{Datasheet, from_datasheet};
 pub use export::{Engine, export};
 pub use measure::{Measured, measure};
 pub use prospects::{More, Prospects};

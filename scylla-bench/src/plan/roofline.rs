@@ -43,6 +43,14 @@ impl Shapes {
         }
     }
 
+    /// Bytes and operations of a forward.
+    pub(super) fn work(&self, batch: f64, rows: f64, context: f64) -> (f64, f64) {
+        (
+            self.bytes(batch, context),
+            self.operations(batch, rows, context),
+        )
+    }
+
     fn bytes(&self, batch: f64, context: f64) -> f64 {
         self.weight_bytes + batch * context * self.position_bytes
     }

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::roofline::Shapes;
 use crate::rows::{at_line, rows};
+use crate::stats::median;
 use crate::{Error, Result};
 
 /// A part of a step.
@@ -48,7 +49,8 @@ pub(super) const SHAPES: &str = "target: ";
 /// Sizes: context, batch, rows.
 pub(super) type Sizes = [f64; 3];
 
-/// What parts cost by their sizes: the least where one was measured several times, which is what a quiet machine takes.
+/// What parts cost by their sizes. Where a forward was measured several times the least counts, which is what a quiet machine takes;
+/// of all else, which are differences of times, the median.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct CostTable {
     parts: BTreeMap<(What, usize), Vec<(Sizes, f64)>>,
@@ -95,13 +97,15 @@ impl CostTable {
             let of = all.entry((cost.what, cost.layers)).or_default();
             of.entry(sizes).or_default().push(cost.seconds);
         }
-        let least = |(sizes, seconds): ([usize; 3], Vec<f64>)| {
-            let seconds = seconds.into_iter().fold(f64::INFINITY, f64::min);
-            (sizes.map(|size| size as f64), seconds)
+        let one = |what: What, seconds: Vec<f64>| match what {
+            What::Forward => seconds.into_iter().fold(f64::INFINITY, f64::min),
+            What::Draft | What::Between => median(&seconds),
         };
-        let parts = all
-            .into_iter()
-            .map(|(part, of)| (part, of.into_iter().map(least).collect()));
+        let parts = all.into_iter().map(|(part, of)| {
+            let of = of.into_iter();
+            let of = of.map(|(sizes, seconds)| (sizes.map(|s| s as f64), one(part.0, seconds)));
+            (part, of.collect())
+        });
         Self {
             parts: parts.collect(),
             about,

@@ -100,7 +100,7 @@ impl Candidates {
 pub struct Price {
     /// What `n + 1` nodes below a root take, ascending; empty where nothing is known.
     pub rows: Vec<f64>,
-    /// What a level of drafting takes behind the first, all requests together.
+    /// What a level of drafting behind the first takes of each request.
     pub level: f64,
 }
 

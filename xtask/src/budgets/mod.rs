@@ -271,7 +271,8 @@ fn trace(scylla: &Path, options: &Options, draft: &Draft) -> Result<()> {
     timed(&out.join("summary.json"), || run(&mut command))
 }
 
-/// Batch at which the sweep's contexts are looked up: plain decoding of its prompts, which says nothing of drafts.
+/// Batch at which the sweep's contexts are looked up: plain decoding of its prompts, which says nothing of drafts. Larger batches see
+/// about as many positions, smaller ones some more.
 const LOOKED_UP: usize = 8;
 
 /// Committed positions that the sweep's tokens see on average.

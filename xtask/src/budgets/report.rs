@@ -42,8 +42,9 @@ pub(super) fn read(path: &Path) -> Result<Value> {
     serde_json::from_str(&text).with_context(|| format!("{}", path.display()))
 }
 
-/// Speeds and taus of all decoders at a batch, in their order, over all tasks: of steps in which the whole batch decodes, as plans
-/// have them.
+/// Speeds and taus of all decoders at a batch, in their order, over all tasks: tau of all cycles, in the time of steps in which the
+/// whole batch decodes, as plans have them. Which prompts these steps hold hangs on who ends first, so that their own tau is not that
+/// of all.
 fn rows(summary: &Value, batch: usize) -> Result<Vec<(f64, f64)>> {
     let rows = summary["rows"].as_array().context("no rows")?;
     rows.iter()
@@ -52,7 +53,9 @@ fn rows(summary: &Value, batch: usize) -> Result<Vec<(f64, f64)>> {
             let full = &row["full"];
             let speed = full["tokens_per_s"]["median"].as_f64();
             let speed = speed.context("a row without a step in which its whole batch decodes")?;
-            Ok((speed, full["tau"].as_f64().unwrap_or(1.0)))
+            let tau = row["tau"].as_f64().unwrap_or(1.0);
+            let own = full["tau"].as_f64().unwrap_or(tau);
+            Ok((speed * tau / own, tau))
         })
         .collect()
 }
@@ -421,7 +424,7 @@ mod tests {
         speeds.extend((1..=cells).map(|i| if i == best { 150.0 } else { 90.0 }));
         speeds.extend([147.0, 80.0]);
         let rows = |scale: f64| {
-            let row = |batch: usize, speed: f64| json!({ "batch": batch, "task": "all", "full": { "tau": 1.5, "tokens_per_s": { "median": speed } } });
+            let row = |batch: usize, speed: f64| json!({ "batch": batch, "task": "all", "tau": 1.5, "full": { "tau": 3.0, "tokens_per_s": { "median": speed * 2.0 } } });
             let others = row(2, 1.0);
             let rows: Vec<Value> = std::iter::once(others)
                 .chain(speeds.iter().map(|speed| row(4, speed * scale)))

@@ -216,6 +216,11 @@ impl Options {
                 PARTS.map(|p| p.name).join(", ")
             );
         }
+        let mut names: Vec<String> = tasks.iter().map(|file| scored(file)).collect();
+        names.sort();
+        if let Some(same) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+            bail!("--tasks: two files would be scored in {}", same[0]);
+        }
         let standard = if small {
             "runs/distill-small"
         } else {
@@ -396,9 +401,14 @@ impl Comparison<'_> {
                     .work
                     .join(format!("rates/{}/{rate}", folder(name)));
                 let asked = self.asked(part, (&student, aligner), rate, (0, steps))?;
-                let summary = learn(self.command("compare", &asked), &dir)?;
-                let bits = summary["scores"]["bits_per_byte"].as_f64();
-                let bits = bits.context("no bits per byte")?;
+                // A rate at which the loss is no number any more is none to choose.
+                let bits = match learn(self.command("compare", &asked), &dir) {
+                    Ok(summary) => summary["scores"]["bits_per_byte"]
+                        .as_f64()
+                        .context("no bits per byte")?,
+                    Err(e) if e.to_string().ends_with("exit status: 1") => f64::INFINITY,
+                    Err(e) => return Err(e),
+                };
                 eprintln!("{name} at {rate}: {bits:.4} bits a byte");
                 Ok(bits)
             };
@@ -482,7 +492,10 @@ fn best_rate(tried: impl Fn(usize) -> Result<f64>) -> Result<usize> {
         let rates = || all.iter().map(|(rate, _)| *rate);
         let (low, high) = (rates().min(), rates().max());
         let best = all.iter().min_by(|a, b| a.1.total_cmp(&b.1));
-        let &(best, _) = best.context("no rate was tried")?;
+        let &(best, value) = best.context("no rate was tried")?;
+        if !value.is_finite() {
+            bail!("no rate is one to learn with");
+        }
         let next = match best {
             _ if Some(best) == low && best > 0 => best - 1,
             _ if Some(best) == high && best + 1 < RATES.len() => best + 1,
@@ -582,5 +595,14 @@ mod tests {
             assert_eq!(count.get(), all, "{least}");
         }
         assert!(best_rate(|_| bail!("no")).is_err());
+        assert!(best_rate(|_| Ok(f64::INFINITY)).is_err());
+        let diverging = |rate: usize| {
+            Ok(if rate > 2 {
+                f64::INFINITY
+            } else {
+                1.0 - rate as f64
+            })
+        };
+        assert_eq!(best_rate(diverging).expect("rates"), 2);
     }
 }

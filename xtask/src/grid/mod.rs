@@ -555,7 +555,7 @@ fn gather(scylla: &Path, options: &Options) -> Result<()> {
             String::from_utf8_lossy(&out.stderr)
         ),
         count => {
-            let said = results.join("predictions.json");
+            let said = root().join("docs/results/grid/predictions.json");
             let text =
                 std::fs::read_to_string(&said).with_context(|| format!("{}", said.display()))?;
             let text = page::held_out(&found, &serde_json::from_str(&text)?, count)?;
