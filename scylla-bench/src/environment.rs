@@ -1,5 +1,6 @@
 //! Where numbers were measured.
 
+use scylla_core::kernels::InstructionSet;
 use serde::{Deserialize, Serialize};
 
 /// What a number depends on beside the experiment.
@@ -21,13 +22,33 @@ pub struct Environment {
     pub target_hash: String,
 }
 
+impl Environment {
+    /// Of this build and processor, with so many threads on a device.
+    pub(crate) fn here(
+        threads: usize,
+        device: &str,
+        dtypes: Vec<String>,
+        target_hash: &str,
+    ) -> Self {
+        Self {
+            commit: commit(),
+            cpu: cpu(),
+            simd: format!("{:?}", InstructionSet::detect()).to_lowercase(),
+            threads,
+            device: device.into(),
+            dtypes,
+            target_hash: target_hash.into(),
+        }
+    }
+}
+
 /// The commit this was built from; `-dirty` when files had changed.
-pub(crate) fn commit() -> String {
+fn commit() -> String {
     env!("SCYLLA_COMMIT").into()
 }
 
 /// Name of the processor.
-pub(crate) fn cpu() -> String {
+fn cpu() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = info
         .lines()

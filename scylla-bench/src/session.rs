@@ -17,7 +17,7 @@ use scylla_core::tree::Drawing;
 
 use crate::context::DraftContext;
 use crate::costs;
-use crate::environment::{Environment, commit, cpu};
+use crate::environment::Environment;
 use crate::experiment::Experiment;
 use crate::prompts::PromptSpec;
 use crate::registry::Registry;
@@ -145,15 +145,12 @@ impl Session {
     /// # Errors
     /// If the target's files cannot be read any more.
     pub fn environment(&self) -> Result<Environment> {
-        Ok(Environment {
-            commit: commit(),
-            cpu: cpu(),
-            simd: format!("{:?}", scylla_core::kernels::InstructionSet::detect()).to_lowercase(),
-            threads: self.options.thread_count(),
-            device: self.device.clone(),
-            dtypes: self.target.forms.iter().map(|f| (*f).into()).collect(),
-            target_hash: self.target_hash()?.to_string(),
-        })
+        Ok(Environment::here(
+            self.options.thread_count(),
+            &self.device,
+            self.target.forms.iter().map(|f| (*f).into()).collect(),
+            self.target_hash()?,
+        ))
     }
 
     /// The tokenizer, or an error that says what else to do.

@@ -7,7 +7,6 @@ use std::time::Instant;
 
 use scylla_core::assets::OnProgress;
 use scylla_core::files;
-use scylla_core::kernels::InstructionSet;
 use scylla_core::model::{LoadOptions, parse_device};
 use scylla_core::plugin::Matrix;
 use scylla_core::text::Tokenizer;
@@ -24,7 +23,7 @@ use super::tables::{Tables, spaces};
 use super::teacher::Teacher;
 use crate::context::{AlignerContext, tokenizer_at};
 use crate::data::documents::DataSpec;
-use crate::environment::{Environment, commit, cpu};
+use crate::environment::Environment;
 use crate::registry::Registry;
 use crate::train::{BEST, CHECKPOINT, METRICS, append, compute_beside, cut_to, first_difference};
 use crate::{Error, Result};
@@ -341,15 +340,12 @@ impl Distiller {
             threads: self.experiment.run.threads,
             ..LoadOptions::default()
         };
-        Environment {
-            commit: commit(),
-            cpu: cpu(),
-            simd: format!("{:?}", InstructionSet::detect()).to_lowercase(),
-            threads: options.thread_count(),
-            device: self.experiment.run.device.clone(),
-            dtypes: vec![self.products()],
-            target_hash: self.teacher.hash.clone(),
-        }
+        Environment::here(
+            options.thread_count(),
+            &self.experiment.run.device,
+            vec![self.products()],
+            &self.teacher.hash,
+        )
     }
 
     fn resume(&mut self) -> Result<()> {

@@ -48,6 +48,10 @@ pub struct Measured {
 /// Where a sample belongs.
 type Place = (What, usize, usize, usize, usize);
 
+fn place(c: &Cost) -> Place {
+    (c.what, c.batch, c.rows, c.context, c.layers)
+}
+
 /// A file of costs that grows.
 pub(super) struct File<'a> {
     path: &'a Path,
@@ -74,8 +78,7 @@ impl<'a> File<'a> {
             }
             for c in &found {
                 kept += &line(c);
-                let place = (c.what, c.batch, c.rows, c.context, c.layers);
-                *samples.entry(place).or_default() += 1;
+                *samples.entry(place(c)).or_default() += 1;
             }
         }
         // A line that was cut off goes.
@@ -94,26 +97,14 @@ impl<'a> File<'a> {
 
     /// Adds what it does not hold yet.
     pub(super) fn add_new(&mut self, cost: &Cost) -> Result<()> {
-        let place = (cost.what, cost.batch, cost.rows, cost.context, cost.layers);
-        match self.count(place) {
+        match self.count(place(cost)) {
             0 => self.add(cost),
             _ => Ok(()),
         }
     }
 
     fn add(&mut self, cost: &Cost) -> Result<()> {
-        let Cost {
-            what,
-            batch,
-            rows,
-            context,
-            layers,
-            ..
-        } = *cost;
-        *self
-            .samples
-            .entry((what, batch, rows, context, layers))
-            .or_default() += 1;
+        *self.samples.entry(place(cost)).or_default() += 1;
         let text = line(cost);
         self.out
             .write_all(text.as_bytes())
