@@ -1,12 +1,12 @@
 //! Cross entropy with the labels of a batch, alone or within other losses.
 
+use scylla_core::kernels::softmax::{Exponentials, Sums, accumulate, sums};
 use scylla_core::train::{AlignContext, AlignLoss, AlignNeeds, Aligner, AnswerLogits};
 use serde::Deserialize;
 
 use crate::answer::{Pair, Side};
 use crate::loss::{self, Evaluation, Objective};
 use crate::parallel::{by_row, threads};
-use crate::rows::Rows;
 use crate::{Error, Result, Scalar};
 
 /// What a student learns without a teacher, the mean cross entropy over all labels of a batch; of answers that the teacher wrote it is
@@ -54,42 +54,108 @@ impl Aligner for CrossEntropy {
     }
 }
 
-/// The mean cross entropy over all labels of a batch, and its gradient where `weight` is not 0.
+/// The rows of a batch that predict labels, with what their softmax divides by.
+pub(crate) struct Predicted<F> {
+    /// Among all rows of the batch.
+    pub(crate) rows: Vec<usize>,
+    /// What each predicts.
+    pub(crate) tokens: Vec<usize>,
+    sums: Vec<Sums<F>>,
+    /// Of the labels' logarithms.
+    logs: f64,
+}
+
+impl<F: Scalar> Predicted<F> {
+    /// # Errors
+    /// If there is none; on logits that are NaN or infinite, and rows without a finite one.
+    pub(crate) fn new(side: &Side<'_, F>) -> Result<Self> {
+        let (mut rows, mut tokens) = (Vec::new(), Vec::new());
+        for b in 0..side.batch {
+            let answer = side.answer(b);
+            rows.extend(answer.rows.iter().map(|row| b * side.seq + row));
+            tokens.extend(answer.tokens);
+        }
+        if tokens.is_empty() {
+            return Err(Error::Invalid(format!(
+                "no row predicts a {} label",
+                side.name
+            )));
+        }
+        let of_row = |(): &mut (), at: usize, _: Option<&mut [F]>| {
+            let (b, s) = (rows[at] / side.seq, rows[at] % side.seq);
+            let x = side.row(b, s);
+            let found = sums(x, F::one());
+            match found.sum.is_finite() {
+                true => Ok((found, x[tokens[at]] - found.reference - found.sum.ln())),
+                false => Err(Error::Invalid(format!(
+                    "{} logits of row [{b}, {s}] hold NaN or infinity, or nothing finite",
+                    side.name
+                ))),
+            }
+        };
+        let threads = threads(1, rows.len() * side.vocab);
+        let (mut all, mut logs) = (Vec::with_capacity(rows.len()), 0.0);
+        for one in by_row(&rows, 0, None, threads, || (), of_row) {
+            let (sums, log) = one?;
+            all.push(sums);
+            logs += log.wide();
+        }
+        Ok(Self {
+            rows,
+            tokens,
+            sums: all,
+            logs,
+        })
+    }
+
+    /// The mean over all labels.
+    pub(crate) fn mean(&self) -> f64 {
+        -self.logs / self.tokens.len() as f64
+    }
+
+    /// A row's probabilities times `factor`, as exponentials.
+    pub(crate) fn probabilities(&self, at: usize, factor: F) -> Exponentials<F> {
+        let Sums { reference, sum, .. } = self.sums[at];
+        Exponentials {
+            factor: factor / sum,
+            reference,
+            scale: F::one(),
+        }
+    }
+}
+
+/// The mean cross entropy over all labels of a batch, and its gradient, added to what is there.
 pub(crate) fn mean_cross_entropy<F: Scalar>(
     side: &Side<'_, F>,
     weight: f64,
-    mut gradient: Option<&mut [F]>,
+    gradient: Option<&mut [F]>,
 ) -> Result<f64> {
-    let answers: Vec<_> = (0..side.batch).map(|b| side.answer(b)).collect();
-    let tokens: usize = answers.iter().map(|a| a.tokens.len()).sum();
-    if tokens == 0 {
-        return Err(Error::Invalid(format!(
-            "no row predicts a {} label",
-            side.name
-        )));
-    }
-    let share = F::of(weight / tokens as f64);
-    let mut sum = 0.0;
-    for (b, answer) in answers.iter().enumerate() {
-        let rows = Rows::read(side, b, &answer.rows, &[1.0], None)?;
-        let of_row = |(): &mut (), row: usize, out: Option<&mut [F]>| {
-            let token = answer.tokens[row];
-            if let Some(out) = out {
-                let out = &mut out[..side.vocab];
-                rows.add_probabilities(row, 1.0, share, out);
-                out[token] = out[token] - share;
-            }
-            rows.log_probability(row, 1.0, token).wide()
+    let found = Predicted::new(side)?;
+    if let Some(gradient) = gradient {
+        let share = F::of(weight / found.tokens.len() as f64);
+        let of_row = |(): &mut (), at: usize, out: Option<&mut [F]>| {
+            let Some(out) = out.map(|out| &mut out[..side.vocab]) else {
+                return;
+            };
+            let (row, token) = (found.rows[at], found.tokens[at]);
+            let x = side.row(row / side.seq, row % side.seq);
+            let Exponentials {
+                factor,
+                reference,
+                scale,
+            } = found.probabilities(at, share);
+            accumulate(x, reference, scale, factor, out);
+            out[token] = out[token] - share;
         };
-        // Sequences come one after another here, so each has all threads.
-        let threads = threads(1, answer.rows.len() * side.vocab);
-        let size = side.seq * side.width;
-        let own = gradient
-            .as_deref_mut()
-            .map(|gradient| &mut gradient[b * size..(b + 1) * size]);
-        for log in by_row(&answer.rows, side.width, own, threads, || (), of_row) {
-            sum -= log;
-        }
+        let threads = threads(1, found.rows.len() * side.vocab);
+        by_row(
+            &found.rows,
+            side.width,
+            Some(gradient),
+            threads,
+            || (),
+            of_row,
+        );
     }
-    Ok(sum / tokens as f64)
+    Ok(found.mean())
 }

@@ -2,14 +2,18 @@
 //! their deviation, tokens are ranked over the whole batch, `sl` takes a second softmax with the roles swapped, `sd` one over
 //! probabilities, and rows of zeros pad every answer to the longest.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
-use scylla_core::kernels::softmax::{accumulate, distances, distances_gradient, sums};
+use scylla_core::kernels::softmax::{
+    Exponentials, accumulate, combine_standardized, distances, distances_gradient, moments,
+    weighted_sums,
+};
 
 use crate::answer::{Pair, Side};
-use crate::cross_entropy::mean_cross_entropy;
+use crate::cross_entropy::Predicted;
 use crate::loss::Evaluation;
-use crate::parallel::{by_row, by_start, threads};
+use crate::parallel::{by_row, threads};
 use crate::scalar::dot;
 use crate::settings::MultiLevelOt;
 use crate::top::heaviest;
@@ -28,25 +32,27 @@ struct Row<'a, F> {
     /// What the logits are divided by, temperature and deviation together.
     heat: F,
     total: F,
+    /// The mean of the logits under the probabilities.
+    expected: F,
 }
 
 impl<'a, F: Scalar> Row<'a, F> {
-    fn new(side: &Side<'a, F>, b: usize, s: usize, temperature: f64) -> Result<Self> {
+    fn new(side: &Side<'a, F>, (b, s): (usize, usize), temperature: f64) -> Result<Self> {
         let z = side.row(b, s);
+        let (mean, squares) = moments(z);
         let n = F::of(z.len() as f64);
-        let mean = z.iter().copied().sum::<F>() / n;
-        let squares: F = z.iter().map(|&z| (z - mean) * (z - mean)).sum();
         let deviation = (squares / (n - F::one()).max(F::one())).sqrt();
         let heat = (deviation + F::of(DEVIATION)) * F::of(temperature);
-        let sums = sums(z, F::one() / heat);
-        match sums.sum.is_finite() {
+        let (reference, total, weighted) = weighted_sums(z, F::one() / heat);
+        match total.is_finite() {
             true => Ok(Self {
                 z,
                 mean,
                 deviation,
-                reference: sums.reference,
+                reference,
                 heat,
-                total: sums.sum,
+                total,
+                expected: weighted / total,
             }),
             false => Err(Error::Invalid(format!(
                 "{} logits of row [{b}, {s}] hold NaN or infinity",
@@ -55,55 +61,55 @@ impl<'a, F: Scalar> Row<'a, F> {
         }
     }
 
-    /// Adds the probabilities of the tokens from `first` on, as many as `out` has.
-    fn add_probabilities_from(&self, first: usize, out: &mut [F]) {
-        accumulate(
-            &self.z[first..first + out.len()],
-            self.reference,
-            F::one() / self.heat,
-            F::one() / self.total,
-            out,
-        );
+    /// Adds all probabilities.
+    fn add_probabilities(&self, out: &mut [F]) {
+        let (scale, factor) = (F::one() / self.heat, F::one() / self.total);
+        accumulate(self.z, self.reference, scale, factor, out);
     }
 
     fn probability(&self, j: usize) -> F {
         ((self.z[j] - self.reference) / self.heat).exp() / self.total
     }
 
-    /// Adds the gradient of what has `upstream` with respect to the probabilities of `tokens`. `scratch` is `[V]`.
+    /// The gradient of what has `upstream` with respect to the probabilities of `tokens`, and of what has `other` beside it.
     fn through(
         &self,
         tokens: &[usize],
         upstream: &[F],
         temperature: f64,
-        scratch: &mut [F],
+        other: Exponentials<F>,
         out: &mut [F],
     ) {
-        scratch.fill(F::zero());
-        self.add_probabilities_from(0, scratch);
-        let expected = dot(scratch, self.z);
-        let weighted = |j: usize, g: F| g * scratch[j];
-        let pairs = || tokens.iter().zip(upstream);
-        let sum: F = pairs().map(|(&j, &g)| weighted(j, g)).sum();
+        let (mut sum, mut along) = (F::zero(), F::zero());
+        for (&j, &g) in tokens.iter().zip(upstream) {
+            let weighted = g * self.probability(j);
+            sum = sum + weighted;
+            along = along + weighted * self.z[j];
+        }
+        let scale = F::one() / self.heat;
         let slope = F::one() / F::of(temperature);
-        let along: F = pairs().map(|(&j, &g)| weighted(j, g) * self.z[j]).sum();
         // Of the divisor: how the divided logits' gradient projects on the logits.
-        let along = slope * (along - sum * expected);
+        let along = slope * (along - sum * self.expected);
         let divisor = self.heat * slope;
         let n = F::of(self.z.len() as f64) - F::one();
         let outwards = match self.deviation > F::zero() {
             true => along / (divisor * divisor * n * self.deviation),
             false => F::zero(),
         };
-        let dense = -sum / self.heat;
-        for ((out, &p), &z) in out.iter_mut().zip(&*scratch).zip(self.z) {
-            *out = *out + dense * p - outwards * (z - self.mean);
-        }
-        for (&j, &g) in pairs() {
-            out[j] = out[j] + g * scratch[j] / self.heat;
+        let own = Exponentials {
+            factor: -sum / (self.heat * self.total),
+            reference: self.reference,
+            scale,
+        };
+        combine_standardized(self.z, own, other, (-outwards, self.mean), out);
+        for (&j, &g) in tokens.iter().zip(upstream) {
+            out[j] = out[j] + g * self.probability(j) / self.heat;
         }
     }
 }
+
+/// Rows of which one thread adds the probabilities, so that the sum over all does not depend on how many there are.
+const PART: usize = 64;
 
 /// One side's rows of all answers and its probabilities of the tokens compared.
 struct Answers<'a, F> {
@@ -121,35 +127,38 @@ impl<'a, F: Scalar> Answers<'a, F> {
         let places: Vec<(usize, usize)> = places
             .flat_map(|(b, span)| span.clone().map(move |s| (b, s)))
             .collect();
+        // What a row adds to the mass of all is added while it is at hand.
         let cores = threads(1, places.len() * side.vocab);
-        let all: Vec<usize> = (0..places.len()).collect();
-        let read = |(): &mut (), i: usize, _: Option<&mut [F]>| {
-            let (b, s) = places[i];
-            Row::new(side, b, s, temperature)
+        let parts: Vec<&[(usize, usize)]> = places.chunks(PART).collect();
+        let mut masses = vec![F::zero(); parts.len() * side.vocab];
+        let numbers: Vec<usize> = (0..parts.len()).collect();
+        let read = |(): &mut (), part: usize, mass: Option<&mut [F]>| {
+            let mut mass = mass;
+            let mut of_row = |&place: &(usize, usize)| {
+                let row = Row::new(side, place, temperature)?;
+                if let Some(mass) = &mut mass {
+                    row.add_probabilities(mass);
+                }
+                Ok(row)
+            };
+            parts[part].iter().map(&mut of_row).collect()
         };
-        let read: Result<Vec<Row<'_, F>>> = by_row(&all, 1, None::<&mut [F]>, cores, || (), read)
-            .into_iter()
-            .collect();
-        let mut read = read?;
-        // Each thread has tokens of its own, and takes the rows in their order.
+        let found = by_row(&numbers, side.vocab, Some(&mut masses), cores, || (), read);
+        let mut read: Vec<Row<'_, F>> = Vec::with_capacity(places.len());
+        for part in found {
+            let part: Result<Vec<Row<'_, F>>> = part;
+            read.extend(part?);
+        }
         let mut mass = vec![F::zero(); side.vocab];
-        let starts: Vec<usize> = (0..side.vocab)
-            .step_by(side.vocab.div_ceil(cores).max(1))
-            .collect();
-        let add = |(): &mut (), part: usize, out: Option<&mut [F]>| {
-            if let Some(out) = out {
-                let first = starts[part];
-                read.iter()
-                    .for_each(|row| row.add_probabilities_from(first, out));
-            }
-        };
-        by_start(&starts, 1, Some(&mut mass), cores, || (), add);
-        let mut rest = read.drain(..);
+        for part in masses.chunks_exact(side.vocab) {
+            let sums = mass.iter_mut().zip(part);
+            sums.for_each(|(sum, &p)| *sum = *sum + p);
+        }
+        let mut rest = read.into_iter();
         let rows: Vec<Vec<Row<'a, F>>> = spans
             .iter()
             .map(|span| rest.by_ref().take(span.len()).collect())
             .collect();
-        drop(rest);
         Ok(Self {
             tokens: heaviest(&mass, k.min(side.vocab)),
             spans,
@@ -201,12 +210,21 @@ fn transposed<F: Scalar>(x: &[F], k: usize) -> Vec<F> {
         .collect()
 }
 
+/// What a row of the batch is asked for.
+#[derive(Clone, Copy, Default)]
+struct Asked {
+    /// Answer and row there, where it is compared.
+    answered: Option<(usize, usize)>,
+    /// Its place among those that predict a label.
+    predicts: Option<usize>,
+}
+
 /// The loss of a batch.
 pub(crate) fn evaluate<F: Scalar>(
     settings: &MultiLevelOt,
     pair: &Pair<'_, F>,
     weights: &[f64],
-    mut gradient: Option<&mut [F]>,
+    gradient: Option<&mut [F]>,
 ) -> Result<Evaluation> {
     let wanted = gradient.is_some();
     let (student, teacher) = (&pair.student, &pair.teacher);
@@ -221,7 +239,7 @@ pub(crate) fn evaluate<F: Scalar>(
     let k = settings.k.min(student.vocab.max(teacher.vocab));
     let lengths = s.rows.iter().chain(&t.rows).map(Vec::len);
     let longest = lengths.max().unwrap_or(0);
-    let ce = mean_cross_entropy(student, weights[0], gradient.as_deref_mut())?;
+    let predicted = Predicted::new(student)?;
     let one = |b: usize| -> Result<([f64; 3], Vec<F>)> {
         let (mut had, mut sl) = (0.0, 0.0);
         let (p, q) = (t.padded(b, longest, k), s.padded(b, longest, k));
@@ -278,35 +296,50 @@ pub(crate) fn evaluate<F: Scalar>(
     let found = by_row(&answers, 1, None::<&mut [F]>, cores, || (), of_answer);
     let found: Vec<([f64; 3], Vec<F>)> = found.into_iter().collect::<Result<_>>()?;
     let part = |i: usize| found.iter().map(|(parts, _)| parts[i]).sum::<f64>();
-    let parts = vec![ce, part(0), part(1), part(2)];
+    let parts = vec![predicted.mean(), part(0), part(1), part(2)];
     if let Some(gradient) = gradient {
-        // Rows of all answers, and where each stands among them.
-        let spans = s.spans.iter().enumerate();
-        let places: Vec<(usize, usize)> = spans
-            .flat_map(|(b, span)| (0..span.len()).map(move |i| (b, i)))
-            .collect();
-        let rows: Vec<usize> = places
-            .iter()
-            .map(|&(b, i)| b * student.seq + s.spans[b].start + i)
-            .collect();
-        let cores = threads(1, rows.len() * student.vocab);
-        let scratch = || vec![F::zero(); student.vocab];
-        let through = |scratch: &mut Vec<F>, at: usize, out: Option<&mut [F]>| {
-            let (b, i) = places[at];
-            if let Some(out) = out {
-                let upstream = &found[b].1[i * k..][..s.tokens.len()];
-                let out = &mut out[..student.vocab];
-                s.rows[b][i].through(&s.tokens, upstream, heat, scratch, out);
+        // Rows that anything is asked of, and where each stands among the answers'.
+        let mut places: BTreeMap<usize, Asked> = BTreeMap::new();
+        for (b, span) in s.spans.iter().enumerate() {
+            for (i, row) in span.clone().enumerate() {
+                places.entry(b * student.seq + row).or_default().answered = Some((b, i));
+            }
+        }
+        for (at, &row) in predicted.rows.iter().enumerate() {
+            places.entry(row).or_default().predicts = Some(at);
+        }
+        let (rows, places): (Vec<usize>, Vec<_>) = places.into_iter().unzip();
+        let share = F::of(weights[0] / predicted.rows.len() as f64);
+        let through = |(): &mut (), at: usize, out: Option<&mut [F]>| {
+            let Some(out) = out.map(|out| &mut out[..student.vocab]) else {
+                return;
+            };
+            let Asked { answered, predicts } = places[at];
+            let other =
+                predicts.map_or(Exponentials::none(), |p| predicted.probabilities(p, share));
+            match answered {
+                Some((b, i)) => {
+                    let upstream = &found[b].1[i * k..][..s.tokens.len()];
+                    s.rows[b][i].through(&s.tokens, upstream, heat, other, out);
+                }
+                None => {
+                    let (b, row) = (rows[at] / student.seq, rows[at] % student.seq);
+                    let none = (F::zero(), F::zero());
+                    combine_standardized(
+                        student.row(b, row),
+                        Exponentials::none(),
+                        other,
+                        none,
+                        out,
+                    );
+                }
+            }
+            if let Some(p) = predicts {
+                out[predicted.tokens[p]] = out[predicted.tokens[p]] - share;
             }
         };
-        by_start(
-            &rows,
-            student.width,
-            Some(gradient),
-            cores,
-            scratch,
-            through,
-        );
+        let cores = threads(1, rows.len() * student.vocab);
+        by_row(&rows, student.width, Some(gradient), cores, || (), through);
     }
     Ok(Evaluation {
         parts,

@@ -10,6 +10,10 @@ use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value as Gguf;
 use common::{CHATML, Place};
 use proptest::prelude::*;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
 use scylla_bench::Registry;
 use scylla_bench::data::documents::DataSpec;
 use scylla_bench::distill::{
@@ -619,6 +623,112 @@ fn the_teacher_never_sees_the_students_ids_and_padded_rows_take_no_part() {
             few[tokens..],
             more[tokens..],
             "{aligner}: rows of no token stay as they began"
+        );
+    }
+}
+
+/// A teacher whose table and head have more rows than it has tokens: zeros, or rows that shout.
+fn write_padded(dir: &Path, loud: bool) {
+    const ROWS: usize = 160;
+    std::fs::create_dir(dir).expect("folder");
+    write_letters(dir);
+    let begins = json!({"bos_token": "\u{10a}"});
+    folder(dir, &byte_level_tokenizer(&[]), &begins);
+    let file = dir.join("config.json");
+    let config = std::fs::read_to_string(&file).expect("config");
+    let mut config: Value = serde_json::from_str(&config).expect("JSON");
+    config["vocab_size"] = ROWS.into();
+    std::fs::write(&file, config.to_string()).expect("config");
+    let file = dir.join("model.safetensors");
+    let bytes = std::fs::read(&file).expect("weights");
+    let was = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
+    let mut rng = StdRng::seed_from_u64(7);
+    let mut all: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+    for (name, view) in was.tensors() {
+        let (mut shape, mut data) = (view.shape().to_vec(), view.data().to_vec());
+        if name.contains("embed_tokens") || name.contains("lm_head") {
+            shape[0] = ROWS;
+            let missing = ROWS * shape[1] - data.len() / 2;
+            data.extend((0..missing).flat_map(|_| {
+                let value = if loud {
+                    rng.random_range(-9.0..9.0)
+                } else {
+                    0.0
+                };
+                half::bf16::from_f32(value).to_le_bytes()
+            }));
+        }
+        all.push((name, view.dtype(), shape, data));
+    }
+    let views = all.iter().map(|(name, dtype, shape, data)| {
+        let view = TensorView::new(*dtype, shape.clone(), data).expect("a view");
+        (name.clone(), view)
+    });
+    let bytes = safetensors::serialize(views, None).expect("serialized");
+    std::fs::write(&file, bytes).expect("weights");
+}
+
+#[test]
+fn what_a_teachers_padding_says_reaches_no_student_live_or_kept() {
+    let place = place();
+    for (name, loud) in [("still", false), ("loud", true)] {
+        write_padded(Path::new(&place.path(name)), loud);
+    }
+    let sources = std::fs::read_to_string(place.path("learn.txt")).expect("text");
+    std::fs::write(place.path("few.txt"), &sources[..3000]).expect("text");
+    let asked = |aligner: &str| {
+        let more = "train = { batch = 3, steps = 2, products = 'f32' }\n";
+        let mut asked = experiment(&place, aligner, more);
+        asked.data.files = vec![place.path("few.txt").into()];
+        asked.evaluate.count = 4;
+        asked
+    };
+    for (i, aligner) in ALIGNERS.iter().enumerate().skip(1) {
+        let live = asked(aligner);
+        let student = |teacher: &str, top_k: Option<usize>| {
+            let mut asked = live.clone();
+            asked.teacher.model = place.path(teacher);
+            let out = format!("{teacher}-{i}-{top_k:?}");
+            asked.cache = top_k.map(|top_k| CacheSpec {
+                dir: place.path(&format!("said-{teacher}-{i}-{top_k}")).into(),
+                top_k,
+            });
+            let outcome = run(&mut begin(&place, &asked, &out, false));
+            let weights = place.path(&format!("{out}/best/model.safetensors"));
+            (outcome.last, std::fs::read(weights).expect("weights"))
+        };
+        // As a teacher without padding teaches: live, its states kept, and few of its tokens.
+        let reads_whole = ["uld", "gold", "dskd", "x-token", "reference"];
+        let reads_whole = reads_whole.iter().any(|name| aligner.contains(name));
+        let kinds = [None, Some(0), Some(8)];
+        for top_k in kinds.into_iter().take(if reads_whole { 2 } else { 3 }) {
+            let plain = student("teacher", top_k);
+            for teacher in ["still", "loud"] {
+                assert!(
+                    student(teacher, top_k) == plain,
+                    "{aligner}: {teacher}, {top_k:?}"
+                );
+            }
+        }
+    }
+    // What one says is not taken for what another says, be its words the same.
+    let published = ALIGNERS.iter().position(|a| a.contains("k = 20"));
+    let published = published.expect("an aligner that reads few tokens");
+    let mut other = asked(ALIGNERS[published]);
+    other.teacher.model = place.path("loud");
+    for top_k in [0, 8] {
+        other.cache = Some(CacheSpec {
+            dir: place
+                .path(&format!("said-still-{published}-{top_k}"))
+                .into(),
+            top_k,
+        });
+        let mut distiller = begin(&place, &other, &format!("other-{top_k}"), false);
+        let refused = distiller.run(&AtomicBool::new(false), &mut |_| {});
+        let refused = refused.expect_err("refused").to_string();
+        assert!(
+            refused.contains("another teacher") && refused.contains("cache.dir"),
+            "{refused}"
         );
     }
 }

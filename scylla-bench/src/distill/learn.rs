@@ -1,13 +1,13 @@
 //! A step: the loss of some answers, its gradients, and what becomes of the student.
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use candle_core::{DType, Device, Storage, Tensor, Var};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Tensor, Var};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
-use scylla_core::kernels::zeros;
 use scylla_core::plugin::Matrix;
 use scylla_core::train::graph::{Compute, Parameters, Tape, Value, under_head};
 use scylla_core::train::{AlignContext, Aligner, AnswerLogits, Named};
@@ -263,10 +263,15 @@ impl Asked<'_> {
         student.hidden = self.hidden.map(|h| h.as_tensor().clone());
         let teacher = self.teacher.as_ref().unwrap_or(&student);
         let loss = self.aligner.loss(teacher, &student, self.context)?;
-        let matrix = |t: &Tensor| scaled(t, self.share as f32, self.on);
+        // Of autograd one tensor may be the gradient of two.
+        let matrix = |t: &Tensor| -> scylla_core::Result<Matrix> {
+            let columns = t.dims().last().copied().unwrap_or(1);
+            let own = t.to_dtype(DType::F32)?.affine(self.share, 0.0)?;
+            Ok(Matrix::host(taken(&own)?, columns))
+        };
         let (mut hidden, mut others) = (None, Vec::new());
         let slopes = match &loss.gradient {
-            Some(gradient) => matrix(gradient)?,
+            Some(gradient) => scaled(gradient, self.share as f32, self.on)?,
             None => {
                 let found = loss.total.backward()?;
                 if let Some(grad) = self.hidden.and_then(|h| found.get(h)) {
@@ -298,32 +303,53 @@ impl Asked<'_> {
     }
 }
 
-/// A tensor of f32 on the host times a factor, as rows of its last dimension: one pass over it, as logits' gradients are large.
+/// Takes the values of a tensor out of it, of which nothing is left: logits' gradients are too large to stand twice.
+#[derive(Default)]
+struct TakeValues(Mutex<Vec<f32>>);
+
+impl InplaceOp1 for TakeValues {
+    fn name(&self) -> &'static str {
+        "take-values"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let CpuStorage::F32(values) = storage else {
+            candle_core::bail!("values that are not f32");
+        };
+        let Some((from, to)) = layout.contiguous_offsets() else {
+            candle_core::bail!("values that do not follow one another");
+        };
+        let mut taken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match to - from == values.len() {
+            true => std::mem::swap(&mut *taken, values),
+            false => taken.extend_from_slice(&values[from..to]),
+        }
+        Ok(())
+    }
+}
+
+/// The values of a tensor that nobody else will read.
+fn taken(of: &Tensor) -> scylla_core::Result<Vec<f32>> {
+    let of = of.to_dtype(DType::F32)?.contiguous()?;
+    let take = TakeValues::default();
+    of.inplace_op1(&take)?;
+    Ok(take.0.into_inner().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// A known gradient times a factor, as rows of its last dimension, in its place.
 fn scaled(of: &Tensor, factor: f32, on: &Compute) -> scylla_core::Result<Matrix> {
     let columns = of.dims().last().copied().unwrap_or(1);
-    let of = of.to_dtype(DType::F32)?.contiguous()?;
-    let (storage, layout) = of.storage_and_layout();
-    let (Storage::Cpu(storage), Some((from, to))) = (&*storage, layout.contiguous_offsets()) else {
-        return Err(scylla_core::Error::Invalid(
-            "a gradient that is not on the host".into(),
-        ));
-    };
-    let values = &storage.as_slice::<f32>()?[from..to];
-    let mut out = zeros::<f32>(values.len());
-    let times = |rows: std::ops::Range<usize>, out: &mut [f32]| {
-        let from = &values[rows.start * columns..rows.end * columns];
-        out.iter_mut()
-            .zip(from)
-            .for_each(|(out, v)| *out = v * factor);
-    };
+    let mut values = taken(of)?;
+    let times = |values: &mut [f32]| values.iter_mut().for_each(|v| *v *= factor);
     match on {
+        _ if factor == 1.0 => {}
         Compute::Kernels(p) => {
-            let each = |rows, [out]: [&mut [f32]; 1]| times(rows, out);
-            p.pool.rows([&mut out], [columns], 8, each);
+            let each = |_, [values]: [&mut [f32]; 1]| times(values);
+            p.pool.rows([&mut values], [columns], 8, each);
         }
-        Compute::Tensors { .. } => times(0..values.len() / columns.max(1), &mut out),
+        Compute::Tensors { .. } => times(&mut values),
     }
-    Ok(Matrix::host(out, columns))
+    Ok(Matrix::host(values, columns))
 }
 
 /// Gradients of some rows, among zeros for all others.

@@ -162,30 +162,52 @@ pub fn sums<R: Real>(x: &[R], scale: R) -> Sums<R> {
 
 #[inline(always)]
 fn sums_of<S: Simd, R: Real>(x: &[R], scale: R) -> Sums<R> {
+    let (reference, sum, squares) = both_sums::<S, R>(x, scale, |_, e| e);
+    Sums {
+        reference,
+        sum,
+        squares,
+    }
+}
+
+/// The reference of a row and the sum of its exponentials as [`sums`] has them, and in place of the squares `sum x exp(scale (x - reference))`.
+pub fn weighted_sums<R: Real>(x: &[R], scale: R) -> (R, R, R) {
+    dispatch!(InstructionSet::detect(), weighted_sums_of(x, scale): (x: &[R], scale: R) [(R, R, R)] <R: Real>)
+}
+
+#[inline(always)]
+fn weighted_sums_of<S: Simd, R: Real>(x: &[R], scale: R) -> (R, R, R) {
+    both_sums::<S, R>(x, scale, |x, _| x)
+}
+
+/// The reference, the sum of the exponentials, and that of what `times` makes of a value and its exponential, multiplied by the latter.
+#[inline(always)]
+fn both_sums<S: Simd, R: Real>(x: &[R], scale: R, times: impl Fn(R, R) -> R) -> (R, R, R) {
     let of_first = x[..x.len().min(FIRST)].iter().copied();
     let first = of_first.fold(R::LEAST, greater);
     let reference = if first > R::LEAST { first } else { R::NULL };
-    let found = sums_from::<S, R>(x, scale, reference);
+    let found = sums_from::<S, R>(x, scale, reference, &times);
     let above = (found.0 - reference) * scale;
     let room = R::narrow(ROOM);
     // NaN where there is no finite largest value.
     let nothing = found.0 * R::NULL;
-    let (reference, (_, sum, squares)) = match above > room || above < -room {
-        true => (found.0, sums_from::<S, R>(x, scale, found.0)),
+    let (reference, (_, sum, other)) = match above > room || above < -room {
+        true => (found.0, sums_from::<S, R>(x, scale, found.0, &times)),
         false => (reference, found),
     };
-    Sums {
-        reference,
-        sum: sum + nothing,
-        squares: squares + nothing,
-    }
+    (reference, sum + nothing, other + nothing)
 }
 
 /// The largest value, and the sums relative to `reference`.
 #[inline(always)]
-fn sums_from<S: Simd, R: Real>(x: &[R], scale: R, reference: R) -> (R, R, R) {
+fn sums_from<S: Simd, R: Real>(
+    x: &[R],
+    scale: R,
+    reference: R,
+    times: &impl Fn(R, R) -> R,
+) -> (R, R, R) {
     let mut max = [R::LEAST; LANES];
-    let (mut sum, mut squares) = ([R::NULL; LANES], [R::NULL; LANES]);
+    let (mut sum, mut other) = ([R::NULL; LANES], [R::NULL; LANES]);
     let (tiles, rest) = x.as_chunks::<LANES>();
     for tile in tiles {
         S::prefetch(tile, AHEAD * size_of::<R>());
@@ -193,17 +215,17 @@ fn sums_from<S: Simd, R: Real>(x: &[R], scale: R, reference: R) -> (R, R, R) {
             let e = R::exp((tile[i] - reference) * scale, S::FMA);
             max[i] = greater(max[i], tile[i]);
             sum[i] = sum[i] + e;
-            squares[i] = R::fused(e, e, squares[i], S::FMA);
+            other[i] = R::fused(e, times(tile[i], e), other[i], S::FMA);
         }
     }
     for (i, &x) in rest.iter().enumerate() {
         let e = R::exp((x - reference) * scale, S::FMA);
         max[i] = greater(max[i], x);
         sum[i] = sum[i] + e;
-        squares[i] = squares[i] + e * e;
+        other[i] = other[i] + e * times(x, e);
     }
     let largest = max.iter().copied().fold(R::LEAST, greater);
-    (largest, total(&sum), total(&squares))
+    (largest, total(&sum), total(&other))
 }
 
 /// `out += factor exp(scale (x - reference))`
@@ -245,6 +267,87 @@ fn combine_of<S: Simd, R: Real>(
         true => each::<R>(x, out, |x, out| out + value(x)),
         false => each::<R>(x, out, |x, _| value(x)),
     }
+}
+
+/// The mean of a row, and the sum of the squares of what its values are away from it.
+pub fn moments<R: Real>(x: &[R]) -> (R, R) {
+    dispatch!(InstructionSet::detect(), moments_of(x): (x: &[R]) [(R, R)] <R: Real>)
+}
+
+#[inline(always)]
+fn moments_of<S: Simd, R: Real>(x: &[R]) -> (R, R) {
+    let sum = over::<S, R>(x, |x, sum| sum + x);
+    let mean = sum * R::narrow(1.0 / x.len() as f64);
+    let squares = over::<S, R>(x, |x, sum| R::fused(x - mean, x - mean, sum, S::FMA));
+    (mean, squares)
+}
+
+/// A sum over a row in lanes.
+#[inline(always)]
+fn over<S: Simd, R: Real>(x: &[R], add: impl Fn(R, R) -> R) -> R {
+    let mut sum = [R::NULL; LANES];
+    let (tiles, rest) = x.as_chunks::<LANES>();
+    for tile in tiles {
+        S::prefetch(tile, AHEAD * size_of::<R>());
+        for i in 0..LANES {
+            sum[i] = add(tile[i], sum[i]);
+        }
+    }
+    for (sum, &x) in sum.iter_mut().zip(rest) {
+        *sum = add(x, *sum);
+    }
+    total(&sum)
+}
+
+/// `factor exp(scale (x - reference))` of each value.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Exponentials<R> {
+    /// What they are multiplied by.
+    pub factor: R,
+    /// What they are relative to.
+    pub reference: R,
+    /// Of the exponent, at least 0.
+    pub scale: R,
+}
+
+impl<R: Real> Exponentials<R> {
+    /// Zeros.
+    pub fn none() -> Self {
+        Self {
+            factor: R::NULL,
+            reference: R::NULL,
+            scale: R::NULL,
+        }
+    }
+}
+
+/// `out = a(x) + b(x) + slope (x - mean)`: the dense part of a gradient through a softmax of what was divided by its deviation, beside one
+/// through a softmax as it is.
+pub fn combine_standardized<R: Real>(
+    x: &[R],
+    a: Exponentials<R>,
+    b: Exponentials<R>,
+    (slope, mean): (R, R),
+    out: &mut [R],
+) {
+    assert_eq!(x.len(), out.len());
+    let line = (slope, mean);
+    dispatch!(InstructionSet::detect(), standardized_of(x, a, b, line, out): (x: &[R], a: Exponentials<R>, b: Exponentials<R>, line: (R, R), out: &mut [R]) <R: Real>);
+}
+
+#[inline(always)]
+fn standardized_of<S: Simd, R: Real>(
+    x: &[R],
+    a: Exponentials<R>,
+    b: Exponentials<R>,
+    (slope, mean): (R, R),
+    out: &mut [R],
+) {
+    let of = |x: R, e: &Exponentials<R>| R::exp((x - e.reference) * e.scale, S::FMA);
+    each::<R>(x, out, |x, _| {
+        let sum = R::fused(b.factor, of(x, &b), slope * (x - mean), S::FMA);
+        R::fused(a.factor, of(x, &a), sum, S::FMA)
+    });
 }
 
 /// Changes each value beside its input.
@@ -451,6 +554,48 @@ mod tests {
                 assert!((out[i] - expected).abs() < room);
                 assert!((more[i] - 2.0 * expected).abs() < 2.0 * room);
             }
+        }
+    }
+
+    #[test]
+    fn moments_and_what_is_combined_of_them_equal_the_plain_loops() {
+        for &n in SIZES {
+            let x = row(n);
+            let (mean, squares) = moments(&x);
+            let expected = x.iter().sum::<f64>() / n as f64;
+            assert!((mean - expected).abs() < 1e-12);
+            let expected: f64 = x.iter().map(|x| (x - mean) * (x - mean)).sum();
+            assert!((squares - expected).abs() <= 1e-12 * (1.0 + expected));
+            let top = sums(&x, 1.0).reference;
+            let (reference, sum, weighted) = weighted_sums(&x, 0.4);
+            assert_eq!((reference, sum), (top, sums(&x, 0.4).sum));
+            let expected: f64 = x.iter().map(|x| x * (0.4 * (x - top)).exp()).sum();
+            let size: f64 = x.iter().map(|x| (x * (0.4 * (x - top)).exp()).abs()).sum();
+            assert!((weighted - expected).abs() < 1e-12 * (1.0 + size));
+            let a = Exponentials {
+                factor: 3.0,
+                reference: top,
+                scale: 0.4,
+            };
+            let mut out = vec![7.0; n];
+            combine_standardized(&x, a, Exponentials::none(), (-0.5, mean), &mut out);
+            let mut both = vec![7.0; n];
+            let b = Exponentials {
+                factor: -2.0,
+                scale: 1.0,
+                ..a
+            };
+            combine_standardized(&x, a, b, (0.0, mean), &mut both);
+            for i in 0..n {
+                let e = |scale: f64| (scale * (x[i] - top)).exp();
+                let expected = 3.0 * e(0.4) - 0.5 * (x[i] - mean);
+                assert!((out[i] - expected).abs() < 1e-12 * (1.0 + expected.abs()));
+                let expected = 3.0 * e(0.4) - 2.0 * e(1.0);
+                assert!((both[i] - expected).abs() < 1e-12 * (1.0 + e(1.0)));
+            }
+        }
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert!(moments(&[1.0, bad, 2.0]).1.is_nan());
         }
     }
 

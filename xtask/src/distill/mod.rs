@@ -41,8 +41,9 @@ struct Part {
     name: &'static str,
     /// What it is, on the page.
     title: &'static str,
-    /// The first is what the others are held against.
-    methods: &'static [Method],
+    /// What the others are held against.
+    first: Method,
+    others: &'static [Method],
     vocabulary: &'static str,
     /// Files of the corpus; none are the teacher's answers.
     texts: &'static [&'static str],
@@ -64,21 +65,24 @@ const MINED: &str = "{ name = \"mined\" }";
 const DSKD: &str = "{ name = \"dskd\" }";
 const X_TOKEN: &str = "{ name = \"x-token\" }";
 
+/// Where there is a teacher.
+const ALIGNERS: [Method; 8] = [
+    ("uld", ULD),
+    ("mined", MINED),
+    ("multilevel-ot", PUBLISHED),
+    ("multilevel-ot, released", RELEASED),
+    ("alm", ALM),
+    ("gold", GOLD),
+    ("dskd", DSKD),
+    ("x-token", X_TOKEN),
+];
+
 const PARTS: [Part; 4] = [
     Part {
         name: "texts",
         title: "Labelled: papers and documentation",
-        methods: &[
-            ("ce", CE),
-            ("uld", ULD),
-            ("mined", MINED),
-            ("multilevel-ot", PUBLISHED),
-            ("multilevel-ot, released", RELEASED),
-            ("alm", ALM),
-            ("gold", GOLD),
-            ("dskd", DSKD),
-            ("x-token", X_TOKEN),
-        ],
+        first: ("ce", CE),
+        others: &ALIGNERS,
         vocabulary: "gpt2",
         texts: TEXTS,
         seeds: 3,
@@ -86,17 +90,8 @@ const PARTS: [Part; 4] = [
     Part {
         name: "answers",
         title: "Unlabelled: the teacher's own answers",
-        methods: &[
-            ("sequences (ce)", CE),
-            ("uld", ULD),
-            ("mined", MINED),
-            ("multilevel-ot", PUBLISHED),
-            ("multilevel-ot, released", RELEASED),
-            ("alm", ALM),
-            ("gold", GOLD),
-            ("dskd", DSKD),
-            ("x-token", X_TOKEN),
-        ],
+        first: ("sequences (ce)", CE),
+        others: &ALIGNERS,
         vocabulary: "gpt2",
         texts: &[],
         seeds: 3,
@@ -104,8 +99,8 @@ const PARTS: [Part; 4] = [
     Part {
         name: "ablation",
         title: "What MultiLevelOT is made of",
-        methods: &[
-            ("ce", CE),
+        first: ("ce", CE),
+        others: &[
             ("uld", ULD),
             (
                 "rank over all tokens",
@@ -129,7 +124,8 @@ const PARTS: [Part; 4] = [
     Part {
         name: "qwen2.5",
         title: "A student with Qwen2.5's vocabulary",
-        methods: &[("ce", CE), ("uld", ULD), ("multilevel-ot", PUBLISHED)],
+        first: ("ce", CE),
+        others: &[("uld", ULD), ("multilevel-ot", PUBLISHED)],
         vocabulary: "qwen2.5",
         texts: TEXTS,
         seeds: 1,
@@ -137,12 +133,16 @@ const PARTS: [Part; 4] = [
 ];
 
 impl Part {
+    fn methods(&self) -> impl Iterator<Item = Method> + use<> {
+        std::iter::once(self.first).chain(self.others.iter().copied())
+    }
+
     /// The folder of a method's run, below that of the comparison: the same method over the same texts is one run, whatever part names it.
     fn place(&self, (name, aligner): Method, seed: u64) -> PathBuf {
         let first = &PARTS[0];
-        let same = first.methods.iter().find(|(_, a)| *a == aligner);
+        let same = first.methods().find(|(_, a)| *a == aligner);
         let (part, name) = match same {
-            Some((name, _)) if self.data() == first.data() => (first.name, *name),
+            Some((name, _)) if self.data() == first.data() => (first.name, name),
             _ => (self.name, name),
         };
         Path::new(part).join(format!("{}-{seed}", folder(name)))
@@ -241,13 +241,9 @@ impl Options {
     }
 
     fn methods(&self, part: &Part) -> impl Iterator<Item = Method> + use<> {
-        let (small, all) = (self.small, part.methods);
-        let kept =
-            move |(i, (_, aligner)): &(usize, &Method)| !small || *i == 0 || *aligner == PUBLISHED;
-        all.iter()
-            .enumerate()
-            .filter(kept)
-            .map(|(_, method)| *method)
+        let (small, first) = (self.small, part.first);
+        let kept = move |method: &Method| !small || *method == first || method.1 == PUBLISHED;
+        part.methods().filter(kept)
     }
 
     fn seeds(&self, part: &Part) -> u64 {
