@@ -452,14 +452,28 @@ fn with_a_teachers_states_kept_every_loss_is_the_same_to_the_bit() {
             top_k: 0,
         });
         let student = |experiment: &DistillExperiment, name: String| {
-            run(&mut begin(&place, experiment, &name, false));
-            std::fs::read(place.path(&format!("{name}/best/model.safetensors"))).expect("weights")
+            let outcome = run(&mut begin(&place, experiment, &name, false));
+            let weights = place.path(&format!("{name}/best/model.safetensors"));
+            (outcome.last, std::fs::read(weights).expect("weights"))
         };
         let (a, b) = (
             student(&live, format!("live-{i}")),
             student(&kept, format!("kept-{i}")),
         );
         assert!(a == b, "{aligner}");
+        // What it expects of other answers is kept there as well, once for all.
+        let names = std::fs::read_dir(place.path("states")).expect("folder");
+        let names = names.map(|e| e.expect("an entry").path());
+        let bytes: Vec<_> = names
+            .filter(|p| p.extension().is_some_and(|e| e == "json") && !p.ends_with("said.json"))
+            .collect();
+        assert_eq!(bytes.len(), 1, "{bytes:?}");
+        if i == 3 {
+            std::fs::write(&bytes[0], "{}").expect("written");
+            let mut spoilt = begin(&place, &kept, "spoilt", false);
+            let error = spoilt.evaluate().expect_err("refused").to_string();
+            assert!(error.contains("without it"), "{error}");
+        }
     }
 }
 

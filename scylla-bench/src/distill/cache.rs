@@ -66,6 +66,11 @@ fn shard_path(dir: &Path, shard: usize) -> PathBuf {
     dir.join(format!("said-{shard:05}.safetensors"))
 }
 
+/// In what form a teacher's weights are, and what its head is computed with.
+pub(super) fn form(teacher: &Teacher, on: &Compute) -> String {
+    format!("{}, {}", teacher.loaded().forms.join("+"), on.name())
+}
+
 /// Rows before each token of an answer, and behind its last: what a loss gets.
 fn rows_of(pair: &Pair, begin: usize) -> Vec<usize> {
     let answer = &pair.teacher.answer;
@@ -94,7 +99,7 @@ impl Cache {
         let mut index = Index {
             version: VERSION,
             teacher: teacher.hash.clone(),
-            form: format!("{}, {}", teacher.loaded().forms.join("+"), on.name()),
+            form: form(teacher, on),
             answers: answers.into(),
             top_k: spec.top_k.min(teacher.known()),
             hidden: if hidden || spec.top_k == 0 {

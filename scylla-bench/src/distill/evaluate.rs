@@ -1,11 +1,17 @@
 //! What a student is worth: its scores on answers that it does not learn from, and of answers of its own.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use scylla_core::files::{self, read_json};
 use scylla_core::model::{LoadOptions, parse_device};
 use scylla_core::train::graph::{Head, Tape};
 use scylla_core::{Decoder, Target};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
+use super::cache::form;
 use super::pairs::{Pair, packed};
 use super::rows::Rows;
 use super::score::{AnswerScore, Said, Scores, expected, of_answer};
@@ -13,7 +19,17 @@ use super::student::still;
 use super::tables::tables_of;
 use super::teacher::chosen;
 use super::trainer::Distiller;
+use crate::data::documents::hex;
 use crate::{Error, Result};
+
+/// A teacher's next bytes as they are kept.
+#[derive(Serialize, Deserialize)]
+struct Expects {
+    /// Teacher, its form and its tokens.
+    of: String,
+    /// By answer, and where in its bytes.
+    answers: Vec<BTreeMap<usize, u8>>,
+}
 
 impl Distiller {
     /// What the student is worth on answers that it does not learn from.
@@ -41,8 +57,12 @@ impl Distiller {
 
     fn scored(&mut self, pairs: &[Pair], stop: &AtomicBool) -> Result<(Scores, Vec<AnswerScore>)> {
         let mut found = Vec::with_capacity(pairs.len());
-        let asked = self.expects.len() == pairs.len();
+        let threads = self.threads();
         let mut expects = std::mem::take(&mut self.expects);
+        if expects.is_empty() {
+            expects = self.kept_expects(pairs.len())?.unwrap_or_default();
+        }
+        let asked = expects.len() == pairs.len();
         let mut named = still(&self.named);
         let mut tape = Tape::new(&self.on);
         // Packed once for all answers.
@@ -63,13 +83,9 @@ impl Distiller {
                     let rows = Rows::before(&pair.teacher, begin);
                     let logits = self.teacher.logits(&self.on, &read.states, &rows)?;
                     let (values, width) = (logits.all()?, logits.columns);
-                    expects.push(expected(
-                        pair.teacher.said(),
-                        &pair.offsets.1,
-                        &self.bytes[1],
-                        &values,
-                        width,
-                    ));
+                    let (said, offsets) = (pair.teacher.said(), &pair.offsets.1);
+                    let rows = (&values[..], width);
+                    expects.push(expected(said, offsets, &self.bytes[1], rows, threads));
                 }
             }
             let (rows, tokens, begins) = packed(some.iter().map(|p| &p.student))?;
@@ -80,16 +96,62 @@ impl Distiller {
                 let logits = head.logits(&self.on, &rows)?;
                 let (values, width) = (logits.all()?, logits.columns);
                 let said = pair.student.said();
-                let own = expected(said, &pair.offsets.0, &self.bytes[0], &values, width);
-                let teacher = &expects[i * self.experiment.train.batch + j];
-                found.push(of_answer(pair, (&values, width, vocab), (&own, teacher)));
+                let rows = (&values[..], width);
+                let own = expected(said, &pair.offsets.0, &self.bytes[0], rows, threads);
+                let both = (&own, &expects[i * self.experiment.train.batch + j]);
+                found.push(of_answer(pair, (&values, width, vocab), both, threads));
             }
+        }
+        if !asked {
+            self.keep_expects(&expects)?;
         }
         self.expects = expects;
         for (one, said) in found.iter_mut().zip(self.said(pairs)?) {
             one.said = said;
         }
         Ok((Scores::over(&found), found))
+    }
+
+    /// Where the teacher's next bytes of the answers that are watched are kept, beside what it says of others, and what they are the bytes of.
+    fn expects_at(&self) -> Option<(PathBuf, String)> {
+        let spec = self.experiment.cache.as_ref()?;
+        let of = format!(
+            "{} {} {}",
+            self.teacher.hash,
+            form(&self.teacher, &self.on),
+            self.watched.taught
+        );
+        let name = &hex(Sha256::new_with_prefix(&of))[..16];
+        Some((spec.dir.join(format!("next-bytes-{name}.json")), of))
+    }
+
+    fn kept_expects(&self, count: usize) -> Result<Option<Vec<BTreeMap<usize, u8>>>> {
+        let Some((path, of)) = self.expects_at().filter(|(path, _)| path.exists()) else {
+            return Ok(None);
+        };
+        let bad =
+            |what: String| Error::file(&path, format!("{what}; without it, it is made again"));
+        let kept: Expects = serde_json::from_value(read_json(&path, "a teacher's next bytes")?)
+            .map_err(|e| bad(e.to_string()))?;
+        if kept.of != of || kept.answers.len() != count {
+            return Err(bad("holds the next bytes of other answers".into()));
+        }
+        Ok(Some(kept.answers))
+    }
+
+    fn keep_expects(&self, answers: &[BTreeMap<usize, u8>]) -> Result<()> {
+        let Some((path, of)) = self.expects_at() else {
+            return Ok(());
+        };
+        if let Some(dir) = path.parent() {
+            std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+        }
+        let kept = Expects {
+            of,
+            answers: answers.to_vec(),
+        };
+        let text = serde_json::to_string(&kept).map_err(|e| Error::file(&path, e.to_string()))?;
+        Ok(files::write(&path, text.as_bytes())?)
     }
 
     /// What the student says itself, decoded as the model that it is exported as, where right answers are known.

@@ -1,8 +1,9 @@
 //! What a student is worth: bits per byte of answers it has not learned from, and how often it expects the teacher's next byte.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use multilevel_ot::bytes::Offsets;
+use scylla_core::kernels::probability::{exponentials, largest};
 use scylla_core::text::Tokenizer;
 use serde::{Deserialize, Serialize};
 
@@ -87,7 +88,11 @@ impl Said {
 }
 
 /// First bytes of a vocabulary's tokens, and how many each has.
-pub(super) struct FirstBytes(Vec<Option<(u8, usize)>>);
+pub(super) struct FirstBytes {
+    of: Vec<Option<(u8, usize)>>,
+    /// The tokens that begin with each byte.
+    groups: Vec<(u8, Vec<u32>)>,
+}
 
 impl FirstBytes {
     pub(super) fn of(tokenizer: &Tokenizer) -> Self {
@@ -95,25 +100,71 @@ impl FirstBytes {
             let bytes = tokenizer.token_bytes(id)?;
             Some((*bytes.first()?, bytes.len()))
         };
-        Self((0..tokenizer.size() as u32).map(first).collect())
+        Self::new((0..tokenizer.size() as u32).map(first).collect())
     }
 
-    /// The byte that most probably comes next by a row of logits; ties go to the lower one.
-    fn next(&self, logits: &[f32]) -> u8 {
-        let known = &logits[..self.0.len().min(logits.len())];
-        let most = known.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
-        let mut mass = [0.0f64; 256];
-        for (&logit, byte) in known.iter().zip(&self.0) {
+    fn new(of: Vec<Option<(u8, usize)>>) -> Self {
+        let mut groups: BTreeMap<u8, Vec<u32>> = BTreeMap::new();
+        for (id, byte) in of.iter().enumerate() {
             if let Some((byte, _)) = byte {
-                mass[usize::from(*byte)] += f64::from(logit - most).exp();
+                groups.entry(*byte).or_default().push(id as u32);
             }
         }
-        let best = (0..=255u8).max_by(|&a, &b| {
-            let of = |byte: u8| mass[usize::from(byte)];
-            of(a).total_cmp(&of(b)).then(b.cmp(&a))
-        });
-        best.unwrap_or(0)
+        Self {
+            of,
+            groups: groups.into_iter().collect(),
+        }
     }
+
+    /// The byte that most probably comes next by a row of logits; ties go to the lower one. `scratch` is overwritten.
+    fn next(&self, logits: &[f32], scratch: &mut Vec<f64>) -> u8 {
+        mass(&logits[..self.of.len().min(logits.len())], scratch);
+        let of = |ids: &[u32]| -> f64 {
+            let known = ids.iter().filter_map(|&id| scratch.get(id as usize));
+            known.sum()
+        };
+        let mut best = (0, f64::NEG_INFINITY);
+        for (byte, ids) in &self.groups {
+            let mass = of(ids);
+            if mass > best.1 {
+                best = (*byte, mass);
+            }
+        }
+        best.0
+    }
+}
+
+/// Exponentials of a row's logits, relative to the largest; that one, and their sum.
+fn mass(logits: &[f32], out: &mut Vec<f64>) -> (f64, f64) {
+    let most = f64::from(largest(logits));
+    out.resize(logits.len(), 0.0);
+    (most, exponentials(logits, most, 1.0, out))
+}
+
+/// What `each` makes of so many things, in order, on several threads; each has scratch memory of its own.
+fn on_threads<T: Send>(
+    count: usize,
+    threads: usize,
+    each: impl Fn(usize, &mut Vec<f64>) -> T + Sync,
+) -> Vec<T> {
+    let share = count.div_ceil(threads.max(1)).max(1);
+    let each = &each;
+    let some = |first: usize| {
+        let mut scratch = Vec::new();
+        let all = first..(first + share).min(count);
+        all.map(|i| each(i, &mut scratch)).collect::<Vec<T>>()
+    };
+    std::thread::scope(|scope| {
+        let starts = (0..count).step_by(share);
+        let running: Vec<_> = starts
+            .map(|first| scope.spawn(move || some(first)))
+            .collect();
+        let joined = running.into_iter().flat_map(|one| match one.join() {
+            Ok(found) => found,
+            Err(panic) => std::panic::resume_unwind(panic),
+        });
+        joined.collect()
+    })
 }
 
 /// Places in an answer's bytes at which a side's tokens begin, and the byte that it expects there. A token that begins with what is
@@ -122,17 +173,21 @@ pub(super) fn expected(
     said: &[u32],
     offsets: &Offsets,
     first: &FirstBytes,
-    rows: &[f32],
-    width: usize,
-) -> HashMap<usize, u8> {
-    let tokens = said.iter().zip(offsets).zip(rows.chunks_exact(width));
-    let whole = tokens.filter(|((token, (from, to)), _)| {
-        let bytes = first.0.get(**token as usize).copied().flatten();
+    (rows, width): (&[f32], usize),
+    threads: usize,
+) -> BTreeMap<usize, u8> {
+    let whole = |i: &usize| {
+        let (from, to) = offsets[*i];
+        let bytes = first.of.get(said[*i] as usize).copied().flatten();
         to > from && bytes.is_some_and(|(_, bytes)| bytes == to - from)
-    });
-    whole
-        .map(|((_, &(from, _)), row)| (from, first.next(row)))
-        .collect()
+    };
+    let places: Vec<usize> = (0..said.len().min(offsets.len())).filter(whole).collect();
+    let next = |i: usize, scratch: &mut Vec<f64>| {
+        let row = &rows[places[i] * width..][..width];
+        (offsets[places[i]].0, first.next(row, scratch))
+    };
+    let found = on_threads(places.len(), threads, next);
+    found.into_iter().collect()
 }
 
 /// What an answer is worth: logits `[tokens, width]` of the student before each of its tokens, the first `vocab` columns of which are
@@ -140,19 +195,23 @@ pub(super) fn expected(
 pub(super) fn of_answer(
     pair: &Pair,
     (rows, width, vocab): (&[f32], usize, usize),
-    (own, teacher): (&HashMap<usize, u8>, &HashMap<usize, u8>),
+    (own, teacher): (&BTreeMap<usize, u8>, &BTreeMap<usize, u8>),
+    threads: usize,
 ) -> AnswerScore {
-    let said = pair.student.said().iter().zip(&pair.offsets.0);
-    let real = said
-        .zip(rows.chunks_exact(width))
-        .filter(|((_, (from, to)), _)| to > from);
-    let bits = real.map(|((&token, _), row)| surprise(&row[..vocab], token as usize));
+    let (said, offsets) = (pair.student.said(), &pair.offsets.0);
+    let bits = on_threads(said.len(), threads, |i, scratch| {
+        let (from, to) = offsets[i];
+        match to > from {
+            true => surprise(&rows[i * width..][..vocab], said[i] as usize, scratch),
+            false => 0.0,
+        }
+    });
     let places = own
         .iter()
         .filter_map(|(at, byte)| Some((byte, teacher.get(at)?)));
     AnswerScore {
         name: pair.name.clone(),
-        bits: bits.sum(),
+        bits: bits.iter().sum(),
         bytes: pair.bytes,
         same: places.clone().filter(|(a, b)| a == b).count(),
         places: places.count(),
@@ -176,11 +235,10 @@ impl Scores {
     }
 }
 
-/// `-log2 p(token)`.
-fn surprise(logits: &[f32], token: usize) -> f64 {
-    let most = logits.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
-    let sum: f64 = logits.iter().map(|&v| f64::from(v - most).exp()).sum();
-    (sum.ln() - f64::from(logits[token] - most)) / std::f64::consts::LN_2
+/// `-log2 p(token)`. `scratch` is overwritten.
+fn surprise(logits: &[f32], token: usize, scratch: &mut Vec<f64>) -> f64 {
+    let (most, sum) = mass(logits, scratch);
+    (sum.ln() - (f64::from(logits[token]) - most)) / std::f64::consts::LN_2
 }
 
 #[cfg(test)]
@@ -189,27 +247,27 @@ mod tests {
 
     #[test]
     fn equal_logits_take_the_logarithm_of_the_vocabulary() {
-        assert!((surprise(&[0.5; 8], 3) - 3.0).abs() < 1e-12);
-        assert!((surprise(&[0.0, 1e4], 1)).abs() < 1e-12);
+        let scratch = &mut Vec::new();
+        assert!((surprise(&[0.5; 8], 3, scratch) - 3.0).abs() < 1e-12);
+        assert!((surprise(&[0.0, 1e4], 1, scratch)).abs() < 1e-12);
     }
 
     #[test]
     fn the_next_byte_has_the_mass_of_all_tokens_that_begin_with_it() {
         // Two tokens of `a` outweigh one of `b` that is likelier than either.
         let token = |byte: u8, bytes: usize| Some((byte, bytes));
-        let first = FirstBytes(vec![token(b'a', 1), token(b'b', 2), token(b'a', 3), None]);
-        assert_eq!(first.next(&[1.0, 1.5, 1.0, 9.0, 9.0]), b'a');
-        assert_eq!(first.next(&[1.0, 2.5, 1.0, 9.0]), b'b');
+        let tokens = vec![token(b'a', 1), token(b'b', 2), token(b'a', 3), None];
+        let (first, scratch) = (FirstBytes::new(tokens), &mut Vec::new());
+        assert_eq!(first.next(&[1.0, 1.5, 1.0, 9.0, 9.0], scratch), b'a');
+        assert_eq!(first.next(&[1.0, 2.5, 1.0, 9.0], scratch), b'b');
         // The last but one lies half outside of the answer.
-        let found = expected(
-            &[1, 3, 2, 0],
-            &vec![(0, 2), (2, 2), (2, 4), (4, 5)],
-            &first,
-            &[
-                0.0, 9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 9.0, 0.0, 0.0, 0.0,
-            ],
-            4,
-        );
-        assert_eq!(found, HashMap::from([(0, b'b'), (4, b'a')]));
+        let rows = [
+            0.0, 9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 9.0, 0.0, 0.0, 0.0,
+        ];
+        for threads in 1..4 {
+            let offsets = vec![(0, 2), (2, 2), (2, 4), (4, 5)];
+            let found = expected(&[1, 3, 2, 0], &offsets, &first, (&rows, 4), threads);
+            assert_eq!(found, BTreeMap::from([(0, b'b'), (4, b'a')]));
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! The trainer: steps, evaluations and checkpoints of one student.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -131,7 +131,7 @@ pub struct Distiller {
     /// What the teacher says, where it is kept.
     pub(super) cache: Option<Cache>,
     /// What the teacher expects of each answer that is watched, once it was asked.
-    pub(super) expects: Vec<HashMap<usize, u8>>,
+    pub(super) expects: Vec<BTreeMap<usize, u8>>,
     pub(super) bytes: [FirstBytes; 2],
     pub(super) named: Named,
     pub(super) optimizer: AdamW,
@@ -334,14 +334,18 @@ impl Distiller {
         self.on.name()
     }
 
-    /// Where it runs; of the forms of weights that of the products.
-    pub fn environment(&self) -> Environment {
+    pub(super) fn threads(&self) -> usize {
         let options = LoadOptions {
             threads: self.experiment.run.threads,
             ..LoadOptions::default()
         };
+        options.thread_count()
+    }
+
+    /// Where it runs; of the forms of weights that of the products.
+    pub fn environment(&self) -> Environment {
         Environment::here(
-            options.thread_count(),
+            self.threads(),
             &self.experiment.run.device,
             vec![self.products()],
             &self.teacher.hash,
