@@ -108,8 +108,11 @@ impl<'a, F: Scalar> Row<'a, F> {
     }
 }
 
-/// Rows of which one thread adds the probabilities, so that the sum over all does not depend on how many there are.
-const PART: usize = 64;
+/// Rows of which one thread adds the probabilities: few enough for all threads to have some, and so many that the sums take little memory. How
+/// many threads there are does not matter to the sum over all.
+fn part(rows: usize) -> usize {
+    rows.div_ceil(32).clamp(16, 64)
+}
 
 /// One side's rows of all answers and its probabilities of the tokens compared.
 struct Answers<'a, F> {
@@ -129,7 +132,7 @@ impl<'a, F: Scalar> Answers<'a, F> {
             .collect();
         // What a row adds to the mass of all is added while it is at hand.
         let cores = threads(1, places.len() * side.vocab);
-        let parts: Vec<&[(usize, usize)]> = places.chunks(PART).collect();
+        let parts: Vec<&[(usize, usize)]> = places.chunks(part(places.len())).collect();
         let mut masses = vec![F::zero(); parts.len() * side.vocab];
         let numbers: Vec<usize> = (0..parts.len()).collect();
         let read = |(): &mut (), part: usize, mass: Option<&mut [F]>| {
@@ -324,14 +327,13 @@ pub(crate) fn evaluate<F: Scalar>(
                 }
                 None => {
                     let (b, row) = (rows[at] / student.seq, rows[at] % student.seq);
-                    let none = (F::zero(), F::zero());
-                    combine_standardized(
-                        student.row(b, row),
-                        Exponentials::none(),
-                        other,
-                        none,
-                        out,
-                    );
+                    // A token may have no probability here: what it adds is next to nothing.
+                    let Exponentials {
+                        factor,
+                        reference,
+                        scale,
+                    } = other;
+                    accumulate(student.row(b, row), reference, scale, factor, out);
                 }
             }
             if let Some(p) = predicts {

@@ -22,10 +22,13 @@ use super::trainer::Distiller;
 use crate::data::documents::hex;
 use crate::{Error, Result};
 
+/// Version of such files.
+const EXPECTS: u32 = 1;
+
 /// A teacher's next bytes as they are kept.
 #[derive(Serialize, Deserialize)]
 struct Expects {
-    /// Teacher, its form and its tokens.
+    /// What they are the bytes of.
     of: String,
     /// By answer, and where in its bytes.
     answers: Vec<BTreeMap<usize, u8>>,
@@ -60,7 +63,7 @@ impl Distiller {
         let threads = self.threads();
         let mut expects = std::mem::take(&mut self.expects);
         if expects.is_empty() {
-            expects = self.kept_expects(pairs.len())?.unwrap_or_default();
+            expects = self.kept_expects(pairs).unwrap_or_default();
         }
         let asked = expects.len() == pairs.len();
         let mut named = still(&self.named);
@@ -103,7 +106,7 @@ impl Distiller {
             }
         }
         if !asked {
-            self.keep_expects(&expects)?;
+            self.keep_expects(pairs, &expects);
         }
         self.expects = expects;
         for (one, said) in found.iter_mut().zip(self.said(pairs)?) {
@@ -112,46 +115,49 @@ impl Distiller {
         Ok((Scores::over(&found), found))
     }
 
-    /// Where the teacher's next bytes of the answers that are watched are kept, beside what it says of others, and what they are the bytes of.
-    fn expects_at(&self) -> Option<(PathBuf, String)> {
+    /// Where the teacher's next bytes of the answers that are watched are kept, beside what it says of others, and what they are the bytes
+    /// of: the teacher, its tokens and their bytes, and where those count as the answer's, which hangs on the student's as well.
+    fn expects_at(&self, pairs: &[Pair]) -> Option<(PathBuf, String)> {
         let spec = self.experiment.cache.as_ref()?;
+        let mut places = Sha256::new_with_prefix(self.bytes[1].hashed());
+        for pair in pairs {
+            let offsets = pair.offsets.1.iter();
+            let words = offsets.flat_map(|&(from, to)| [from as u64, to as u64]);
+            words.for_each(|word| places.update(word.to_le_bytes()));
+        }
         let of = format!(
-            "{} {} {}",
+            "{EXPECTS} {} {} {} {}",
             self.teacher.hash,
             form(&self.teacher, &self.on),
-            self.watched.taught
+            self.watched.taught,
+            hex(places)
         );
         let name = &hex(Sha256::new_with_prefix(&of))[..16];
         Some((spec.dir.join(format!("next-bytes-{name}.json")), of))
     }
 
-    fn kept_expects(&self, count: usize) -> Result<Option<Vec<BTreeMap<usize, u8>>>> {
-        let Some((path, of)) = self.expects_at().filter(|(path, _)| path.exists()) else {
-            return Ok(None);
-        };
-        let bad =
-            |what: String| Error::file(&path, format!("{what}; without it, it is made again"));
-        let kept: Expects = serde_json::from_value(read_json(&path, "a teacher's next bytes")?)
-            .map_err(|e| bad(e.to_string()))?;
-        if kept.of != of || kept.answers.len() != count {
-            return Err(bad("holds the next bytes of other answers".into()));
-        }
-        Ok(Some(kept.answers))
+    /// What was kept; nothing where it is none of these answers, or cannot be read: then it is made again.
+    fn kept_expects(&self, pairs: &[Pair]) -> Option<Vec<BTreeMap<usize, u8>>> {
+        let (path, of) = self.expects_at(pairs)?;
+        let kept = read_json(&path, "a teacher's next bytes").ok()?;
+        let kept: Expects = serde_json::from_value(kept).ok()?;
+        (kept.of == of && kept.answers.len() == pairs.len()).then_some(kept.answers)
     }
 
-    fn keep_expects(&self, answers: &[BTreeMap<usize, u8>]) -> Result<()> {
-        let Some((path, of)) = self.expects_at() else {
-            return Ok(());
+    /// Keeps it where there is room: without it the teacher is asked again.
+    fn keep_expects(&self, pairs: &[Pair], answers: &[BTreeMap<usize, u8>]) {
+        let Some((path, of)) = self.expects_at(pairs) else {
+            return;
         };
-        if let Some(dir) = path.parent() {
-            std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
-        }
         let kept = Expects {
             of,
             answers: answers.to_vec(),
         };
-        let text = serde_json::to_string(&kept).map_err(|e| Error::file(&path, e.to_string()))?;
-        Ok(files::write(&path, text.as_bytes())?)
+        if let (Ok(text), Some(dir)) = (serde_json::to_string(&kept), path.parent())
+            && std::fs::create_dir_all(dir).is_ok()
+        {
+            let _ = files::write(&path, text.as_bytes());
+        }
     }
 
     /// What the student says itself, decoded as the model that it is exported as, where right answers are known.

@@ -322,7 +322,10 @@ impl InplaceOp1 for TakeValues {
         let mut taken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match to - from == values.len() {
             true => std::mem::swap(&mut *taken, values),
-            false => taken.extend_from_slice(&values[from..to]),
+            false => match values.get(from..to) {
+                Some(some) => taken.extend_from_slice(some),
+                None => candle_core::bail!("values that were taken before"),
+            },
         }
         Ok(())
     }

@@ -116,6 +116,15 @@ impl FirstBytes {
         }
     }
 
+    /// What tells it from that of another tokenizer.
+    pub(super) fn hashed(&self) -> Vec<u8> {
+        let of = self.of.iter().flat_map(|token| {
+            let (byte, bytes) = token.unwrap_or((0, 0));
+            [u64::from(byte), bytes as u64]
+        });
+        of.flat_map(u64::to_le_bytes).collect()
+    }
+
     /// The byte that most probably comes next by a row of logits; ties go to the lower one. `scratch` is overwritten.
     fn next(&self, logits: &[f32], scratch: &mut Vec<f64>) -> u8 {
         mass(&logits[..self.of.len().min(logits.len())], scratch);

@@ -66,7 +66,7 @@ pub struct AlignLoss {
     /// Its terms.
     pub parts: Vec<Part>,
     /// The total's gradient with respect to the student's logits, where it was computed beside it and those are tracked. It is
-    /// what `total.backward()` arrives at by way of two more tensors of its size.
+    /// what `total.backward()` arrives at by way of two more tensors of its size. Who trains by it takes its values: it is made anew for each loss.
     pub gradient: Option<Tensor>,
     /// What else there is to know, by name: how far a matching may be from the best one, or how many tokens took part.
     pub notes: Vec<(&'static str, f64)>,
