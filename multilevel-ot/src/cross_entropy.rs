@@ -122,6 +122,15 @@ impl<F: Scalar> Predicted<F> {
             scale: F::one(),
         }
     }
+
+    /// Adds the gradient of a row's cross entropy `share` times.
+    pub(crate) fn add_gradient(&self, side: &Side<'_, F>, at: usize, share: F, out: &mut [F]) {
+        let (row, token) = (self.rows[at], self.tokens[at]);
+        let x = side.row(row / side.seq, row % side.seq);
+        let p = self.probabilities(at, share);
+        accumulate(x, p.reference, p.scale, p.factor, out);
+        out[token] = out[token] - share;
+    }
 }
 
 /// The mean cross entropy over all labels of a batch, and its gradient, added to what is there.
@@ -134,18 +143,9 @@ pub(crate) fn mean_cross_entropy<F: Scalar>(
     if let Some(gradient) = gradient {
         let share = F::of(weight / found.tokens.len() as f64);
         let of_row = |(): &mut (), at: usize, out: Option<&mut [F]>| {
-            let Some(out) = out.map(|out| &mut out[..side.vocab]) else {
-                return;
-            };
-            let (row, token) = (found.rows[at], found.tokens[at]);
-            let x = side.row(row / side.seq, row % side.seq);
-            let Exponentials {
-                factor,
-                reference,
-                scale,
-            } = found.probabilities(at, share);
-            accumulate(x, reference, scale, factor, out);
-            out[token] = out[token] - share;
+            if let Some(out) = out {
+                found.add_gradient(side, at, share, &mut out[..side.vocab]);
+            }
         };
         let threads = threads(1, found.rows.len() * side.vocab);
         by_row(

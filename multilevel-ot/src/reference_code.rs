@@ -135,8 +135,7 @@ impl<'a, F: Scalar> Answers<'a, F> {
         let parts: Vec<&[(usize, usize)]> = places.chunks(part(places.len())).collect();
         let mut masses = vec![F::zero(); parts.len() * side.vocab];
         let numbers: Vec<usize> = (0..parts.len()).collect();
-        let read = |(): &mut (), part: usize, mass: Option<&mut [F]>| {
-            let mut mass = mass;
+        let read = |(): &mut (), part: usize, mut mass: Option<&mut [F]>| {
             let mut of_row = |&place: &(usize, usize)| {
                 let row = Row::new(side, place, temperature)?;
                 if let Some(mass) = &mut mass {
@@ -318,24 +317,17 @@ pub(crate) fn evaluate<F: Scalar>(
                 return;
             };
             let Asked { answered, predicts } = places[at];
+            let Some((b, i)) = answered else {
+                if let Some(p) = predicts {
+                    // A token may have no probability here: what it adds is next to nothing.
+                    predicted.add_gradient(student, p, share, out);
+                }
+                return;
+            };
             let other =
                 predicts.map_or(Exponentials::none(), |p| predicted.probabilities(p, share));
-            match answered {
-                Some((b, i)) => {
-                    let upstream = &found[b].1[i * k..][..s.tokens.len()];
-                    s.rows[b][i].through(&s.tokens, upstream, heat, other, out);
-                }
-                None => {
-                    let (b, row) = (rows[at] / student.seq, rows[at] % student.seq);
-                    // A token may have no probability here: what it adds is next to nothing.
-                    let Exponentials {
-                        factor,
-                        reference,
-                        scale,
-                    } = other;
-                    accumulate(student.row(b, row), reference, scale, factor, out);
-                }
-            }
+            let upstream = &found[b].1[i * k..][..s.tokens.len()];
+            s.rows[b][i].through(&s.tokens, upstream, heat, other, out);
             if let Some(p) = predicts {
                 out[predicted.tokens[p]] = out[predicted.tokens[p]] - share;
             }
